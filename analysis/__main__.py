@@ -1,0 +1,5 @@
+"""`python -m analysis` reaches the same verbs as `pairscope`."""
+
+from pairscope import main
+
+main()

@@ -1,0 +1,152 @@
+"""The run directory: where everything lies, on a local path or any URI that pyarrow.fs opens, and what counts as complete.
+
+    OUT/captures/pair=<entry>/capture=<id>/{capture.json, <table>-*.parquet, _COMPLETE}
+    OUT/manifest/<attempt>.json      one row per attempt
+    OUT/logs/<entry>/<attempt>.log
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from capture.errors import StoreError
+from capture.schema import SCHEMA_VERSION
+
+MARKER = "_COMPLETE"
+
+
+@dataclass(frozen=True)
+class CaptureDir:
+    """One complete capture: its directory (path on the run's file system) and its marker."""
+
+    pair: str
+    capture: str
+    path: str
+    marker: dict[str, Any]
+
+    def files(self, table: str) -> list[str]:
+        """Paths of one table's Parquet files, in order."""
+        names = [f["name"] for f in self.marker["files"]]
+        return [f"{self.path}/{n}" for n in names if n == f"{table}.parquet" or n.startswith(f"{table}-")]
+
+
+class RunDir:
+    """A run directory. `out` is a path or a URI (s3://, gs://, file://)."""
+
+    def __init__(self, out: str) -> None:
+        from pyarrow import fs
+
+        self.out = str(out)
+        try:
+            if "://" in self.out:
+                self.fs, self.root = fs.FileSystem.from_uri(self.out)
+            else:
+                self.fs, self.root = fs.LocalFileSystem(), str(Path(self.out).expanduser().absolute())
+        except Exception as error:
+            raise StoreError(f"cannot open the output '{out}': {error}") from error
+        self.root = self.root.rstrip("/")
+
+    @property
+    def is_local(self) -> bool:
+        return self.fs.type_name == "local"
+
+    def capture_path(self, pair: str, capture: str) -> str:
+        return f"{self.root}/captures/pair={pair}/capture={capture}"
+
+    def log_path(self, entry: str, attempt: str) -> str:
+        return f"{self.root}/logs/{entry}/{attempt}.log"
+
+    def exists(self, path: str) -> bool:
+        from pyarrow import fs
+
+        return bool(self.fs.get_file_info(path).type != fs.FileType.NotFound)
+
+    def list_dir(self, path: str) -> list[Any]:
+        from pyarrow import fs
+
+        infos = self.fs.get_file_info(fs.FileSelector(path, allow_not_found=True))
+        return sorted(infos, key=lambda i: i.path)
+
+    def read_bytes(self, path: str) -> bytes:
+        with self.fs.open_input_stream(path) as stream:
+            return bytes(stream.read())
+
+    def write_bytes(self, path: str, data: bytes) -> None:
+        """Write a small file so that it is there whole or not at all."""
+        self.fs.create_dir(path.rsplit("/", 1)[0], recursive=True)
+        if not self.is_local:  # object stores publish an object only when it is closed
+            with self.fs.open_output_stream(path) as stream:
+                stream.write(data)
+            return
+        tmp = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
+        try:
+            with open(tmp, "wb") as stream:
+                stream.write(data)
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.replace(tmp, path)
+        except OSError as error:
+            Path(tmp).unlink(missing_ok=True)
+            raise StoreError(f"cannot write '{path}': {error.strerror or error}") from error
+
+    def marker(self, path: str) -> dict[str, Any] | None:
+        """The marker of a capture directory, or None where it is missing or broken."""
+        from pyarrow import fs
+
+        if self.fs.get_file_info(f"{path}/{MARKER}").type != fs.FileType.File:
+            return None
+        try:
+            marker = json.loads(self.read_bytes(f"{path}/{MARKER}"))
+        except (ValueError, OSError):
+            return None
+        return marker if isinstance(marker, dict) and "files" in marker else None
+
+    def is_complete(self, pair: str, capture: str) -> bool:
+        """True if the capture has a valid marker and all its files at their recorded sizes."""
+        from pyarrow import fs
+
+        path = self.capture_path(pair, capture)
+        marker = self.marker(path)
+        if marker is None:
+            return False
+        infos = self.fs.get_file_info([f"{path}/{f['name']}" for f in marker["files"]])
+        return all(i.type == fs.FileType.File and i.size == f["bytes"] for i, f in zip(infos, marker["files"], strict=True))
+
+    def captures(self, include_partial: bool = False) -> Iterator[CaptureDir]:
+        """The complete captures, by pair and id. A marker of another schema version is an error that names it."""
+        for pair_info in self.list_dir(f"{self.root}/captures"):
+            pair = pair_info.base_name.removeprefix("pair=")
+            for info in self.list_dir(pair_info.path):
+                marker = self.marker(info.path)
+                if marker is None:
+                    if not include_partial:
+                        continue
+                    marker = {"files": [{"name": f.base_name} for f in self.list_dir(info.path)
+                                        if f.base_name.endswith(".parquet")], "partial": True}  # fmt: skip
+                elif marker.get("schema_version") != SCHEMA_VERSION:
+                    raise StoreError(
+                        f"'{info.path}' was written with schema version {marker.get('schema_version')}, this pairscope "
+                        f"reads version {SCHEMA_VERSION}; write to another --out, or read it with the version that wrote it"
+                    )
+                yield CaptureDir(pair, info.base_name.removeprefix("capture="), info.path, marker)
+
+    def manifest_rows(self) -> list[dict[str, Any]]:
+        """All attempts, oldest first."""
+        rows = []
+        for info in self.list_dir(f"{self.root}/manifest"):
+            if info.base_name.endswith(".json"):
+                try:
+                    rows.append(json.loads(self.read_bytes(info.path)))
+                except ValueError:
+                    continue  # being written on a file system without atomic rename
+        return sorted(rows, key=lambda r: (r.get("started") or "", r.get("attempt") or ""))
+
+    def write_manifest_row(self, row: dict[str, Any]) -> None:
+        """Write (or replace) the row of one attempt; keys as in schema.MANIFEST."""
+        self.write_bytes(f"{self.root}/manifest/{row['attempt']}.json", (json.dumps(row, indent=1) + "\n").encode())

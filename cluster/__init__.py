@@ -1,0 +1,1 @@
+"""Where and when: Ray, and rented machines. Imports capture inside actors only, so that actor modules import fast."""

@@ -1,0 +1,75 @@
+"""The `pairscope` command: one group, one verb per job. A verb's module is imported only when it is asked for."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+import click
+
+# verb -> (module:function, one line for --help). Kept here so that `pairscope --help` imports nothing heavy.
+VERBS: dict[str, tuple[str, str]] = {
+    "capture": ("capture.cli:capture", "Capture one pair in this process, without Ray."),
+    "sweep": ("cluster.cli:sweep", "Capture all pairs of a config through Ray; skips what is complete."),
+    "status": ("analysis.cli:status", "Show every entry of a run directory, its state and its error."),
+    "sql": ("analysis.cli:sql", "Ask a run directory in SQL."),
+    "catalog": ("analysis.cli:catalog", "Write a .duckdb file of views over a run directory."),
+    "report": ("analysis.cli:report", "Summarise metrics per prompt, layer and token, with hotspots."),
+    "grid": ("analysis.cli:grid", "One layer x token grid as a table, CSV, Parquet or PNG."),
+    "doctor": ("capture.cli:doctor", "Show what this machine has."),
+}
+
+
+class Verbs(click.Group):
+    """A click group that loads a verb's module on first use."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in VERBS:
+            return None
+        module, function = VERBS[name][0].split(":")
+        command: click.Command = getattr(importlib.import_module(module), function)
+        return command
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and args[0] not in VERBS:
+            import difflib
+
+            near = difflib.get_close_matches(args[0], VERBS, n=1)
+            hint = f" Did you mean '{near[0]}'?" if near else " See 'pairscope --help'."
+            ctx.fail(f"No such verb '{args[0]}'.{hint}")
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Verbs"):
+            formatter.write_dl([(verb, line) for verb, (_, line) in VERBS.items()])
+
+
+@click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="pairscope")
+def cli() -> None:
+    """Compare a base language model with its fine-tune, layer by layer and token by token.
+
+    \b
+    Start here:
+      pairscope sweep configs/demo.yaml --out out/demo
+      pairscope status out/demo
+      pairscope sql out/demo "SELECT layer, avg(kl_divergence) FROM pairwise GROUP BY layer ORDER BY layer"
+    """
+
+
+def main() -> None:
+    """Run the command line; a user's error is one line on stderr and its exit code, a bug keeps its traceback."""
+    from capture.errors import PairscopeError
+
+    try:
+        cli(prog_name="pairscope")
+    except PairscopeError as error:
+        click.echo(f"pairscope: {type(error).__name__}: {error}", err=True)
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()
