@@ -1,24 +1,36 @@
 """The config: one `residual_compare` block of YAML, validated once into frozen objects.
 
 A user's file -> `load_config` -> `Config` -> `Config.entries()` -> `Entry`, which is all that a capture needs to know.
+The blocks are in capture/settings.py, the way from a block to its entries in capture/entries.py.
 """
 
 from __future__ import annotations
 
-import difflib
 import json
+import logging
 import os
-import re
+import typing
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ValidationError
 
+from capture.entries import BLOCK, Config, Entry
 from capture.errors import ConfigError
+from capture.fields import masked, near
+from capture.passes import FOUR_PASSES, Comparison, MultiPass, Owner, Pass
+from capture.settings import Batching, Lens, LocalRun, Output, Settings, SweepEntry
 
-Owner = Literal["base", "sft"]
+__all__ = [
+    "ENV_OVERRIDES", "FOUR_PASSES", "Batching", "Comparison", "Config", "Entry", "Lens", "LocalRun", "MultiPass", "Output",
+    "Owner", "Pass", "Settings", "SweepEntry", "load_config",
+]  # fmt: skip
+
+log = logging.getLogger(__name__)
+
+# variable -> the block's key that it replaces; *_KWARGS hold JSON objects, an empty variable counts as not set
 ENV_OVERRIDES = {
     "RESIDUAL_BASE_MODEL": "base_model",
     "RESIDUAL_SFT_MODEL": "sft_model",
@@ -29,296 +41,225 @@ ENV_OVERRIDES = {
     "RESIDUAL_TOKENIZER_KWARGS": "tokenizer_kwargs",
     "RESIDUAL_MODEL_KWARGS": "model_kwargs",
 }
+_TRUE, _FALSE = {"true", "1", "yes", "on"}, {"false", "0", "no", "off"}
 
 
-class Frozen(BaseModel):
-    """A validated, immutable block of the config; unknown keys are errors."""
+def load_config(path: str | os.PathLike[str] | None = None, environ: Mapping[str, str] = os.environ) -> Config:
+    """Read, override from the environment and validate a config.
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
-
-
-class Pass(Frozen):
-    """One way through the pair (the seed's "run"): whose embeddings, whose blocks, whose unembedding."""
-
-    name: str = Field(min_length=1, description="name of the pass; BB, BS, SB and SS are the canonical four")
-    model: Owner = Field(description="whose blocks: base or sft")
-    embedding_source: Owner | None = Field(None, description="whose embeddings; the blocks' model when left out")
-    unembedding_source: Owner | None = Field(None, description="whose unembedding; the blocks' model when left out")
-
-    @property
-    def embeddings(self) -> Owner:
-        return self.embedding_source or self.model
-
-    @property
-    def unembedding(self) -> Owner:
-        return self.unembedding_source or self.model
-
-
-class Comparison(Frozen):
-    """An ordered pair of passes: differences are sft_run minus base_run."""
-
-    base_run: str = Field(description="the pass subtracted")
-    sft_run: str = Field(description="the pass subtracted from")
-
-    @property
-    def name(self) -> str:
-        return f"{self.base_run}-{self.sft_run}"
-
-
-FOUR_PASSES = (
-    Pass(name="BB", model="base", embedding_source="base"),
-    Pass(name="BS", model="sft", embedding_source="base"),
-    Pass(name="SB", model="base", embedding_source="sft"),
-    Pass(name="SS", model="sft", embedding_source="sft"),
-)
-
-
-class MultiPass(Frozen):
-    """The passes of a capture and the comparisons between them."""
-
-    enabled: bool = Field(True, description="true: the passes below; false: one comparison per embedding variant")
-    runs: tuple[Pass, ...] = Field(FOUR_PASSES, description="the passes; the canonical four by default")
-    pairwise_differences: tuple[Comparison, ...] | None = Field(
-        None, description="pairs of passes, as [BB, SS]; all pairs in order by default"
-    )
-
-    @field_validator("runs", mode="before")
-    @classmethod
-    def _names(cls, value: Any) -> Any:
-        canonical = {p.name: p for p in FOUR_PASSES}
-        if isinstance(value, list):
-            return [canonical[v] if isinstance(v, str) and v in canonical else v for v in value]
-        return FOUR_PASSES if value is None else value
-
-    @field_validator("pairwise_differences", mode="before")
-    @classmethod
-    def _pairs(cls, value: Any) -> Any:
-        def pair(v: Any) -> Any:
-            if isinstance(v, str) and v.count("-") == 1:
-                v = v.split("-")
-            if isinstance(v, list | tuple) and len(v) == 2:
-                return {"base_run": v[0], "sft_run": v[1]}
-            return v
-
-        return [pair(v) for v in value] if isinstance(value, list | tuple) else value
-
-    @model_validator(mode="after")
-    def _consistent(self) -> MultiPass:
-        names = [p.name for p in self.runs]
-        if not names:
-            raise ValueError("at least one run is needed; leave the key out for BB, BS, SB, SS")
-        if len(set(names)) < len(names):
-            raise ValueError(f"two runs share a name: {names}")
-        for c in self.pairwise_differences or ():
-            for name in (c.base_run, c.sft_run):
-                if name not in names:
-                    raise ValueError(f"pairwise_differences names the run '{name}', which is not one of {names}")
-        return self
-
-    def comparisons(self) -> tuple[Comparison, ...]:
-        if self.pairwise_differences is not None:
-            return self.pairwise_differences
-        names = [p.name for p in self.runs]
-        return tuple(Comparison(base_run=a, sft_run=b) for i, a in enumerate(names) for b in names[i + 1 :])
-
-
-class Swap(Frozen):
-    """Which embeddings and unembedding one side of an embedding variant uses."""
-
-    embedding_source: Owner | None = Field(None, description="whose embeddings; the side's own when left out")
-    unembedding_source: Owner | None = Field(None, description="whose unembedding; the side's own when left out")
-
-
-class EmbeddingVariant(Frozen):
-    """One single comparison: the base side and the sft side, each with its swaps."""
-
-    name: str = Field(min_length=1, description="name of the variant")
-    base: Swap = Field(Swap(), description="swaps of the base side")
-    sft: Swap = Field(Swap(), description="swaps of the sft side")
-
-
-class Lens(Frozen):
-    """The logit lens: what is read out of a state through the unembedding."""
-
-    enabled: bool = Field(True, description="false skips logits, entropies, KL and top-k, and their cost")
-    norm: Literal["final", "none"] = Field(
-        "final", description="final: the final norm goes before the unembedding; none: the raw state, as the seed did"
-    )
-    layers: Literal["all"] | int | tuple[int, ...] = Field(
-        "all", description="all; n for every n-th layer and the last; or a list of layers (negative from the end: -1 = L)"
-    )
-
-    @field_validator("layers")
-    @classmethod
-    def _positive(cls, value: Any) -> Any:
-        if isinstance(value, int) and value < 1:
-            raise ValueError("every n-th layer needs n >= 1")
-        return value
-
-
-class Batching(Frozen):
-    """How prompts are put together. Passes of one comparison always run at equal batch shapes."""
-
-    padding: Literal["none", "right", "left"] = Field(
-        "none", description="none: only prompts of equal length share a batch; right, left: pad to the longest"
-    )
-    max_tokens: int = Field(4096, ge=1, description="tokens per batch, counted once for the pair of passes")
-
-
-class Output(Frozen):
-    """How tables are written."""
-
-    compression_level: int = Field(3, ge=1, le=22, description="zstd level; 9 gained nothing over 3")
-    topk: bool = Field(True, description="false leaves out the top-k tables, nine tenths of the bytes")
-
-
-class AllowedPair(Frozen):
-    """A pair that may run on the local GPU, and the settings it must run with."""
-
-    base: str = Field(description="base model of the pair")
-    sft: str = Field(description="sft model of the pair")
-    device: str | None = Field(None, description="device to use instead of the config's")
-    dtype: str | None = Field(None, description="dtype to use instead of the config's")
-    tokenizer: str | None = Field(None, description="tokenizer to use instead of the config's")
-    tokenizer_kwargs: dict[str, Any] | None = Field(None, description="tokenizer_kwargs to use instead")
-    model_kwargs: dict[str, Any] | None = Field(None, description="model_kwargs to use instead")
-    notes: str | None = Field(None, description="for people")
-
-
-class LocalRun(Frozen):
-    """Guards for runs on one's own GPU. Nothing falls back: a check that fails stops the run."""
-
-    enabled: bool = Field(False, description="true: every check below must pass before anything loads")
-    min_vram_gb: float = Field(0, ge=0, description="least total memory of the GPU, GiB")
-    require_gpu_name_substring: str | None = Field(None, description="text that the GPU's name must hold, any case")
-    cuda_device_index: int = Field(0, ge=0, description="which CUDA device")
-    allowed_pairs: tuple[AllowedPair, ...] = Field((), description="the only pairs that may run")
-
-
-class SweepEntry(Frozen):
-    """One pair of the sweep. What is left out is taken from the block above it."""
-
-    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$", description="name; part of paths")
-    base_model: str = Field(description="hub id or directory of the base checkpoint")
-    sft_model: str = Field(description="hub id or directory of the fine-tuned checkpoint")
-    tokenizer: str | None = Field(None, description="the one tokenizer of both; the sft model's when left out")
-    tokenizer_kwargs: dict[str, Any] | None = Field(None, description="passed to AutoTokenizer.from_pretrained")
-    model_kwargs: dict[str, Any] | None = Field(None, description="passed to AutoModelForCausalLM.from_pretrained")
-    base_revision: str | None = Field(None, description="branch, tag or commit of the base model")
-    sft_revision: str | None = Field(None, description="branch, tag or commit of the sft model")
-    device: str | None = Field(None, description="cuda, cuda:1, cpu")
-    dtype: str | None = Field(None, description="auto, float32, bfloat16, float16")
-    mode: Literal["auto", "resident", "streamed"] | None = Field(None, description="mode of this entry")
-    gpus: float | None = Field(None, ge=0, description="GPUs to ask Ray for; by default 1 where the device is CUDA")
-    accelerator_type: str | None = Field(None, description="Ray's accelerator type to ask for, such as H100")
-    estimated_vram_gb: float | None = Field(None, ge=0, description="for people; the plan does its own arithmetic")
-    notes: str | None = Field(None, description="for people")
-
-
-class Settings(Frozen):
-    """The `residual_compare` block."""
-
-    base_model: str | None = Field(None, description="hub id or directory of the base checkpoint")
-    sft_model: str | None = Field(None, description="hub id or directory of the fine-tuned checkpoint")
-    base_revision: str | None = Field(None, description="branch, tag or commit of the base model")
-    sft_revision: str | None = Field(None, description="branch, tag or commit of the sft model")
-    tokenizer: str | None = Field(None, description="the one tokenizer of both; the sft model's when left out")
-    tokenizer_kwargs: dict[str, Any] = Field({}, description="passed to AutoTokenizer.from_pretrained")
-    model_kwargs: dict[str, Any] = Field({}, description="passed to AutoModelForCausalLM.from_pretrained")
-    device: str | None = Field(None, description="cuda, cuda:1, cpu; null takes CUDA where there is one, else the CPU")
-    dtype: str = Field("auto", description="auto (as the checkpoint says), float32, bfloat16, float16")
-    top_k: int = Field(20, ge=1, le=1000, description="length of the top-k lists")
-    prompts: tuple[str, ...] = Field((), description="prompts, inline")
-    prompt_file: str | None = Field(None, description="file with a prompt a line; blank lines are skipped")
-    trim_prompts: bool | None = Field(
-        None, description="trim all prompts to the shortest one's tokens; by default for a file named prod_prompts.txt"
-    )
-    add_special_tokens: bool = Field(True, description="let the tokenizer add its own BOS and the like")
-    prompt_variants: tuple[str, ...] = Field(("identity",), description="which variants of each prompt to capture")
-    prompt_variant_options: dict[str, dict[str, Any]] = Field({}, description="options by variant")
-    tracked_token_ids: tuple[int, ...] = Field((), description="ids whose logits are kept for every cell")
-    tracked_token_strings: tuple[str, ...] = Field((), description="tokens in the tokenizer's own spelling, likewise")
-    interesting_token_map: dict[str, str] = Field({}, description="label: token, likewise")
-    embedding_variants: tuple[EmbeddingVariant, ...] = Field(
-        (EmbeddingVariant(name="default"),), description="the comparisons made when multi_pass is off"
-    )
-    multi_pass: MultiPass = Field(MultiPass(), description="the passes and their comparisons")
-    model_sweep: tuple[SweepEntry, ...] = Field((), description="the pairs of the sweep")
-    local_run: LocalRun = Field(LocalRun(), description="guards for one's own GPU")
-    lens: Lens = Field(Lens(), description="the logit lens")
-    mode: Literal["auto", "resident", "streamed"] = Field(
-        "auto", description="resident keeps both models, streamed a few layers; auto: resident where it fits easily"
-    )
-    batching: Batching = Field(Batching(), description="how prompts are batched")
-    output: Output = Field(Output(), description="how tables are written")
-    noise_floor: bool = Field(True, description="measure what batching alone changes, on one prompt")
-    gpus: float | None = Field(None, ge=0, description="GPUs to ask Ray for; by default 1 where the device is CUDA")
-    accelerator_type: str | None = Field(None, description="Ray's accelerator type to ask for, such as H100")
-    device_memory_gib: float | None = Field(None, gt=0, description="cap on device memory, for shared cards and tests")
-    allow_pickle: bool = Field(False, description="accept .bin checkpoints; they can run any code when opened")
-
-    @field_validator(
-        "prompts", "prompt_variants", "tracked_token_ids", "tracked_token_strings", "embedding_variants", "model_sweep",
-        "tokenizer_kwargs", "model_kwargs", "prompt_variant_options", "interesting_token_map", "multi_pass", "local_run",
-        "lens", "batching", "output", mode="before",
-    )  # fmt: skip
-    @classmethod
-    def _null_is_default(cls, value: Any, info: Any) -> Any:
-        return cls.model_fields[info.field_name].default if value is None else value
-
-    @field_validator("dtype")
-    @classmethod
-    def _dtype(cls, value: str) -> str:
-        return check_dtype(value)
-
-
-DTYPES = {"auto": "auto", "float32": "float32", "fp32": "float32", "bfloat16": "bfloat16", "bf16": "bfloat16",
-          "float16": "float16", "fp16": "float16", "half": "float16"}  # fmt: skip
-
-
-def check_dtype(value: str) -> str:
-    name = str(value).removeprefix("torch.")
-    if name not in DTYPES:
-        raise ValueError(f"expected one of {sorted(set(DTYPES.values()))}")
-    return DTYPES[name]
-
-
-class Entry(Frozen):
-    """All that the capture of one pair needs to know; picklable, and the same on every machine.
-
-    `config_file` and `base_dir` are where relative paths start; they are not part of the capture's identity.
+    `path` None: `DEV_MODE` (default true) chooses configs/dev_config.yaml or configs/prod_config.yaml, looked for from the
+    current directory upwards and then next to the package. Raises ConfigError that names file, line, key, value and what
+    was expected, for all errors at once, one a line. Model paths and prompts are looked at by `Config.entries`.
     """
+    file = Path(os.path.abspath(Path(path).expanduser())) if path is not None else _default_config(environ)
+    data, root = _read_yaml(file)
+    if not isinstance(data, dict) or BLOCK not in data:
+        keys = [str(k) for k in data] if isinstance(data, dict) else []
+        raise ConfigError(f"{file}: no top-level key '{BLOCK}'{_near_key(keys)}; put the settings under it")
+    block = {} if data[BLOCK] is None else data[BLOCK]
+    if not isinstance(block, dict):
+        raise ConfigError(f"{file}:{_line(root, (BLOCK,))}: {BLOCK}: got {_shown(block, ())}; expected keys and values")
+    overrides = _overrides(environ)
+    overridden = {key: variable for key, (variable, _) in overrides.items()}
+    try:
+        settings = Settings.model_validate(block | {key: value for key, (_, value) in overrides.items()})
+    except ValidationError as error:
+        found = sorted(error.errors(), key=lambda e: _line(root, (BLOCK, *e["loc"])))
+        raise ConfigError("\n".join(_message(e, file, root, overridden) for e in found)) from None
+    if overridden:
+        log.info("%s: from the environment: %s", file, ", ".join(f"{v} -> {k}" for k, v in overridden.items()))
+    own = [v for k, v in overridden.items() if k in ("base_model", "sft_model", "tokenizer")]
+    if own and settings.model_sweep:
+        log.warning("%s set the block's own pair; the %d entries of model_sweep keep theirs", ", ".join(own),
+                    len(settings.model_sweep))  # fmt: skip
+    return Config(settings, file, overridden)
 
-    name: str
-    base_model: str
-    sft_model: str
-    base_revision: str | None = None
-    sft_revision: str | None = None
-    tokenizer: str
-    tokenizer_kwargs: dict[str, Any] = {}
-    model_kwargs: dict[str, Any] = {}
-    device: str | None = None
-    dtype: str = "auto"
-    mode: Literal["auto", "resident", "streamed"] = "auto"
-    top_k: int = 20
-    prompts: tuple[str, ...]
-    trim_prompts: bool = False
-    add_special_tokens: bool = True
-    prompt_variants: tuple[str, ...] = ("identity",)
-    prompt_variant_options: dict[str, dict[str, Any]] = {}
-    tracked_token_ids: tuple[int, ...] = ()
-    tracked_token_strings: tuple[str, ...] = ()
-    interesting_token_map: dict[str, str] = {}
-    passes: tuple[Pass, ...] = FOUR_PASSES
-    comparisons: tuple[Comparison, ...] = MultiPass().comparisons()
-    embedding_variants: dict[str, str] = {}
-    lens: Lens = Lens()
-    batching: Batching = Batching()
-    output: Output = Output()
-    noise_floor: bool = True
-    local_run: LocalRun = LocalRun()
-    gpus: float | None = None
-    accelerator_type: str | None = None
-    device_memory_gib: float | None = None
-    allow_pickle: bool = False
-    notes: str | None = None
+
+def _default_config(environ: Mapping[str, str]) -> Path:
+    mode = environ.get("DEV_MODE", "").strip().lower() or "true"
+    if mode not in _TRUE | _FALSE:
+        raise ConfigError(f"DEV_MODE is '{environ['DEV_MODE']}'; expected true or false")
+    name = "dev_config.yaml" if mode in _TRUE else "prod_config.yaml"
+    here = Path.cwd()
+    for directory in (here, *here.parents, Path(__file__).resolve().parents[1]):
+        if (directory / "configs" / name).is_file():
+            return directory / "configs" / name
+    raise ConfigError(f"no configs/{name} in {here} or above it; name a config file, or go to the project's directory")
+
+
+# -- YAML ------------------------------------------------------------------------------------------------------------
+
+
+def _read_yaml(file: Path) -> tuple[Any, yaml.Node | None]:
+    """The file's data, and its node tree, which knows the lines."""
+    try:
+        loader = yaml.SafeLoader(file.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        beside = [p.name for p in file.parent.glob("*.y*ml")] if file.parent.is_dir() else []
+        raise ConfigError(f"no config file '{file}'{near(file.name, beside)}") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"cannot read the config '{file}': {error}") from error
+    try:
+        root = loader.get_single_node()
+        data = loader.construct_document(root) if root is not None else None
+        _reject_duplicates(file, root)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark  # not str(error): it quotes the line, which may hold a secret
+        raise ConfigError(f"{file}:{mark.line + 1 if mark else '?'}: YAML: {error.problem or error.context}") from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError(f"{file}: YAML: {' '.join(str(error).split())}") from None
+    finally:
+        loader.dispose()
+    return data, root
+
+
+def _reject_duplicates(file: Path, root: yaml.Node | None) -> None:
+    """YAML readers let the last of two equal keys win without a word; here that is an error."""
+
+    def walk(node: yaml.Node, path: tuple[str | int, ...]) -> None:
+        if isinstance(node, yaml.SequenceNode):
+            for i, item in enumerate(node.value):
+                walk(item, (*path, i))
+        elif isinstance(node, yaml.MappingNode):
+            lines: dict[str, int] = {}
+            for key, value in node.value:
+                here = key.start_mark.line + 1
+                if key.value in lines:
+                    raise ConfigError(
+                        f"{file}:{here}: {_key((*path, key.value))}: the key is there already, at line {lines[key.value]}"
+                    )
+                lines[str(key.value)] = here
+                if path or key.value == BLOCK:  # other top-level blocks are not ours
+                    walk(value, (*path, str(key.value)))
+
+    if root is not None:
+        walk(root, ())
+
+
+def _line(node: yaml.Node | None, path: tuple[str | int, ...]) -> int:
+    """The line of a key, or of the nearest one above it that is in the file."""
+    line = node.start_mark.line + 1 if node is not None else 1
+    for part in path:
+        if isinstance(node, yaml.MappingNode):
+            pair = next(((k, v) for k, v in node.value if k.value == str(part)), None)
+        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
+            pair = (node.value[part], node.value[part])
+        else:
+            pair = None
+        if pair is None:
+            return line
+        line, node = pair[0].start_mark.line + 1, pair[1]
+    return line
+
+
+# -- environment -----------------------------------------------------------------------------------------------------
+
+
+def _overrides(environ: Mapping[str, str]) -> dict[str, tuple[str, Any]]:
+    """The block's key -> (variable, value)."""
+    found: dict[str, tuple[str, Any]] = {}
+    for variable, key in ENV_OVERRIDES.items():
+        text = environ.get(variable, "")
+        if not text.strip():
+            continue
+        value: Any = text
+        if key.endswith("_kwargs"):  # the text is never shown: it may hold a token
+            try:
+                value = json.loads(text)
+            except ValueError as error:
+                reason = f"{error.msg} at character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else "?"
+                raise ConfigError(
+                    f"{variable}: not JSON ({reason}); expected an object such as '{{\"key\": 1}}'"
+                ) from None
+            if not isinstance(value, dict):
+                raise ConfigError(f"{variable}: expected a JSON object such as '{{\"key\": 1}}'")
+        found[key] = (variable, value)
+    return found
+
+
+# -- messages --------------------------------------------------------------------------------------------------------
+
+_EXPECTED = {
+    "string_type": "text (in quotes, if it looks like a number, a date or true)",
+    "int_type": "a whole number",
+    "int_parsing": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "float_parsing": "a number",
+    "bool_type": "true or false",
+    "bool_parsing": "true or false",
+    "tuple_type": "a list",
+    "dict_type": "keys and values",
+    "model_type": "keys and values",
+    "string_too_short": "text that is not empty",
+    "invalid_key": "a key that is text (in quotes)",
+    "invalid-json-value": "text, a number, true, false, null, a list, or keys and values (a date in quotes)",
+}
+
+
+def _message(error: Any, file: Path, root: yaml.Node | None, overridden: Mapping[str, str]) -> str:
+    """One line for one validation error: where, which key, what was found, what was expected."""
+    loc, kind, value = tuple(error["loc"]), error["type"], error["input"]
+    path = (BLOCK, *loc)
+    where = f"{overridden[loc[0]]} (environment)" if loc and loc[0] in overridden else f"{file}:{_line(root, path)}"
+    text = f"{where}: {_key(path)}: "
+    if kind == "extra_forbidden":
+        known = list(_model_at(loc[:-1]).model_fields)
+        return text + f"unknown key{near(str(loc[-1]), known) or '; expected one of ' + ', '.join(known)}"
+    if kind == "missing":
+        description = _model_at(loc[:-1]).model_fields[str(loc[-1])].description
+        return text + f"missing; expected {description}"
+    if kind == "value_error":
+        return text + str(error["ctx"]["error"])
+    if kind == "literal_error":
+        expected = error["ctx"]["expected"].replace("'", "")
+    elif kind == "string_pattern_mismatch":
+        signs = ". _ + -" if "-]" in error["ctx"]["pattern"] else ". _ +"
+        expected = f"letters, digits and {signs}, a letter or digit first"
+    elif kind in ("greater_than", "greater_than_equal", "less_than_equal"):
+        expected = "a number " + error["msg"].removeprefix("Input should be ")
+    else:
+        expected = _EXPECTED.get(kind) or error["msg"].removeprefix("Input should be ")
+    return text + f"got {_shown(value, loc)}; expected {expected}"
+
+
+def _key(path: tuple[str | int, ...]) -> str:
+    text = ""
+    for part in path:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else str(part)
+    return text
+
+
+def _shown(value: Any, loc: tuple[str | int, ...]) -> str:
+    """A value as a message shows it: short, containers by kind, secrets not at all."""
+    if isinstance(value, dict | list | tuple):
+        return "keys and values" if isinstance(value, dict) else "a list"
+    if any(str(part).endswith("_kwargs") for part in loc):
+        if str(loc[-1]).endswith("_kwargs"):
+            return f"{type(value).__name__}"  # one text instead of keys and values may hold anything
+        value = masked(value, next((str(p) for p in reversed(loc) if isinstance(p, str)), ""))
+    shown = json.dumps(value, ensure_ascii=False, default=str)
+    shown = f"'{shown[1:-1]}'" if isinstance(value, str) else shown
+    return shown if len(shown) <= 80 else shown[:77] + "..."
+
+
+def _model_at(loc: tuple[str | int, ...]) -> type[BaseModel]:
+    """The block of the config that a location lies in."""
+    model: type[BaseModel] = Settings
+    for part in loc:
+        if isinstance(part, str) and part in model.model_fields:
+            model = _block_in(model.model_fields[part].annotation) or model
+    return model
+
+
+def _block_in(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((m for a in typing.get_args(annotation) if (m := _block_in(a)) is not None), None)
+
+
+def _near_key(keys: list[str]) -> str:
+    import difflib
+
+    match = difflib.get_close_matches(BLOCK, keys, n=1)
+    return f" (the nearest is '{match[0]}')" if match else ""

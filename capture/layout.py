@@ -1,8 +1,8 @@
 """The run directory: where everything lies, on a local path or any URI that pyarrow.fs opens, and what counts as complete.
 
-    OUT/captures/pair=<entry>/capture=<id>/{capture.json, <table>-*.parquet, _COMPLETE}
-    OUT/manifest/<attempt>.json      one row per attempt
-    OUT/logs/<entry>/<attempt>.log
+OUT/captures/pair=<entry>/capture=<id>/{capture.json, <table>-*.parquet, _COMPLETE}
+OUT/manifest/<attempt>.json      one row per attempt
+OUT/logs/<entry>/<attempt>.log
 """
 
 from __future__ import annotations
@@ -116,7 +116,9 @@ class RunDir:
         if marker is None:
             return False
         infos = self.fs.get_file_info([f"{path}/{f['name']}" for f in marker["files"]])
-        return all(i.type == fs.FileType.File and i.size == f["bytes"] for i, f in zip(infos, marker["files"], strict=True))
+        return all(
+            i.type == fs.FileType.File and i.size == f["bytes"] for i, f in zip(infos, marker["files"], strict=True)
+        )
 
     def captures(self, include_partial: bool = False) -> Iterator[CaptureDir]:
         """The complete captures, by pair and id. A marker of another schema version is an error that names it."""

@@ -44,7 +44,9 @@ RUN = Column("run", "category", "pass: first letter whose embeddings, second who
 BASE_RUN = Column("base_run", "category", "first pass of the comparison, the one subtracted")
 SFT_RUN = Column("sft_run", "category", "second pass of the comparison, the one subtracted from")
 LAYER = Column(
-    "layer", "int16", "-1: state entering block 0; 0..L-1: output of block l, before any final norm; L: after the final norm"
+    "layer",
+    "int16",
+    "-1: state entering block 0; 0..L-1: output of block l, before any final norm; L: after the final norm",
 )
 POSITION = Column("position", "int32", "token position in the prompt, from 0")
 

@@ -1,0 +1,103 @@
+"""The two small tables that come from JSON, not Parquet: one row per capture, one row per attempt."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from analysis.views import CAPTURES, MANIFEST_VIEW, View
+from capture.errors import StoreError
+from capture.layout import MARKER, CaptureDir, RunDir
+
+if TYPE_CHECKING:
+    import pyarrow
+
+# column of `captures` -> where capture.json may say it, first found wins; a dot goes into a block
+_WHERE = {
+    "base_model": ("base_model", "base.model", "config.base_model", "entry.base_model"),
+    "sft_model": ("sft_model", "sft.model", "config.sft_model", "entry.sft_model"),
+    "base_revision": ("base_revision", "base.revision", "revisions.base"),
+    "sft_revision": ("sft_revision", "sft.revision", "revisions.sft"),
+    "tokenizer": ("tokenizer.name", "tokenizer", "config.tokenizer", "entry.tokenizer"),
+    "dtype": ("dtype", "numerics.dtype", "config.dtype", "entry.dtype"),
+    "mode": ("mode",),
+    "device": ("device",),
+    "gpu": ("gpu",),
+    "n_layers": ("n_layers",),
+    "n_prompts": ("n_prompts",),
+    "n_tokens": ("n_tokens",),
+    "peak_memory_bytes": ("peak_memory_bytes",),
+}
+
+
+def captures_table(run: RunDir, captures: list[CaptureDir]) -> pyarrow.Table:
+    """One row per capture, columns of views.CAPTURES. A capture.json that is missing or broken leaves nulls."""
+    return _table(CAPTURES, [_capture_row(run, c) for c in captures])
+
+
+def manifest_table(run: RunDir) -> pyarrow.Table:
+    """One row per attempt, columns of schema.MANIFEST; keys that a row lacks are null, others are left out."""
+    return _table(MANIFEST_VIEW, run.manifest_rows())
+
+
+def _capture_row(run: RunDir, capture: CaptureDir) -> dict[str, Any]:
+    complete = not capture.marker.get("partial", False)
+    row: dict[str, Any] = {
+        "pair": capture.pair,
+        "capture": capture.capture,
+        "complete": complete,
+        "path": capture.path,
+        "bytes": sum(f["bytes"] for f in capture.marker["files"]) if complete else None,
+    }
+    if complete:
+        row["written"] = run.fs.get_file_info(f"{capture.path}/{MARKER}").mtime
+    try:
+        text = run.read_bytes(f"{capture.path}/capture.json").decode()
+        said = json.loads(text)
+    except (OSError, ValueError):
+        return row
+    if not isinstance(said, dict):
+        return row
+    row["json"] = text
+    for column, places in _WHERE.items():
+        row[column] = next((v for v in (_dig(said, p) for p in places) if isinstance(v, str | int | float)), None)
+    seconds = said.get("seconds")
+    if isinstance(seconds, Mapping):
+        stages = {k: v for k, v in seconds.items() if isinstance(v, int | float)}
+        seconds = stages.get("total", sum(stages.values()))
+    row["seconds"] = seconds if isinstance(seconds, int | float) else None
+    return row
+
+
+def _dig(said: Any, path: str) -> Any:
+    for key in path.split("."):
+        said = said.get(key) if isinstance(said, Mapping) else None
+    return said
+
+
+def _table(view: View, rows: list[dict[str, Any]]) -> pyarrow.Table:
+    import pyarrow as pa
+
+    types = {"string": pa.string(), "category": pa.string(), "bool": pa.bool_(), "int64": pa.int64(),
+             "float64": pa.float64(), "timestamp": pa.timestamp("us")}  # fmt: skip
+    columns = {}
+    for column in view.columns:
+        try:
+            values = [_value(column.type, row.get(column.name)) for row in rows]
+            columns[column.name] = pa.array(values, type=types[column.type])
+        except (ValueError, TypeError, pa.ArrowException) as error:
+            raise StoreError(f"a row of '{view.name}' has a wrong value of '{column.name}': {error}") from error
+    return pa.table(columns)
+
+
+def _value(kind: str, value: Any) -> Any:
+    if value is None:
+        return None
+    if kind in ("string", "category"):
+        return value if isinstance(value, str) else json.dumps(value)
+    if kind == "timestamp":
+        time = datetime.datetime.fromisoformat(value) if isinstance(value, str) else value
+        return time.astimezone(datetime.UTC).replace(tzinfo=None) if time.tzinfo else time
+    return value

@@ -1,0 +1,76 @@
+"""Metrics by name: which view holds one, and what it means. A metric is any number of `runs` or of `pairwise_full`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from analysis.errors import QueryError, near
+from analysis.views import BY_VIEW
+from capture.schema import Column
+
+RecordType = Literal["runs", "pairwise"]
+RECORD_TYPES: tuple[RecordType, ...] = ("runs", "pairwise")
+DEFAULT_METRIC: dict[RecordType, str] = {"runs": "norm", "pairwise": "kl_divergence"}
+_NUMBERS = ("float32", "float64", "bool")
+_KEYS = {"layer", "position", "prompt_idx"}
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One number per cell. view: the cheapest view that has it; sql: an expression of type DOUBLE in it.
+
+    label: the expression that names what a cell belongs to: a pass (`run`) or a comparison (`comparison`).
+    """
+
+    name: str
+    record_type: RecordType
+    view: str
+    sql: str
+    label: str
+    unit: str
+    doc: str
+
+
+def _metric(record_type: RecordType, view: str, column: Column) -> Metric:
+    label = "run" if record_type == "runs" else "comparison"
+    return Metric(column.name, record_type, view, f"{column.name}::DOUBLE", label, column.unit, column.doc)
+
+
+def metrics(record_type: RecordType) -> dict[str, Metric]:
+    """All metrics of a record type by name; those of `pairwise` come from it where they can, else `pairwise_full`."""
+    if record_type not in RECORD_TYPES:
+        raise QueryError(f"no record type '{record_type}'. {near(record_type, RECORD_TYPES)}")
+    found: dict[str, Metric] = {}
+    for view in ("runs",) if record_type == "runs" else ("pairwise", "pairwise_full"):
+        for column in BY_VIEW[view].columns:
+            if column.type in _NUMBERS and column.name not in _KEYS and column.name not in found:
+                found[column.name] = _metric(record_type, view, column)
+    return found
+
+
+def find_metric(record_type: RecordType, name: str) -> Metric:
+    """The metric of that name, or a QueryError that names the near ones."""
+    known = metrics(record_type)
+    if name not in known:
+        other: RecordType = "pairwise" if record_type == "runs" else "runs"
+        also = f" It is a metric of --record-type {other}." if name in metrics(other) else ""
+        raise QueryError(f"no metric '{name}' for record type '{record_type}'. {near(name, known)}{also}")
+    return known[name]
+
+
+LOGIT_SOURCES = ("base", "sft", "diff")
+
+
+def logit_metric(record_type: RecordType, token_id: int, source: str = "diff") -> Metric:
+    """The lens logit of one tracked token: of a pass, or of a comparison's base side, sft side or their difference."""
+    if source not in LOGIT_SOURCES:
+        raise QueryError(f"no logit source '{source}'. {near(source, LOGIT_SOURCES)}")
+    if record_type == "runs":
+        view, column, label, doc = "tracked", "logit", "run", "lens logit"
+    else:
+        view, column, label = "tracked_pairwise", source, "comparison"
+        doc = {"base": "lens logit in base_run", "sft": "lens logit in sft_run", "diff": "lens logit, sft_run - base_run"}[source]
+    name = f"logit {int(token_id)}" + ("" if record_type == "runs" else f" {source}")
+    table = f"(SELECT * FROM {view} WHERE token_id = {int(token_id)})"
+    return Metric(name, record_type, table, f"{column}::DOUBLE", label, "logit", f"{doc} of token {int(token_id)}")

@@ -1,0 +1,236 @@
+"""The report: per prompt its length, what is known of it, statistics per layer or token, hotspots, tracked logits."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from analysis.grids import check_tracked
+from analysis.metrics import DEFAULT_METRIC, Metric, RecordType, find_metric, logit_metric
+from analysis.select import Filters, check_filters, labels
+from analysis.summaries import (
+    GROUP,
+    Axis,
+    cells_sql,
+    correlation_sql,
+    fetch_rows,
+    prompt_hotspots_sql,
+    statistics_sql,
+)
+from analysis.tables import copy_query
+
+if TYPE_CHECKING:
+    import duckdb
+
+_BATCH = 64  # prompts per query: memory stays small, and row groups hold about ten prompts
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a report is asked for. Metrics are checked when the question is made."""
+
+    metric: Metric
+    second: Metric | None = None
+    logit: Metric | None = None
+    token_id: int | None = None
+    axis: Axis = "layer"
+    top_n: int = 5
+    filters: Filters = Filters()
+
+
+@dataclass
+class MetricPart:
+    """One metric of one section. statistics: a row per layer or position; hotspots: rows of layer, position, token, value."""
+
+    metric: str
+    unit: str
+    statistics: list[dict[str, Any]] = field(default_factory=list)
+    hotspots: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass
+class Section:
+    """One prompt and one comparison or pass. correlation: Pearson, of the two metrics, null where it has no meaning."""
+
+    pair: str
+    capture: str
+    prompt_idx: int
+    variant: str
+    label: str
+    n_tokens: int
+    n_tokens_before_trimming: int
+    text: str
+    metadata: dict[str, Any]
+    metrics: list[MetricPart]
+    correlation: float | None = None
+    tracked: list[dict[str, Any]] = field(default_factory=list)
+
+    def row(self, record_type: RecordType) -> dict[str, Any]:
+        """As one JSON object; the label is called what it is, comparison or run."""
+        out = asdict(self)
+        name = "comparison" if record_type == "pairwise" else "run"
+        return {(name if k == "label" else k): v for k, v in out.items()}
+
+
+def ask(
+    con: duckdb.DuckDBPyConnection,
+    record_type: RecordType = "pairwise",
+    metric: str | None = None,
+    metric2: str | None = None,
+    *,
+    axis: Axis = "layer",
+    top_n: int = 5,
+    token_id: int | None = None,
+    logit_source: str = "diff",
+    filters: Filters = Filters(),  # noqa: B008 (frozen)
+) -> Question:
+    """A checked question: raises QueryError for an unknown metric, filter, logit source or token that is not tracked."""
+    found = find_metric(record_type, metric or DEFAULT_METRIC[record_type])
+    second = find_metric(record_type, metric2) if metric2 else None
+    check_filters(con, filters, found)
+    logit = None
+    if token_id is not None:
+        logit = logit_metric(record_type, token_id, logit_source)
+        check_tracked(con, token_id, filters)
+    return Question(found, second, logit, token_id, axis, top_n, filters)
+
+
+def make_report(con: duckdb.DuckDBPyConnection, question: Question, limit: int | None = None) -> Iterator[Section]:
+    """The sections of a report, by pair, capture, prompt and comparison or pass; at most `limit`, None for all."""
+    where, values = replace(question.filters, label=None).where("''")
+    prompts = fetch_rows(con, f"SELECT * FROM prompts {where} ORDER BY pair, capture, prompt_idx, variant", values)
+    known = {(r["pair"], r["capture"]): r for r in fetch_rows(con, "SELECT * EXCLUDE json FROM captures")}
+    by_capture: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
+    for row in prompts:
+        by_capture[row["pair"], row["capture"]].append(row)
+    made = 0
+    for (pair, capture), rows in by_capture.items():
+        filters = replace(question.filters, pair=pair, capture=capture)
+        names = [filters.label] if filters.label else labels(con, filters, question.metric)
+        metadata = {
+            k: v for k, v in known.get((pair, capture), {}).items() if k in _METADATA and v is not None
+        }
+        while rows and (limit is None or made < limit):
+            wanted = _BATCH if limit is None else min(_BATCH, -(-(limit - made) // max(1, len(names))))
+            batch, rows = rows[:wanted], rows[wanted:]
+            between = (batch[0]["prompt_idx"], batch[-1]["prompt_idx"])
+            parts = _Parts(con, replace(question, filters=replace(filters, between=between)))
+            for prompt in batch:
+                for name in names:
+                    if limit is not None and made >= limit:
+                        return
+                    made += 1
+                    yield parts.section(prompt, str(name), metadata)
+
+
+_METADATA = ("base_model", "sft_model", "dtype", "mode", "device", "n_layers", "complete")
+
+
+class _Parts:
+    """The answers for one batch of prompts, by key; one query for each part of the report."""
+
+    def __init__(self, con: duckdb.DuckDBPyConnection, question: Question) -> None:
+        self.question = question
+        self.metrics = [m for m in (question.metric, question.second, question.logit) if m is not None]
+        self.statistics: list[dict[tuple[Any, ...], list[dict[str, Any]]]] = []
+        self.hotspots: list[dict[tuple[Any, ...], list[dict[str, Any]]]] = []
+        filters = question.filters
+        where, values = replace(filters, label=None).where("''")
+        sql = f"SELECT pair, capture, prompt_idx, variant, position, token FROM tokens {where}"
+        self.tokens = {tuple(r[:-1]): r[-1] for r in con.execute(sql, values).fetchall()}
+        for metric in self.metrics:
+            cells, values = cells_sql(metric, filters)
+            self.statistics.append(_by_key(fetch_rows(con, statistics_sql(cells, question.axis), values)))
+            self.hotspots.append(_by_key(fetch_rows(con, prompt_hotspots_sql(cells, question.top_n), values)))
+        self.correlations: dict[tuple[Any, ...], float | None] = {}
+        if question.second is not None:
+            cells, values = cells_sql(question.metric, filters, question.second)
+            rows = fetch_rows(con, correlation_sql(cells), values)
+            self.correlations = {tuple(r[k] for k in GROUP): r["correlation"] for r in rows}
+        self.tracked = _by_key(_tracked_rows(con, question))
+
+    def section(self, prompt: dict[str, Any], label: str, metadata: dict[str, Any]) -> Section:
+        key = (prompt["pair"], prompt["capture"], prompt["prompt_idx"], prompt["variant"], label)
+        parts = []
+        for i, metric in enumerate(self.metrics):
+            part = MetricPart(metric.name, metric.unit, self.statistics[i].get(key, []), self.hotspots[i].get(key, []))
+            for row in [*part.statistics, *part.hotspots]:
+                if "position" in row:
+                    row["token"] = self.tokens.get((*key[:-1], row["position"]))
+            parts.append(part)
+        return Section(
+            pair=key[0],
+            capture=key[1],
+            prompt_idx=key[2],
+            variant=key[3],
+            label=label,
+            n_tokens=prompt["n_tokens"],
+            n_tokens_before_trimming=prompt["n_tokens_before_trimming"],
+            text=prompt["text"],
+            metadata=metadata,
+            metrics=parts,
+            correlation=self.correlations.get(key),
+            tracked=self.tracked.get(key, []),
+        )
+
+
+def _by_key(rows: list[dict[str, Any]]) -> dict[tuple[Any, ...], list[dict[str, Any]]]:
+    out: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
+    for row in rows:
+        out[tuple(row.pop(k) for k in GROUP)].append(row)
+    return out
+
+
+def _tracked_rows(con: duckdb.DuckDBPyConnection, question: Question) -> list[dict[str, Any]]:
+    """Per prompt, label and tracked token its mean logits, and where it is (or changes) most."""
+    metric, filters = question.metric, question.filters
+    where, values = filters.where(metric.label)
+    if metric.record_type == "runs":
+        view, size = "tracked", "logit"
+        means = "avg(logit) AS mean, min(logit) AS min, max(logit) AS max"
+    else:
+        view, size = "tracked_pairwise", "diff"
+        means = "avg(base) AS base, avg(sft) AS sft, avg(diff) AS diff"
+    hot = f"max(struct_pack(size := abs({size}), minus_layer := -layer, minus_position := -position, value := {size}))"
+    groups = f"pair, capture, prompt_idx, variant, {metric.label}"
+    sql = (
+        f"SELECT {groups} AS label, token_id, token_label, {means}, hot.value AS largest, -hot.minus_layer AS layer, "
+        f"-hot.minus_position AS position\nFROM (\nSELECT {groups}, slot, token_id, tracked.label AS token_label"
+    )
+    del sql
+    return fetch_rows(
+        con,
+        f"SELECT * EXCLUDE (slot, hot), hot.value AS largest, -hot.minus_layer AS layer, -hot.minus_position AS position\n"
+        f"FROM (\n"
+        f"SELECT pair, capture, prompt_idx, variant, label, slot, token_id, name, {means}, {hot} AS hot\n"
+        f"FROM (SELECT * RENAME (label AS name, {metric.label} AS label) FROM {view} {where})\n"
+        f"WHERE isfinite({size})\nGROUP BY ALL\n)\nORDER BY pair, capture, prompt_idx, variant, label, slot",
+        values,
+    )
+
+
+def export_cells(con: duckdb.DuckDBPyConnection, question: Question, file: str) -> Path:
+    """Write every cell that the question covers to FILE.csv, .json or .parquet.
+
+    Columns: pair, capture, prompt_idx, variant, comparison (or run), layer, position, token, the metric, the second metric,
+    and logit_<id> where a token is asked for.
+    """
+    metric, second = question.metric, question.second
+    cells, values = cells_sql(metric, question.filters, second, finite=False)
+    names = f"value AS {metric.name}" + (f", value2 AS {second.name}" if second else "")
+    join = ""
+    if question.logit is not None:
+        logits, more = cells_sql(question.logit, question.filters, finite=False)
+        join = f"LEFT JOIN (\n{logits}\n) AS l USING ({', '.join(GROUP)}, layer, position)\n"
+        names += f", l.value AS logit_{question.token_id}"
+        values = [*values, *more]
+    names = names.replace("value AS", "c.value AS", 1)
+    sql = (
+        f"SELECT pair, capture, prompt_idx, variant, label AS {metric.label}, layer, position, token, {names}\n"
+        f"FROM (\n{cells}\n) AS c\n{join}LEFT JOIN tokens USING (pair, capture, prompt_idx, variant, position)\n"
+        f"ORDER BY {', '.join(GROUP)}, layer, position"
+    )
+    return copy_query(con, sql, values, file)

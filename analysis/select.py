@@ -1,0 +1,104 @@
+"""What to look at: filters over cells, and the one pair, capture, prompt and comparison that a grid shows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from analysis.errors import QueryError, near
+
+if TYPE_CHECKING:
+    import duckdb
+
+    from analysis.metrics import Metric
+
+
+@dataclass(frozen=True)
+class Filters:
+    """Which cells; None means all. `label` is a comparison or a pass, as the metric has it; `capture` may be a prefix.
+
+    `between` is a range of prompt indices, both ends included: how a long report goes through a run in steps.
+    """
+
+    pair: str | None = None
+    capture: str | None = None
+    prompt: int | None = None
+    variant: str | None = None
+    label: str | None = None
+    between: tuple[int, int] | None = None
+
+    def where(self, label: str) -> tuple[str, list[Any]]:
+        """A WHERE clause (or nothing) and its parameters; `label` is the metric's label expression."""
+        tests = {
+            "pair = ?": self.pair,
+            "starts_with(capture, ?)": self.capture,
+            "prompt_idx = ?": self.prompt,
+            "variant = ?": self.variant,
+            f"{label} = ?": self.label,
+        }
+        used: dict[str, Any] = {test: value for test, value in tests.items() if value is not None}
+        values: list[Any] = list(used.values())
+        if self.between is not None:
+            used["prompt_idx BETWEEN ? AND ?"] = self.between
+            values += self.between
+        return ("WHERE " + " AND ".join(used) if used else "", values)
+
+
+def check_filters(con: duckdb.DuckDBPyConnection, filters: Filters, metric: Metric) -> None:
+    """Raise a QueryError that names the first filter that nothing matches, and what there is instead."""
+    if not con.execute("SELECT count(*) > 0 FROM prompts").fetchall()[0][0]:
+        raise QueryError("the run directory holds no complete capture; 'pairscope status OUT' says how far it is")
+    so_far = Filters()
+    wanted = (("pair", filters.pair), ("capture", filters.capture), ("prompt", filters.prompt), ("variant", filters.variant))
+    for field, value in wanted:
+        if value is None:
+            continue
+        before, so_far = so_far, replace(so_far, **{field: value})
+        where, values = so_far.where("''")
+        if not con.execute(f"SELECT 1 FROM prompts {where} LIMIT 1", values).fetchall():
+            column = "prompt_idx" if field == "prompt" else field
+            where, values = before.where("''")
+            known = con.execute(f"SELECT DISTINCT {column} FROM prompts {where} ORDER BY 1", values).fetchall()
+            raise QueryError(f"no {field} '{value}' here. {near(value, [k for (k,) in known])}")
+    if filters.label is not None and filters.label not in (known_labels := labels(con, so_far, metric)):
+        raise QueryError(f"no {metric.label} '{filters.label}' here. {near(filters.label, known_labels)}")
+
+
+def labels(con: duckdb.DuckDBPyConnection, filters: Filters, metric: Metric) -> list[str]:
+    """The comparisons or passes that the filters leave, by name."""
+    view = "runs" if metric.record_type == "runs" else "pairwise"
+    where, values = replace(filters, label=None).where("''")
+    # One prompt of each capture tells: all prompts of a capture have the same ones. Equalities alone let DuckDB skip row
+    # groups, which a join with prompts would not.
+    firsts = con.execute(f"SELECT pair, capture, min(prompt_idx) FROM prompts {where} GROUP BY ALL", values).fetchall()
+    found: set[str] = set()
+    for key in firsts:
+        rows = con.execute(
+            f"SELECT DISTINCT {metric.label} FROM {view} WHERE pair = ? AND capture = ? AND prompt_idx = ?", list(key)
+        ).fetchall()
+        found |= {name for (name,) in rows}
+    return sorted(found)
+
+
+def one_cell_set(con: duckdb.DuckDBPyConnection, filters: Filters, metric: Metric) -> Filters:
+    """Fill what the filters leave open, so that one layer x token grid is meant.
+
+    The first pair by name, its newest capture, its first prompt and variant (identity where there is one), and BB-SS (or
+    BB) where there is one, else the first by name.
+    """
+    check_filters(con, filters, metric)
+    where, values = replace(filters, label=None).where("''")
+    rows = con.execute(
+        f"SELECT pair, capture, prompt_idx, variant FROM prompts JOIN captures USING (pair, capture) {where} "
+        "ORDER BY pair, written DESC NULLS LAST, capture, prompt_idx, variant <> 'identity', variant LIMIT 1",
+        values,
+    ).fetchall()
+    pair, capture, prompt, variant = rows[0]
+    chosen = Filters(pair, capture, prompt, variant, filters.label)
+    if chosen.label is None:
+        known = labels(con, chosen, metric)
+        default = "BB" if metric.record_type == "runs" else "BB-SS"
+        if not known:
+            raise QueryError(f"pair '{pair}' has no {metric.label} in '{metric.record_type}'")
+        chosen = replace(chosen, label=default if default in known else known[0])
+    return chosen

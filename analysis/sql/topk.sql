@@ -1,0 +1,20 @@
+-- Only the ids of prompts and tracked tokens have a stored text, decoded or in the tokenizer's spelling, and the first is
+-- preferred; other ids show null.
+WITH spelled AS (
+  SELECT pair, capture, token_id, arg_min(token, source) AS token
+  FROM (
+    SELECT pair, capture, token_id, token, 0 AS source FROM tokens
+    UNION ALL
+    SELECT pair, capture, token_id, token, 1 AS source FROM tracked_tokens
+  )
+  GROUP BY pair, capture, token_id
+)
+SELECT
+  k.pair, k.capture, k.prompt_idx, k.variant, k.run, k.layer, k.position, k.rank, k.token_id, t.token, k.logit
+FROM (
+  SELECT
+    pair, capture, prompt_idx, variant, run, layer, position,
+    generate_subscripts(ids, 1) AS rank, unnest(ids) AS token_id, unnest(logits) AS logit
+  FROM runs_topk
+) AS k
+LEFT JOIN spelled AS t ON t.pair = k.pair AND t.capture = k.capture AND t.token_id = k.token_id

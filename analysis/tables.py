@@ -1,0 +1,186 @@
+"""Rows out: as a table for people, as JSON lines, as CSV, or into a file."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import io
+import json
+import math
+import os
+import shutil
+import sys
+import uuid
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from analysis.errors import QueryError
+from capture.errors import StoreError
+
+if TYPE_CHECKING:
+    import duckdb
+
+TERMINAL_ROWS = 40
+_MAX_CELL = 60
+
+
+def escape(text: str) -> str:
+    """Control characters as escapes, so that a value stays on its line and cannot steer the terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def cell(value: Any) -> str:
+    """A value for people: six significant digits, lists in brackets, NULL for none."""
+    if value is None:
+        return "NULL"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, list):
+        return "[" + ", ".join(cell(v) for v in value) + "]"
+    if isinstance(value, datetime.datetime):
+        return value.isoformat(sep=" ", timespec="seconds")
+    return escape(str(value))
+
+
+def shortest_float32(value: Any) -> Any:
+    """A float32, or a list of them, as the float of fewest digits that means it: 0.1 and not 0.10000000149011612."""
+    import numpy as np
+
+    if isinstance(value, list):
+        return [shortest_float32(v) for v in value]
+    return float(str(np.float32(value))) if isinstance(value, float) else value
+
+
+def jsonable(value: Any) -> Any:
+    """What JSON can say: NaN and infinities become null, times ISO 8601, anything else strange its text."""
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(k): jsonable(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [jsonable(v) for v in value]
+    if isinstance(value, datetime.datetime):
+        return value.isoformat()
+    return str(value)
+
+
+def json_line(row: Mapping[str, Any]) -> str:
+    return json.dumps(jsonable(row), ensure_ascii=False)
+
+
+def csv_lines(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Iterator[str]:
+    """CSV with a header; none is an empty field, lists are JSON."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(columns)
+    for row in rows:
+        plain = [jsonable(v) for v in row]
+        writer.writerow([json.dumps(v) if isinstance(v, list | dict | bool) else v for v in plain])
+        if buffer.tell() > 1 << 16:
+            yield buffer.getvalue()
+            buffer.seek(0)
+            buffer.truncate()
+    yield buffer.getvalue()
+
+
+def width(text: str) -> int:
+    """Columns that a text takes on a terminal."""
+    from rich.cells import cell_len
+
+    return cell_len(text)
+
+
+def fit(text: str, columns: int) -> str:
+    """The text cut to so many terminal columns, with an ellipsis where it was longer."""
+    if width(text) <= columns:
+        return text
+    while text and width(text) > columns - 1:
+        text = text[:-1]
+    return text + "…"
+
+
+def plain_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], *, indent: str = "") -> Iterator[str]:
+    """Aligned lines: numbers to the right, texts to the left; the header first."""
+    numeric = [_is_numeric(rows, i) for i in range(len(columns))]
+    texts = [[cell(v) for v in row] for row in rows]
+    widths = [max([width(c), *(width(t[i]) for t in texts)]) for i, c in enumerate(columns)]
+    for line in [list(columns), *texts]:
+        padded = [
+            " " * (w - width(t)) + t if right else t + " " * (w - width(t))
+            for t, w, right in zip(line, widths, numeric, strict=True)
+        ]
+        yield (indent + "  ".join(padded)).rstrip()
+
+
+def _is_numeric(rows: Sequence[Sequence[Any]], column: int) -> bool:
+    values = [row[column] for row in rows if row[column] is not None]
+    return bool(values) and all(isinstance(v, int | float) for v in values)
+
+
+def show_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], *, more: bool = False) -> None:
+    """Print a table: whole and plain when piped; on a terminal cut to its width, with a note on what was left out.
+
+    more: the rows are only the first ones.
+    """
+    if not sys.stdout.isatty():
+        for line in plain_table(columns, rows):
+            click.echo(line)
+        return
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console()
+    texts = [[fit(cell(v), _MAX_CELL) for v in row] for row in rows]
+    widths = [max([width(c), *(width(t[i]) for t in texts)]) for i, c in enumerate(columns)]
+    shown, used = 0, 0
+    for w in widths:
+        if shown and used + w + 2 > console.width:
+            break
+        shown, used = shown + 1, used + w + 2
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for i in range(shown):
+        table.add_column(Text(columns[i]), justify="right" if _is_numeric(rows, i) else "left", no_wrap=True)
+    for line in texts:
+        table.add_row(*(Text(t) for t in line[:shown]))
+    console.print(table)
+    notes = []
+    if more:
+        notes.append(f"the first {len(rows)} rows")
+    if shown < len(columns):
+        notes.append(f"without {', '.join(columns[shown:])}")
+    if notes:
+        console.print(Text(f"({'; '.join(notes)}; for all: --csv, --json or a pipe)", style="dim"))
+
+
+def terminal_width() -> int:
+    return shutil.get_terminal_size((80, 24)).columns
+
+
+COPY_FORMATS = {".csv": "FORMAT csv, HEADER", ".json": "FORMAT json", ".parquet": "FORMAT parquet, COMPRESSION zstd"}
+
+
+def copy_query(con: duckdb.DuckDBPyConnection, sql: str, values: list[Any], file: str) -> Path:
+    """Write a query's rows to FILE.csv, FILE.json (one object a line) or FILE.parquet, whole or not at all."""
+    import duckdb
+
+    path = Path(file).expanduser().absolute()
+    if path.suffix not in COPY_FORMATS:
+        raise QueryError(f"cannot write '{file}': the name must end in {', '.join(COPY_FORMATS)}")
+    tmp = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    target = str(tmp).replace("'", "''")
+    try:
+        con.execute(f"COPY (\n{sql}\n) TO '{target}' ({COPY_FORMATS[path.suffix]})", values)
+        os.replace(tmp, path)
+    except (duckdb.IOException, OSError) as error:
+        raise StoreError(f"cannot write '{path}': {str(error).splitlines()[0]}") from error
+    finally:
+        tmp.unlink(missing_ok=True)
+    return path

@@ -1,0 +1,254 @@
+"""One attempt at one entry, from its manifest row and log file to how it ended, and what to try next.
+
+No Ray here. `pairscope capture` runs attempts in its own process, the sweep runs `work_on` inside actors.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from capture.attemptlog import append_log, attempt_log, header
+from capture.config import Entry
+from capture.errors import DeviceMemoryError, PairscopeError, StoreError
+from capture.layout import RunDir
+from capture.manifest import Attempt
+from capture.progress import Progress
+
+logger = logging.getLogger(__name__)
+
+WORK = "capture.run:capture_pair"  # module:function with the signature of capture_pair
+SMALLER_TILES = 4
+_MANIFEST_FROM_RESULT = ("capture", "gpu", "mode", "n_prompts", "n_tokens", "peak_memory_bytes", "planned_memory_bytes")
+
+
+@dataclass(frozen=True)
+class Try:
+    """How an entry is tried: nothing here changes a number, only the memory that it takes and what happened before."""
+
+    tile_divisor: int = 1
+    streamed: bool = False
+    deaths: int = 0
+
+    def apply(self, entry: Entry) -> Entry:
+        return entry.model_copy(update={"mode": "streamed"}) if self.streamed else entry
+
+    @property
+    def note(self) -> str:
+        """What differs from a first try, for logs; empty for a first try."""
+        parts = [f"tiles divided by {self.tile_divisor}"] if self.tile_divisor > 1 else []
+        parts += ["mode streamed"] if self.streamed else []
+        parts += ["again, after its worker died"] if self.deaths else []
+        return ", ".join(parts)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one attempt ended; plain values only, so that it always survives the way from a worker to the driver.
+
+    state: complete, failed or interrupted. fields: values for the manifest row. bug: not an error meant for a user, its
+    traceback is in the log. out_of_memory, died: the causes that are worth another try.
+    """
+
+    state: str
+    fields: dict[str, Any] = field(default_factory=dict)
+    bug: bool = False
+    out_of_memory: bool = False
+    died: bool = False
+
+    @property
+    def error(self) -> str:
+        """`Class: message` in one line, or nothing."""
+        return f"{self.fields['error_class']}: {self.fields['error']}" if self.fields.get("error_class") else ""
+
+
+INTERRUPTED = Outcome("interrupted", {"error_class": "Interrupted", "error": "stopped before it was complete"})
+
+
+def next_try(tried: Try, entry: Entry, outcome: Outcome) -> Try | None:
+    """What to try after a failure: out of memory goes to smaller tiles, then to streaming; a dead worker gets one more."""
+    if outcome.state != "failed":
+        return None
+    if outcome.out_of_memory:
+        if tried.tile_divisor == 1:
+            return Try(SMALLER_TILES, tried.streamed, tried.deaths)
+        if not tried.streamed and entry.mode != "streamed":
+            return Try(tried.tile_divisor, True, tried.deaths)
+        return None
+    if outcome.died and tried.deaths == 0:
+        return Try(tried.tile_divisor, tried.streamed, 1)
+    return None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """True for our own DeviceMemoryError and for what torch and Python raise when an allocation fails."""
+    return (
+        isinstance(error, DeviceMemoryError | MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "can't allocate memory" in str(error)  # torch's CPU allocator raises a plain RuntimeError
+    )
+
+
+def error_fields(error: BaseException) -> dict[str, str]:
+    """The manifest's two columns for an error, in one line."""
+    return {"error_class": type(error).__name__, "error": " ".join(str(error).split())[:2000]}
+
+
+def failure(error: BaseException, **fields: Any) -> Outcome:
+    return Outcome(
+        "failed",
+        fields=fields | error_fields(error),
+        bug=not isinstance(error, PairscopeError) and not is_out_of_memory(error),
+        out_of_memory=is_out_of_memory(error),
+    )
+
+
+def finish(attempt: Attempt, outcome: Outcome) -> None:
+    """Write how an attempt ended into its manifest row."""
+    attempt.row |= outcome.fields
+    attempt.finish(outcome.state)
+
+
+def find(dotted: str) -> Callable[..., Any]:
+    """The function behind `module:function`."""
+    module, name = dotted.split(":")
+    function: Callable[..., Any] = getattr(importlib.import_module(module), name)
+    return function
+
+
+def work_on(
+    entry: Entry,
+    out: str,
+    log: str,
+    *,
+    tried: Try,
+    force: bool,
+    work: str = WORK,
+    progress: Callable[[Progress], None] | None = None,
+    stop: Callable[[], bool] | None = None,
+    own_process: bool = False,
+) -> Outcome:
+    """Do the work of one attempt with its log file open, and turn whatever happens into an Outcome.
+
+    Everything is caught: SystemExit too, since a library that calls sys.exit must not take a sweep with it. Whatever is
+    raised after `stop` was asked for is an interruption, and so is KeyboardInterrupt.
+    """
+
+    def asked(error: BaseException) -> bool:
+        return isinstance(error, KeyboardInterrupt) or (stop is not None and stop())
+
+    stage = _StageLines(progress)
+    try:
+        run = RunDir(out)
+        with attempt_log(run, log, header(entry, tried.note), own_process=own_process):
+            try:
+                result = find(work)(
+                    tried.apply(entry), out, force=force, progress=stage, tile_divisor=tried.tile_divisor, stop=stop
+                )
+            except BaseException as error:
+                if asked(error):
+                    logger.warning("interrupted")
+                else:
+                    logger.error("".join(traceback.format_exception(error)))
+                raise
+            fields = {name: getattr(result, name) for name in _MANIFEST_FROM_RESULT}
+            logger.info("%s in %.1f s: %s", result.state, result.seconds, result.path)
+        return Outcome("complete", fields)
+    except BaseException as error:
+        return INTERRUPTED if asked(error) else failure(error)
+
+
+class _StageLines:
+    """Passes progress on, and logs each stage once and the walk every ten seconds."""
+
+    def __init__(self, onward: Callable[[Progress], None] | None) -> None:
+        self.onward = onward
+        self.stage = ""
+        self.said = 0.0
+
+    def __call__(self, progress: Progress) -> None:
+        now = time.monotonic()
+        if progress.stage != self.stage or now - self.said > 10 or progress.message:
+            self.stage, self.said = progress.stage, now
+            logger.info("%s", progress_line(progress))
+        if self.onward is not None:
+            self.onward(progress)
+
+
+def progress_line(progress: Progress) -> str:
+    """One line without the entry's name: stage, layer, speed, time left, message; what is unknown is left out."""
+    parts = [progress.stage]
+    if progress.n_layers:
+        parts.append(f"layer {progress.layer}/{progress.n_layers}")
+    if progress.tokens_per_second is not None:
+        parts.append(f"{progress.tokens_per_second:,.0f} tokens/s")
+    if progress.seconds_left is not None:
+        parts.append(f"{duration(progress.seconds_left)} left")
+    if progress.message:
+        parts.append(progress.message)
+    return ", ".join(parts)
+
+
+def duration(seconds: float) -> str:
+    """12 s, 3 min 20 s, 2 h 05 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def check_output(run: RunDir, *, write: bool = True) -> None:
+    """Raise StoreError if the output holds captures of another schema version or, with `write`, cannot be written."""
+    for _ in run.captures():
+        pass
+    if not write:
+        return
+    probe = f"{run.root}/manifest/.writable"
+    try:
+        run.write_bytes(probe, b"")
+        run.fs.delete_file(probe)
+    except (OSError, StoreError) as error:
+        raise StoreError(f"cannot write to the output '{run.out}': {error}; choose another --out") from error
+
+
+def record_failure(run: RunDir, entry: str, error: PairscopeError) -> dict[str, Any]:
+    """A manifest row and a log for an entry that failed before any work could start; returns the row."""
+    attempt = Attempt(run, entry)
+    append_log(run, attempt.log_path, f"entry {entry}\n{type(error).__name__}: {error}\n")
+    attempt.finish("failed", error)
+    return attempt.row
+
+
+def run_entry(
+    entry: Entry,
+    run: RunDir,
+    *,
+    force: bool = False,
+    work: str = WORK,
+    progress: Callable[[Progress], None] | None = None,
+    say: Callable[[str, str], None] = lambda entry, text: None,
+    stop: Callable[[], bool] | None = None,
+) -> tuple[dict[str, Any], Outcome]:
+    """Try one entry in this process until it is complete or nothing is left to try.
+
+    Returns the last attempt's manifest row and outcome.
+    """
+    tried: Try | None = Try()
+    while tried is not None:
+        attempt = Attempt(run, entry.name)
+        attempt.start()
+        outcome = work_on(
+            entry, run.out, attempt.log_path, tried=tried, force=force, work=work, progress=progress, stop=stop
+        )
+        finish(attempt, outcome)
+        tried = next_try(tried, entry, outcome)
+        if tried is not None:
+            say(entry.name, f"{outcome.error}; trying again, {tried.note}")
+    return attempt.row, outcome

@@ -1,0 +1,113 @@
+"""The log file of one attempt: what ran where with which settings, then everything that was logged, warned or printed."""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import socket
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from capture.config import Entry
+from capture.layout import RunDir
+from capture.machine import gpu_lines
+
+PROMPTS_SHOWN = 3
+
+
+def header(entry: Entry, note: str = "") -> str:
+    """The first lines of a log: versions, machine, GPUs with who holds their memory, settings."""
+    versions = [f"python {platform.python_version()}"]
+    for package in ("pairscope", "torch", "transformers", "safetensors", "pyarrow"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions.append(f"{package} {importlib.metadata.version(package)}")
+    settings = entry.as_json()
+    for key in ("prompts", "prompt_sources"):
+        settings[key] = [*settings[key][:PROMPTS_SHOWN], f"... {len(settings[key])} in all"]
+    lines = [
+        f"entry {entry.name}: {entry.base_model} -> {entry.sft_model}",
+        *([note] if note else []),
+        ", ".join(versions),
+        f"host {socket.gethostname()}, pid {os.getpid()}, {os.cpu_count()} cores, "
+        f"OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', 'unset')}, "
+        f"CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', 'unset')}",
+        *(gpu_lines() or ["no NVIDIA GPU seen"]),
+        "settings " + json.dumps(settings, indent=1, ensure_ascii=False),
+    ]
+    return "\n".join(lines) + "\n\n"
+
+
+class _OursAndWarnings(logging.Filter):
+    """Lets through what our own packages say and what anyone warns of."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return record.levelno >= logging.WARNING or record.name.split(".")[0] in ("capture", "cluster")
+
+
+@contextlib.contextmanager
+def attempt_log(run: RunDir, path: str, first_lines: str, *, own_process: bool) -> Iterator[None]:
+    """Collect this process's log records and warnings in the log file at `path` for the length of the block.
+
+    own_process: also send file descriptors 1 and 2 and crash dumps there; for a worker process, never for a terminal.
+    On a remote file system the file is written locally and uploaded at the end of the block.
+    """
+    if run.is_local:
+        local = Path(path)
+        local.parent.mkdir(parents=True, exist_ok=True)
+    else:
+        handle, name = tempfile.mkstemp(suffix=".log")
+        os.close(handle)
+        local = Path(name)
+    with local.open("a", encoding="utf-8", errors="replace", buffering=1) as stream:
+        stream.write(first_lines)
+        handler = logging.StreamHandler(stream)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        handler.addFilter(_OursAndWarnings())
+        # transformers stops its records from reaching the root logger, so it gets the handler as well
+        loggers = [logging.getLogger(), logging.getLogger("transformers")]
+        ours = logging.getLogger("capture")
+        level = ours.level
+        ours.setLevel(logging.INFO)
+        for logger in loggers:
+            logger.addHandler(handler)
+        logging.captureWarnings(True)
+        if own_process:
+            _redirect(stream.fileno())
+        try:
+            yield
+        finally:
+            logging.captureWarnings(False)
+            for logger in loggers:
+                logger.removeHandler(handler)
+            ours.setLevel(level)
+    if not run.is_local:
+        with contextlib.suppress(Exception):  # a lost log must not hide how the attempt ended
+            run.write_bytes(path, local.read_bytes())
+        local.unlink(missing_ok=True)
+
+
+def _redirect(fd: int) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.dup2(fd, 1)
+    os.dup2(fd, 2)
+    faulthandler.enable(file=2)
+
+
+def append_log(run: RunDir, path: str, text: str) -> None:
+    """Add lines to a log from outside its worker: a driver's word on a worker that died. Never raises."""
+    with contextlib.suppress(Exception):
+        if run.is_local:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            with open(path, "a", encoding="utf-8") as stream:
+                stream.write(text)
+        else:
+            before = run.read_bytes(path) if run.exists(path) else b""
+            run.write_bytes(path, before + text.encode())

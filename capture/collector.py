@@ -1,0 +1,259 @@
+"""Turn the walk's states into table columns: residual statistics of every cell, lens statistics of the chosen layers.
+
+Shapes: P passes, C comparisons, N tokens of the whole capture (prompt after prompt), L+2 layers, K top-k.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from capture import statistics
+from capture.batches import Batch
+from capture.config import Comparison, Pass
+from capture.lens import PairStats, SlotStats, join, lens_tile
+from capture.lockstep import Pair, State
+from capture.replay import run_tail
+from capture.unembed import own_logits
+
+Floats = np.ndarray[Any, np.dtype[np.float32]]
+CELLS_IN_CACHE = 400_000  # logits of one slot that the statistics work on at a time, on a CPU
+TILE_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}  # logits of all slots of one tile
+
+
+@dataclass
+class LensPlan:
+    """Which layers the lens reads, and how. layers: -1..L; n_vocab: rows compared; n_tokens: ids that may be in top-k."""
+
+    layers: frozenset[int]
+    final_norm: bool
+    n_vocab: int
+    n_tokens: int
+    top_k: int
+    keep_topk: bool
+    tracked: tuple[int, ...]
+    tile_bytes: int
+    rows: int
+
+
+def plan_lens_layers(layers: str | int | tuple[int, ...], enabled: bool, n_layers: int) -> frozenset[int]:
+    """The layers that the lens reads: all; every n-th and L; or a list, in which -1 is the entering state."""
+    every = range(-1, n_layers + 1)
+    if not enabled:
+        return frozenset()
+    if layers == "all":
+        return frozenset(every)
+    if isinstance(layers, int):
+        return frozenset(range(0, n_layers, layers)) | {n_layers}
+    assert not isinstance(layers, str)
+    return frozenset(layers) & frozenset(every)
+
+
+class Collector:
+    """Takes states, keeps columns. `topk[layer]` holds the lists of one layer until the store takes them."""
+
+    def __init__(
+        self, pair: Pair, batches: Sequence[Batch], lengths: Sequence[int], ids: Sequence[Sequence[int]],
+        passes: Sequence[Pass], comparisons: Sequence[Comparison], lens: LensPlan,
+    ) -> None:  # fmt: skip
+        self.pair, self.batches, self.lens = pair, batches, lens
+        self.passes, self.comparisons = list(passes), list(comparisons)
+        self.pass_of = {p.name: p for p in passes}
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        # where the rows of each batch stand among the N tokens of the capture
+        self.where = [
+            np.concatenate([np.arange(offsets[i], offsets[i + 1]) for i in b.items]) for b in batches
+        ]
+        flat = [[*list(one[1:]), -1] for one in ids]
+        self.next_ids = [torch.tensor([t for i in b.items for t in flat[i]]) for b in batches]
+        self.n = int(offsets[-1])
+        shape = (pair.n_layers + 2, self.n)
+        runs = ("norm", "norm_delta", "cosine_distance_prev", "entropy", "next_token_logprob")
+        pairs = ("cosine_distance", "norm_diff", "kl_divergence", "kl_reverse", "top1_agree")
+        self.runs = {m: np.full((len(passes), *shape), np.nan, np.float32) for m in runs}
+        self.pairwise = {m: np.full((len(comparisons), *shape), np.nan, np.float32) for m in pairs}
+        self.tracked = np.full((len(passes), *shape, len(lens.tracked)), np.nan, np.float32)
+        self.topk: dict[int, dict[str, Any]] = {}
+        self.nonfinite = 0
+        self.left_out_mass = {"base": 0.0, "sft": 0.0}
+        self.noise: dict[str, dict[str, list[float]]] = {}
+        self._last_lens: dict[int, tuple[list[SlotStats], dict[tuple[int, int], PairStats], dict[str, int]]] = {}
+        self._probed: list[Tensor] | None = None
+
+    def topk_bytes(self) -> int:
+        """Bytes of the top-k lists that wait to be written."""
+        return sum(ids.nbytes + values.nbytes for lists in self.topk.values() for ids, values in lists.values())
+
+    # -- one state -----------------------------------------------------------------------------------------------------
+
+    def take(self, state: State) -> None:
+        """Compute and keep everything about one batch at one layer."""
+        batch = self.batches[state.batch]
+        rows = [batch.rows(s) for s in state.slots]
+        if batch.probe:
+            self._noise(state, rows)
+            return
+        self._keep_probed(state)
+        at = (state.layer + 1, self.where[state.batch])
+        self._residuals(state, batch, rows, at)
+        if state.layer in self.lens.layers:
+            self._lens(state, rows, at)
+
+    def _residuals(self, state: State, batch: Batch, rows: list[Tensor], at: tuple[int, Any]) -> None:
+        norms = [_numpy(statistics.norm(r)) for r in rows]
+        previous = None if state.previous is None else [batch.rows(s) for s in state.previous]
+        turned: dict[tuple[int, int], Any] = {}
+        for p, one in enumerate(self.passes):
+            slot = state.slot_of[one.name]
+            self.runs["norm"][p][at] = norms[slot]
+            if previous is None:
+                continue
+            key = (state.previous_slot_of[one.name], slot)
+            if key not in turned:
+                a, b = previous[key[0]], rows[slot]
+                turned[key] = (_numpy(statistics.norm(b) - statistics.norm(a)), _numpy(statistics.cosine_distance(a, b)))
+            self.runs["norm_delta"][p][at], self.runs["cosine_distance_prev"][p][at] = turned[key]
+        found: dict[tuple[int, int], Any] = {}
+        for c, comparison in enumerate(self.comparisons):
+            key = (state.slot_of[comparison.base_run], state.slot_of[comparison.sft_run])
+            if key not in found:
+                a, b = rows[key[0]], rows[key[1]]
+                same = key[0] == key[1]
+                found[key] = (
+                    (0.0, 0.0) if same
+                    else (_numpy(statistics.cosine_distance(a, b)), _numpy(statistics.norm_of_difference(a, b)))
+                )  # fmt: skip
+            self.pairwise["cosine_distance"][c][at], self.pairwise["norm_diff"][c][at] = found[key]
+
+    # -- the lens ------------------------------------------------------------------------------------------------------
+
+    def _lens_slots(self, state: State) -> tuple[list[tuple[int, str, str]], dict[str, int]]:
+        """Distinct (slot, whose norm, whose head) of the passes, and each pass's index among them."""
+        keys = {}
+        for p in self.passes:
+            norm = "" if not self.lens.final_norm or state.layer == self.pair.n_layers else p.model
+            if self.pair.same_tail and norm:
+                norm = self.pair.owners[0]
+            head = "base" if self.pair.same_head else p.unembedding
+            keys[p.name] = (state.slot_of[p.name], norm, head)
+        order = list(dict.fromkeys(keys.values()))
+        return order, {name: order.index(key) for name, key in keys.items()}
+
+    def _lens(self, state: State, rows: list[Tensor], at: tuple[int, Any]) -> None:
+        order, slot_of = self._lens_slots(state)
+        is_last = state.layer == self.pair.n_layers
+        if is_last and self.lens.final_norm and state.batch in self._last_lens:
+            self._store_lens(*self._last_lens.pop(state.batch), state, at)  # norm + head of layer L-1 is layer L's lens
+            return
+        normed = [run_tail(self.pair.tails[norm], rows[slot]) if norm else rows[slot] for slot, norm, _ in order]  # type: ignore[index]
+        pairs = {(slot_of[c.base_run], slot_of[c.sft_run]) for c in self.comparisons}
+        wanted = sorted(p for p in pairs if p[0] != p[1])
+        parts: list[tuple[list[SlotStats], dict[tuple[int, int], PairStats]]] = []
+        per_row = len(order) * self.lens.n_vocab * 4
+        tile = max(1, self.lens.tile_bytes // per_row)
+        following = self.next_ids[state.batch].to(rows[0].device)
+        tracked = torch.tensor(self.lens.tracked, dtype=torch.long, device=rows[0].device)
+        for start in range(0, rows[0].shape[0], tile):
+            part = slice(start, start + tile)
+            logits = self._logits([r[part] for r in normed], [head for _, _, head in order])
+            parts.append(
+                lens_tile(
+                    logits, wanted, following[part], tracked, n=self.lens.n_tokens, k=self.lens.top_k, rows=self.lens.rows
+                )
+            )
+        slots = [join([p[0][s] for p in parts]) for s in range(len(order))]
+        compared = {key: join([p[1][key] for p in parts]) for key in wanted}
+        self.nonfinite += sum(int((~torch.isfinite(s.logsumexp)).sum()) for s in slots)
+        if self.lens.final_norm and state.layer == self.pair.n_layers - 1:
+            self._last_lens[state.batch] = (slots, compared, slot_of)
+        self._store_lens(slots, compared, slot_of, state, at)
+
+    def _logits(self, rows: list[Tensor], heads: list[str]) -> list[Tensor]:
+        """Logits of each slot's rows; slots that share a head share one product."""
+        out: list[Tensor | None] = [None] * len(rows)
+        for owner in dict.fromkeys(heads):
+            members = [i for i, h in enumerate(heads) if h == owner]
+            logits = own_logits(self.pair.models[owner], torch.cat([rows[i] for i in members]))  # type: ignore[index]
+            if logits.shape[1] > self.lens.n_vocab:
+                total = logits.logsumexp(1)
+                mass = (logits[:, self.lens.n_vocab :].logsumexp(1) - total).exp().max()
+                self.left_out_mass[owner] = max(self.left_out_mass[owner], float(mass))
+            for i, x in zip(members, logits[:, : self.lens.n_vocab].chunk(len(members)), strict=True):
+                out[i] = x
+        return [x for x in out if x is not None]
+
+    def _store_lens(
+        self, slots: list[SlotStats], compared: dict[tuple[int, int], PairStats], slot_of: dict[str, int],
+        state: State, at: tuple[int, Any],
+    ) -> None:  # fmt: skip
+        for p, one in enumerate(self.passes):
+            stats = slots[slot_of[one.name]]
+            self.runs["entropy"][p][at] = _numpy(stats.entropy)
+            self.runs["next_token_logprob"][p][at] = _numpy(stats.next_logprob)
+            self.tracked[p][at] = _numpy(stats.tracked)
+            self._list("runs", state.layer, p, at[1], "", stats.top)
+        for c, comparison in enumerate(self.comparisons):
+            key = (slot_of[comparison.base_run], slot_of[comparison.sft_run])
+            a, b = slots[key[0]], slots[key[1]]
+            self.pairwise["top1_agree"][c][at] = _numpy(a.top.ids[:, 0] == b.top.ids[:, 0])
+            if key[0] == key[1]:
+                self.pairwise["kl_divergence"][c][at] = self.pairwise["kl_reverse"][c][at] = 0.0
+                self._list("pairwise", state.layer, c, at[1], "increased", None)
+                self._list("pairwise", state.layer, c, at[1], "decreased", None)
+                continue
+            stats = compared[key]
+            self.pairwise["kl_divergence"][c][at] = _numpy(stats.kl_ba)
+            self.pairwise["kl_reverse"][c][at] = _numpy(stats.kl_ab)
+            self._list("pairwise", state.layer, c, at[1], "increased", stats.increased)
+            self._list("pairwise", state.layer, c, at[1], "decreased", stats.decreased)
+
+    def _list(self, table: str, layer: int, index: int, where: Any, name: str, top: Any) -> None:
+        """Keep one top-k list; None is that of two equal slots: no shift anywhere, so the smallest ids."""
+        if not self.lens.keep_topk:
+            return
+        k = min(self.lens.top_k, self.lens.n_tokens)
+        arrays = self.topk.setdefault(layer, {})
+        key = (table, name)
+        if key not in arrays:
+            count = len(self.passes) if table == "runs" else len(self.comparisons)
+            arrays[key] = (np.zeros((count, self.n, k), np.int32), np.zeros((count, self.n, k), np.float32))
+        ids, values = arrays[key]
+        if top is None:
+            ids[index][where] = np.arange(k, dtype=np.int32)
+            values[index][where] = 0.0
+        else:
+            ids[index][where] = top.ids.cpu().numpy()
+            values[index][where] = top.values.cpu().numpy()
+
+    # -- noise floor ---------------------------------------------------------------------------------------------------
+
+    def _keep_probed(self, state: State) -> None:
+        """Remember the states, in its batch, of the prompt that the probe runs alone."""
+        probe = self.batches[-1]
+        batch = self.batches[state.batch]
+        if probe.probe and probe.items[0] in batch.items:
+            row = batch.items.index(probe.items[0])
+            keep = slice(None) if batch.keep_BT is None else batch.keep_BT[row]
+            self._probed = [s[row][keep] for s in state.slots]
+
+    def _noise(self, state: State, rows: list[Tensor]) -> None:
+        assert self._probed is not None
+        for p in self.passes:
+            alone, batched = rows[state.slot_of[p.name]], self._probed[state.slot_of[p.name]]
+            difference = statistics.norm_of_difference(batched, alone)
+            found = {
+                "norm_diff": float(difference.max()),
+                "norm_diff_relative": float((difference / statistics.norm(batched).clamp(min=1e-300)).max()),
+                "cosine_distance": float(statistics.cosine_distance(batched, alone).max()),
+            }
+            for name, value in found.items():
+                self.noise.setdefault(p.name, {}).setdefault(name, []).append(value)
+
+
+def _numpy(x: Tensor) -> Any:
+    return x.cpu().numpy()

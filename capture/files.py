@@ -1,0 +1,110 @@
+"""A model's files: from the name in the config to a directory whose weights are known to be whole, and its revision."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from capture.errors import CheckpointError, UnsupportedModelError
+from capture.weights import Weights, check_weights, choose_weights, fingerprint
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """One checkpoint on this machine.
+
+    `path` is a directory that transformers can open; `revision` the hub's commit, or `local:<fingerprint>` for a directory.
+    `weights` are file names below `path`, in order; `weight_bytes` the bytes of all their tensors (of the files, for
+    pickles); `weight_map` maps each tensor's key to its file.
+    """
+
+    source: Literal["local", "hub"]
+    path: str
+    revision: str
+    weights: tuple[str, ...]
+    weight_bytes: int
+    weight_map: Mapping[str, str]
+    format: Literal["safetensors", "pickle"]
+
+
+def resolve_model(
+    model: str,
+    revision: str | None = None,
+    *,
+    allow_pickle: bool = False,
+    download: bool = True,
+    trust_remote_code: bool = False,
+    token: str | bool | None = None,
+) -> ModelFiles:
+    """Find a model's files, download what is missing, and check all weight files before work starts.
+
+    A directory wins over a hub id of the same name. `revision` is for the hub. Without `download` only the hub's cache is
+    looked at. Raises CheckpointError (missing, corrupt, gated, wrong format, no space) and UnsupportedModelError (code of its
+    own that was not allowed).
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        weights = _local_weights(path, model, allow_pickle, trust_remote_code)
+        total, weight_map = check_weights(path, weights)
+        return ModelFiles("local", str(path.absolute()), fingerprint(path, weights), weights.files, total, weight_map,
+                          "pickle" if weights.pickle else "safetensors")  # fmt: skip
+    from capture.hub import model_snapshot
+
+    path = model_snapshot(
+        model,
+        revision,
+        download=download,
+        allow_pickle=allow_pickle,
+        token=token,
+        check_config=lambda config: check_remote_code(config, model, trust_remote_code),
+    )
+    weights = _local_weights(path, model, allow_pickle, trust_remote_code)
+    total, weight_map = check_weights(path, weights)
+    return ModelFiles("hub", str(path), path.name, weights.files, total, weight_map,
+                      "pickle" if weights.pickle else "safetensors")  # fmt: skip
+
+
+def resolve_tokenizer(
+    tokenizer: str, revision: str | None = None, *, download: bool = True, token: str | bool | None = None
+) -> str:
+    """The directory that holds the tokenizer's files; only small files are downloaded. Raises CheckpointError."""
+    path = Path(tokenizer).expanduser()
+    if path.is_dir():
+        return str(path.absolute())
+    from capture.hub import tokenizer_snapshot
+
+    return str(tokenizer_snapshot(tokenizer, revision, download=download, token=token))
+
+
+def _local_weights(path: Path, model: str, allow_pickle: bool, trust_remote_code: bool) -> Weights:
+    where = f"'{path}'" if str(path) == model else f"'{model}' in {path}"
+    names = {p.name for p in path.iterdir()}
+    if "config.json" in names:
+        try:
+            config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{where}: config.json cannot be read: {error}") from error
+        check_remote_code(config, model, trust_remote_code)
+    weights = choose_weights(names, lambda n: (path / n).read_bytes(), where=where, allow_pickle=allow_pickle)
+    if "config.json" not in names:
+        raise CheckpointError(f"{where}: weights but no config.json; save the model with save_pretrained")
+    return weights
+
+
+def check_remote_code(config: Mapping[str, Any], model: str, trust_remote_code: bool) -> None:
+    """Raise UnsupportedModelError if the model can only run with code that comes with its checkpoint.
+
+    A config.json with `auto_map` is no matter where transformers has a class of its own for the model type: that one runs.
+    """
+    if "auto_map" not in config or trust_remote_code:
+        return
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as OWN
+
+    if config.get("model_type") not in OWN:
+        raise UnsupportedModelError(
+            f"'{model}' (model type '{config.get('model_type')}') runs code of its own, transformers has no class for it; read "
+            "that code, then allow it with model_kwargs: {trust_remote_code: true}"
+        )

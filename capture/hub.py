@@ -1,0 +1,170 @@
+"""Checkpoints from the Hugging Face hub: only the files that are read, into the hub's own cache, with errors that say what to do."""
+
+from __future__ import annotations
+
+import errno
+import glob
+import json
+import logging
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from capture.errors import CheckpointError
+from capture.weights import choose_weights
+
+log = logging.getLogger(__name__)
+
+GIB = 1 << 30
+# Beside the weights: config, tokenizer and chat template files of the top directory, never original/ or onnx/.
+SMALL_FILES = (".json", ".txt", ".model", ".tiktoken", ".jinja")
+
+Read = Callable[[str], bytes]
+Want = Callable[[Mapping[str, int], Read], list[str]]
+
+
+def model_snapshot(
+    repo: str,
+    revision: str | None,
+    *,
+    download: bool,
+    allow_pickle: bool,
+    token: str | bool | None,
+    check_config: Callable[[dict[str, Any]], None],
+) -> Path:
+    """The directory of a model's snapshot in the hub's cache, named by its commit.
+
+    `check_config` sees config.json before the weights are downloaded, and may raise. Without `download`, or offline, what is
+    in the cache is taken. Raises CheckpointError.
+    """
+
+    def want(sizes: Mapping[str, int], read: Read) -> list[str]:
+        where = f"hub model '{repo}'"
+        # First the formats that have no config.json either, so that the error names the format.
+        weights = choose_weights(sizes, read, where=where, allow_pickle=allow_pickle)
+        if "config.json" not in sizes:
+            raise CheckpointError(f"{where} has no config.json; it is not in transformers' format")
+        config = json.loads(read("config.json"))
+        check_config(config)
+        code = (".py",) if "auto_map" in config else ()
+        return [*_small(sizes, code), *weights.files]
+
+    return _snapshot(repo, revision, download, token, want, known_file="config.json")
+
+
+def tokenizer_snapshot(repo: str, revision: str | None, *, download: bool, token: str | bool | None) -> Path:
+    """The same for a tokenizer of its own: small files only."""
+    return _snapshot(repo, revision, download, token, lambda sizes, _: _small(sizes, (".py",)), "tokenizer_config.json")
+
+
+def _small(sizes: Mapping[str, int], more: tuple[str, ...]) -> list[str]:
+    return [n for n in sizes if "/" not in n and n.endswith((*SMALL_FILES, *more))]
+
+
+def _snapshot(
+    repo: str, revision: str | None, download: bool, token: str | bool | None, want: Want, known_file: str
+) -> Path:
+    import huggingface_hub as hub
+    from huggingface_hub import constants
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, HTTPError
+
+    if not download or constants.HF_HUB_OFFLINE:
+        why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "nothing is to be downloaded"
+        return _cached(repo, revision, known_file, why)
+    try:
+        try:
+            info = hub.HfApi().model_info(repo, revision=revision, files_metadata=True, token=token)
+        except (OSError, HTTPError) as error:
+            if isinstance(error, HfHubHTTPError):  # the hub answered, and the answer is no
+                raise
+            log.warning("the hub cannot be reached for '%s' (%s); trying the cache", repo, type(error).__name__)
+            return _cached(repo, revision, known_file, f"the hub cannot be reached ({_one_line(error)})")
+        sizes = {s.rfilename: s.size or 0 for s in info.siblings or []}
+
+        def read(name: str) -> bytes:
+            return Path(hub.hf_hub_download(repo, name, revision=info.sha, token=token)).read_bytes()
+
+        names = want(sizes, read)
+        _check_disk(repo, info.sha, {n: sizes[n] for n in names})
+        # By the branch's name, not by its commit: only then does the cache know the branch when the network is gone.
+        patterns = [glob.escape(n) for n in names]
+        return Path(hub.snapshot_download(repo, revision=revision, token=token, allow_patterns=patterns))
+    except (OSError, HTTPError, EntryNotFoundError, HFValidationError) as error:
+        raise hub_error(repo, revision, error) from error
+
+
+def _cached(repo: str, revision: str | None, known_file: str, why: str) -> Path:
+    import huggingface_hub as hub
+    from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+
+    try:  # one known file: the hub cannot tell which others we meant to leave out
+        return Path(hub.snapshot_download(repo, revision=revision, local_files_only=True, allow_patterns=[known_file]))
+    except HFValidationError as error:
+        raise hub_error(repo, revision, error) from error
+    except (OSError, EntryNotFoundError) as error:
+        at = f" at revision '{revision}'" if revision else ""
+        raise CheckpointError(
+            f"'{repo}'{at} is neither a directory here nor in the hub's cache, and {why}; connect and run again, or copy "
+            "the cache (HF_HOME) from a machine that has it"
+        ) from error
+
+
+def _check_disk(repo: str, commit: str, sizes: Mapping[str, int]) -> None:
+    """Raise if what is still to be downloaded does not fit the disk."""
+    import huggingface_hub as hub
+    from huggingface_hub import constants
+
+    missing = [n for n in sizes if not isinstance(hub.try_to_load_from_cache(repo, n, revision=commit), str)]
+    need = sum(sizes[n] for n in missing)
+    cache = Path(constants.HF_HUB_CACHE)
+    there = next(d for d in (cache, *cache.parents) if d.exists())
+    free = shutil.disk_usage(there).free
+    if need > free:
+        raise CheckpointError(
+            f"'{repo}' needs {need / GIB:.1f} GiB more on disk, {cache} has {free / GIB:.1f} GiB free; make room, or set "
+            "HF_HOME to a larger disk"
+        )
+    if missing:
+        log.info("downloading %s: %d files, %.2f GiB, to %s", repo, len(missing), need / GIB, cache)
+
+
+def hub_error(repo: str, revision: str | None, error: Exception) -> CheckpointError:
+    """The user's error, in one line, for what huggingface_hub raised about a repository."""
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    if isinstance(error, GatedRepoError):
+        text = f"'{repo}' is gated: accept its terms at https://huggingface.co/{repo} and log in with `hf auth login`"
+    elif isinstance(error, RepositoryNotFoundError):
+        text = (
+            f"no model '{repo}' on the hub, or it is private: check the name, or log in with `hf auth login`; as a "
+            "directory it was not found either"
+        )
+    elif isinstance(error, RevisionNotFoundError):
+        text = f"'{repo}' has no revision '{revision}' on the hub; check base_revision and sft_revision"
+    elif isinstance(error, HFValidationError):
+        text = f"'{repo}' is neither a directory here nor a name on the hub"
+    elif isinstance(error, EntryNotFoundError):
+        text = f"'{repo}' lacks a file on the hub: {_one_line(error)}"
+    elif isinstance(error, HfHubHTTPError):
+        text = f"the hub refused '{repo}': {_one_line(error)}"
+    elif isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        text = f"the disk is full while downloading '{repo}'; make room, or set HF_HOME to a larger disk"
+    elif isinstance(error, PermissionError):
+        text = (
+            f"the hub's cache cannot be written for '{repo}' ({_one_line(error)}); set HF_HOME to a directory of yours"
+        )
+    else:
+        text = f"downloading '{repo}' failed: {_one_line(error)}; run again, it goes on where it stopped"
+    return CheckpointError(text)
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

@@ -1,0 +1,201 @@
+"""The logit lens of a tile of rows: entropies, KL divergences, logit shifts and top-k lists, from logits in float32.
+
+Shapes: S lens slots (distinct pairs of state and unembedding), R rows (tokens of one layer), V vocabulary, K top-k.
+Reference for all formulas: Cover and Thomas, Elements of Information Theory, 2nd ed., chapter 2. Units: nats; logits raw.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+BLOCK = 64  # elements per block of the top-k search
+
+
+@dataclass
+class TopK:
+    """ids [R, K] int64 and values [R, K] float32, best first; equal values by smaller id."""
+
+    ids: Tensor
+    values: Tensor
+
+
+@dataclass
+class SlotStats:
+    """Of one lens slot: entropy [R] and log-sum-exp [R] (float64), log-probability of the next token [R] (float64; NaN
+    where there is none), logits of the tracked tokens [R, N], top-k."""
+
+    entropy: Tensor
+    logsumexp: Tensor
+    next_logprob: Tensor
+    tracked: Tensor
+    top: TopK
+
+
+@dataclass
+class PairStats:
+    """Of one ordered pair of slots (a, b): KL(b || a), KL(a || b) [R] float64; shifts x_b - x_a up and down."""
+
+    kl_ba: Tensor
+    kl_ab: Tensor
+    increased: TopK
+    decreased: TopK
+
+
+def block_view(x_RV: Tensor, n: int) -> Tensor:
+    """The first n logits, cut to whole blocks, as [R, BLOCK, C]: block c holds ids c, C + c, 2C + c, ...
+
+    The maximum over the middle axis is then a run of vector maxima; over a short last axis it is seven times slower.
+    """
+    columns = n // BLOCK
+    return x_RV[:, : columns * BLOCK].unflatten(1, (BLOCK, columns))
+
+
+def top_k(x_RV: Tensor, n: int, k: int, maxima_RC: Tensor, *, lowest: bool = False) -> TopK:
+    """The k largest (or lowest) of the first n entries of every row, best first, ties by smaller id; exact.
+
+    maxima_RC [R, C] are the maxima (minima) of block_view(x, n). The k blocks of largest maxima hold the k largest
+    entries of all blocks; with the few entries after the last whole block they are the candidates. A row where the k-th
+    value also stands outside the choice is searched again in full, so that ties never depend on the order of the search.
+    """
+    k = min(k, n)
+    columns = maxima_RC.shape[1]
+    chosen = maxima_RC.topk(min(k, columns), dim=1, largest=not lowest).indices
+    index = chosen[:, None, :].expand(-1, BLOCK, -1)
+    values = block_view(x_RV, n).gather(2, index).flatten(1)
+    ids = (index + torch.arange(BLOCK, device=x_RV.device)[None, :, None] * columns).flatten(1)
+    first = columns * BLOCK
+    if first < n:
+        values = torch.cat([values, x_RV[:, first:n]], dim=1)
+        ids = torch.cat([ids, torch.arange(first, n, device=x_RV.device).expand(x_RV.shape[0], -1)], dim=1)
+    if lowest:
+        values, maxima_RC = -values, -maxima_RC
+    best, where = values.topk(k, dim=1)
+    best_ids = ids.gather(1, where)
+    threshold = best[:, -1:]
+    ambiguous = ((values >= threshold).sum(1) > k) | ((maxima_RC >= threshold).sum(1) > k)
+    for row in ambiguous.nonzero().flatten().tolist():
+        x_V = -x_RV[row, :n] if lowest else x_RV[row, :n]
+        best_ids[row] = _smallest_ids(x_V, threshold[row], k)
+    best_ids = best_ids.sort(dim=1).values
+    order = x_RV.gather(1, best_ids).sort(dim=1, descending=not lowest, stable=True)
+    return TopK(best_ids.gather(1, order.indices), order.values)
+
+
+def _smallest_ids(x_V: Tensor, threshold: Tensor, k: int) -> Tensor:
+    """Ids of the k largest entries of one row where ties straddle the k-th: all above it, then the smallest ids on it."""
+    above = (x_V > threshold).nonzero().flatten()
+    equal = (x_V == threshold).nonzero().flatten()
+    return torch.cat([above, equal[: k - above.numel()]])
+
+
+def slot_stats(x_RV: Tensor, next_R: Tensor, tracked_N: Tensor, n: int, k: int) -> tuple[SlotStats, Tensor]:
+    """Entropy H = log Z - sum(e t) / Z with t = x - max, e = exp(t), Z = sum(e); and the probabilities e / Z [R, V].
+
+    Sums are float32 within a row (pairwise summation), float64 from there on. n: ids at or above n are left out of the
+    top-k only (rows of the unembedding that no token uses); probabilities are over all V. next_R: id of the token that
+    follows, or -1.
+    """
+    maxima = block_view(x_RV, n).amax(1)
+    largest = torch.cat([maxima, x_RV[:, maxima.shape[1] * BLOCK :]], dim=1).amax(1, keepdim=True)
+    next_logit = x_RV.gather(1, next_R.clamp(min=0)[:, None])[:, 0].double()
+    t = x_RV - largest
+    p = t.exp()
+    z = p.sum(1).double()
+    mean_t = t.mul_(p).sum(1).double() / z
+    p.mul_((1 / z).float()[:, None])
+    logsumexp = z.log() + largest[:, 0].double()
+    next_logprob = torch.where(next_R >= 0, next_logit - logsumexp, torch.nan)
+    top = top_k(x_RV, n, k, maxima)
+    return SlotStats(z.log() - mean_t, logsumexp, next_logprob, x_RV[:, tracked_N], top), p
+
+
+FAR = 60.0  # nats: beyond this shift exp() of the fast form may leave the range of float32
+
+
+def kl_both(shift_RV: Tensor, c_R: Tensor, pa_RV: Tensor, pb_RV: Tensor, highest_R: Tensor) -> tuple[Tensor, Tensor]:
+    """KL(b || a) and KL(a || b) [R] float64 from the logit shift x_b - x_a; exact zeros for equal slots, never negative.
+
+    With d = log p_b - log p_a = shift - c, c = logZ_b - logZ_a and W = expm1(d) = p_b / p_a - 1:
+        KL(a || b) = sum p_a (W - d)            (the terms p_b - p_a = p_a W add up to zero over the vocabulary)
+        KL(b || a) = sum p_a (W d - (W - d))
+    Every term is >= 0 and keeps its relative accuracy at small shifts, which p (log p - log q) loses. Where some d is
+    above FAR (highest_R is the largest), p_a may underflow while p_b does not, so the larger of the two leads instead.
+    """
+    d = shift_RV - c_R.float()[:, None]
+    if bool((highest_R - c_R > FAR).any()):
+        return _kl_far(d, pa_RV, pb_RV)
+    w = torch.expm1(d)
+    z = w - d
+    y = d.mul_(w).sub_(z)
+    return y.mul_(pa_RV).sum(1).double().clamp_(min=0), z.mul_(pa_RV).sum(1).double().clamp_(min=0)
+
+
+def _kl_far(d: Tensor, pa: Tensor, pb: Tensor) -> tuple[Tensor, Tensor]:
+    """As kl_both for any d: with u = |d|, w = expm1(-u), hi = max(p_a, p_b): KL(hi || lo) has the terms hi (u + w), and
+    KL(lo || hi) the terms -hi (u w + u + w)."""
+    u = d.abs()
+    w = torch.expm1(-u)
+    hi = torch.maximum(pa, pb)
+    down = hi * (u + w)
+    up = -hi * (u * w + u + w)
+    b_leads = d >= 0
+    return torch.where(b_leads, down, up).sum(1).double(), torch.where(b_leads, up, down).sum(1).double()
+
+
+def pair_stats(a: tuple[Tensor, SlotStats, Tensor], b: tuple[Tensor, SlotStats, Tensor], n: int, k: int) -> PairStats:
+    """KL divergences and logit shifts of slot b against slot a; each slot is (logits [R, V], its stats, its p [R, V])."""
+    xa, sa, pa = a
+    xb, sb, pb = b
+    shift = xb - xa
+    blocks = block_view(shift, n)
+    maxima = blocks.amax(1)
+    rest = shift[:, maxima.shape[1] * BLOCK :]
+    highest = torch.cat([maxima, rest], dim=1).amax(1).double()
+    increased = top_k(shift, n, k, maxima)
+    decreased = top_k(shift, n, k, blocks.amin(1), lowest=True)
+    ba, ab = kl_both(shift, sb.logsumexp - sa.logsumexp, pa, pb, highest)
+    return PairStats(ba, ab, increased, decreased)
+
+
+def lens_tile(
+    logits: Sequence[Tensor],
+    pairs: Sequence[tuple[int, int]],
+    next_R: Tensor,
+    tracked_N: Tensor,
+    *,
+    n: int,
+    k: int,
+    rows: int,
+) -> tuple[list[SlotStats], dict[tuple[int, int], PairStats]]:
+    """All statistics of one tile. logits: S tensors [R, V] float32; pairs: ordered pairs of slots; n, k, next_R: see
+    slot_stats. `rows` only keeps the working set in cache: every row is computed alone.
+    """
+    slots: list[list[SlotStats]] = [[] for _ in logits]
+    found: dict[tuple[int, int], list[PairStats]] = {pair: [] for pair in pairs}
+    for start in range(0, logits[0].shape[0], rows):
+        some = slice(start, start + rows)
+        part = []
+        for s, x in enumerate(logits):
+            stats, p = slot_stats(x[some], next_R[some], tracked_N, n, k)
+            slots[s].append(stats)
+            part.append((x[some], stats, p))
+        for a, b in pairs:
+            found[(a, b)].append(pair_stats(part[a], part[b], n, k))
+    return [join(s) for s in slots], {pair: join(parts) for pair, parts in found.items()}
+
+
+Stats = TypeVar("Stats", SlotStats, PairStats, TopK)
+
+
+def join(parts: Sequence[Stats]) -> Stats:
+    """The statistics of consecutive rows as one."""
+    fields: dict[str, Any] = {}
+    for name in parts[0].__dataclass_fields__:
+        values = [getattr(p, name) for p in parts]
+        fields[name] = join(values) if isinstance(values[0], TopK) else torch.cat(values)
+    return type(parts[0])(**fields)

@@ -1,0 +1,180 @@
+"""What this machine has, found without torch: GPUs, memory, versions, logins, tools. Nothing here raises or shows a secret."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+GIB = 1024**3
+MIB = 1024**2
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One NVIDIA GPU as the driver counts it (CUDA_VISIBLE_DEVICES is not applied). Memory in bytes."""
+
+    index: int
+    name: str
+    uuid: str
+    total_bytes: int
+    free_bytes: int
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of `pairscope doctor`. `remedy` says what to do where `ok` is false."""
+
+    name: str
+    ok: bool
+    found: str
+    remedy: str = ""
+
+
+def _nvidia_smi(*query: str) -> list[list[str]]:
+    """Rows of an nvidia-smi query; none where there is no driver or it does not answer."""
+    if shutil.which("nvidia-smi") is None:
+        return []
+    try:
+        answer = subprocess.run(
+            ["nvidia-smi", *query, "--format=csv,noheader,nounits"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [[cell.strip() for cell in line.split(",")] for line in answer.stdout.splitlines() if line.strip()]
+
+
+def gpus() -> list[Gpu]:
+    """The NVIDIA GPUs that the driver knows."""
+    found = []
+    for row in _nvidia_smi("--query-gpu=index,name,uuid,memory.total,memory.free"):
+        with contextlib.suppress(ValueError):
+            index, name, uuid, total, free = row
+            found.append(Gpu(int(index), name, uuid, int(total) * MIB, int(free) * MIB))
+    return found
+
+
+def gpu_lines() -> list[str]:
+    """A line per GPU with its memory and the processes that hold some of it; memory can stay taken after a worker died."""
+    found = gpus()
+    holders: dict[str, list[str]] = {}
+    for row in _nvidia_smi("--query-compute-apps=gpu_uuid,pid,used_memory") if found else []:
+        with contextlib.suppress(ValueError):
+            uuid, pid, used = row
+            holders.setdefault(uuid, []).append(f"pid {pid} holds {used} MiB")
+    return [
+        f"GPU {g.index}: {g.name}, {g.total_bytes / GIB:.1f} GiB, {g.free_bytes / GIB:.1f} GiB free"
+        + (f" ({'; '.join(holders[g.uuid])})" if g.uuid in holders else "")
+        for g in found
+    ]
+
+
+def memory() -> tuple[int, int]:
+    """(total, available) bytes of main memory: the machine's, or the container's limit where that is smaller."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    available = total
+    with contextlib.suppress(OSError, ValueError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                available = int(line.split()[1]) * 1024
+    with contextlib.suppress(OSError, ValueError):  # cgroup v2; "max" is no number and means no limit
+        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+        if limit < total:
+            total, available = limit, min(available, max(0, limit - used))
+    return total, available
+
+
+def checks() -> list[Check]:
+    """Everything `pairscope doctor` shows, in order."""
+    return [_python(), *_packages(), *_gpus(), _memory(), _disk(), _hf_login(), _vast_key(), *_tools()]
+
+
+def _python() -> Check:
+    return Check("python", sys.version_info >= (3, 11), platform.python_version(), "use Python 3.11 or newer")
+
+
+def _packages() -> list[Check]:
+    lines = []
+    for package in ("torch", "transformers", "ray", "pyarrow", "duckdb"):
+        try:
+            lines.append(Check(package, True, importlib.metadata.version(package)))
+        except importlib.metadata.PackageNotFoundError:
+            lines.append(Check(package, False, "not installed", "pip install pairscope"))
+    return lines
+
+
+def _gpus() -> list[Check]:
+    found = gpus()
+    if not found:
+        return [
+            Check("GPU", False, "none seen by nvidia-smi", "small pairs run on the CPU; large ones need an NVIDIA GPU")
+        ]
+    lines = [
+        Check(f"GPU {g.index}", True, f"{g.name}, {g.total_bytes / GIB:.1f} GiB, {g.free_bytes / GIB:.1f} GiB free")
+        for g in found
+    ]
+    try:
+        import torch
+
+        n = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        built = f"torch built for CUDA {torch.version.cuda}" if torch.version.cuda else "torch built without CUDA"
+    except Exception as error:
+        n, built = 0, f"torch does not import: {error}"
+    remedy = "install the torch build that matches this driver, and check CUDA_VISIBLE_DEVICES"
+    return [*lines, Check("torch and CUDA", n > 0, f"{built}, {n} of {len(found)} GPUs usable", remedy)]
+
+
+def _memory() -> Check:
+    total, available = memory()
+    found = f"{total / GIB:.1f} GiB, {available / GIB:.1f} GiB available"
+    return Check("memory", available > 2 * GIB, found, "free some: torch alone needs about 1 GiB a process")
+
+
+def _disk() -> Check:
+    usage = shutil.disk_usage(".")
+    found = f"{usage.free / GIB:.1f} GiB free of {usage.total / GIB:.1f} GiB in {os.getcwd()}"
+    return Check("disk", usage.free > 5 * GIB, found, "free some: checkpoints and captures take gigabytes")
+
+
+def _hf_login() -> Check:
+    remedy = "only gated models need it: `hf auth login`, or set HF_TOKEN"
+    try:
+        from huggingface_hub import get_token
+
+        present = get_token() is not None
+    except Exception as error:
+        return Check("Hugging Face login", False, f"unknown: {error}", remedy)
+    return Check("Hugging Face login", present, "present" if present else "none", remedy)
+
+
+def _vast_key() -> Check:
+    """The vastai tools look in the environment first, then in these two files."""
+    config = Path(os.environ.get("XDG_CONFIG_HOME") or "~/.config").expanduser()
+    files = [config / "vastai" / "vast_api_key", Path("~/.vast_api_key").expanduser()]
+    present = bool(os.environ.get("VAST_API_KEY")) or any(f.is_file() and f.stat().st_size > 0 for f in files)
+    remedy = "only renting needs it: `vastai set api-key KEY`, or set VAST_API_KEY"
+    return Check("Vast key", present, "present" if present else "none", remedy)
+
+
+def _tools() -> list[Check]:
+    path = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin"])
+    remedy = {
+        "sshd": "only the rehearsal cluster needs it: install openssh-server",
+        "rsync": "only rented clusters need it: install rsync",
+    }
+    lines = []
+    for tool, what in remedy.items():
+        where = shutil.which(tool, path=path)
+        lines.append(Check(tool, where is not None, where or "not found", what))
+    return lines

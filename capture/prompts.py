@@ -1,0 +1,166 @@
+"""Prompts: texts, their variants, their ids under the one declared tokenizer, and the tokens that are tracked."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from capture.errors import CheckpointError, PromptError, UnsupportedModelError
+from capture.fields import near
+from capture.variants import make_variant
+
+if TYPE_CHECKING:
+    from capture.entries import Entry
+
+log = logging.getLogger(__name__)
+
+TRACKED = ("tracked_token_ids", "tracked_token_strings", "interesting_token_map")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One variant of one prompt. `ids` go to both models; `source` says where the prompt stands (FILE:LINE or key)."""
+
+    prompt_idx: int
+    variant: str
+    text: str
+    ids: tuple[int, ...]
+    n_tokens_before_trimming: int
+    source: str
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """All prompts of a capture, by prompt and then by variant in the config's order.
+
+    `trimmed_to` is the common length after trimming, None where nothing was to be trimmed.
+    `tokens` maps every id in use to its text (the id decoded alone); `special_ids` are the tokenizer's special ones.
+    """
+
+    items: tuple[Prompt, ...]
+    trimmed_to: int | None
+    tokens: Mapping[int, str]
+    special_ids: frozenset[int]
+
+    @property
+    def n_tokens(self) -> int:
+        return sum(len(p.ids) for p in self.items)
+
+    @property
+    def longest(self) -> int:
+        return max(len(p.ids) for p in self.items)
+
+
+def load_tokenizer(entry: Entry, directory: str | None = None) -> Any:
+    """The entry's tokenizer, from `directory` where its files have been resolved, else as transformers finds it.
+
+    Code that comes with a checkpoint runs only where tokenizer_kwargs says `trust_remote_code: true`; without that
+    transformers would ask on the terminal. Raises CheckpointError in one line, UnsupportedModelError for remote code.
+    """
+    from transformers import AutoTokenizer
+
+    kwargs = {"trust_remote_code": False} | dict(entry.tokenizer_kwargs)
+    try:
+        return AutoTokenizer.from_pretrained(directory or entry.tokenizer, **kwargs)
+    except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        if "trust_remote_code" in reason:
+            raise UnsupportedModelError(
+                f"the tokenizer '{entry.tokenizer}' runs code of its own; read it, then allow it with "
+                "tokenizer_kwargs: {trust_remote_code: true}"
+            ) from error
+        raise CheckpointError(f"the tokenizer '{entry.tokenizer}' cannot be loaded: {reason[:500]}") from error
+
+
+def tokenize(entry: Entry, tokenizer: Any) -> Prompts:
+    """Make every variant of every prompt from the full text, tokenise each, and trim them if the entry says so.
+
+    Trimming cuts ids at the end, so that every (prompt, variant) is as long as the shortest of them; no text is cut or
+    decoded. `text` stays the full text. Raises PromptError for no prompts and for a prompt of zero tokens.
+    """
+    if not entry.prompts:
+        raise PromptError(f"entry '{entry.name}' has no prompts; give prompts or prompt_file")
+    sources = entry.prompt_sources or tuple(f"prompt {i}" for i in range(len(entry.prompts)))
+    items = []
+    for i, (prompt, source) in enumerate(zip(entry.prompts, sources, strict=True)):
+        for variant in entry.prompt_variants:
+            text = make_variant(prompt, variant, entry.prompt_variant_options)
+            ids = tuple(tokenizer(text, add_special_tokens=entry.add_special_tokens)["input_ids"])
+            if not ids:
+                raise PromptError(f"prompt {i} ({source}), variant {variant}: no tokens; the text is {text[:60]!r}")
+            items.append(Prompt(i, variant, text, ids, len(ids), source))
+    trimmed_to = None
+    if entry.trim_prompts:
+        lengths = [len(p.ids) for p in items]
+        trimmed_to = min(lengths)
+        items = [Prompt(p.prompt_idx, p.variant, p.text, p.ids[:trimmed_to], n, p.source)
+                 for p, n in zip(items, lengths, strict=True)]  # fmt: skip
+        log.info("Normalized %d prompts to %d tokens (longest was %d)", len(items), trimmed_to, max(lengths))
+    used = sorted({i for p in items for i in p.ids})
+    special = frozenset(tokenizer.all_special_ids) & frozenset(used)
+    return Prompts(tuple(items), trimmed_to, {i: token_text(tokenizer, i) for i in used}, special)
+
+
+def token_text(tokenizer: Any, token_id: int) -> str:
+    """The id decoded alone; bytes that are no text on their own show as U+FFFD."""
+    return str(tokenizer.decode([token_id], skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def tracked_tokens(entry: Entry, tokenizer: Any) -> list[tuple[int, str, str]]:
+    """(id, token, label) of every tracked token, each id once: ids first, then strings, then the map.
+
+    `token` is the tokenizer's own spelling, `label` the name in interesting_token_map, else the spelling. Raises PromptError
+    for a string that is not one token of the tokenizer, with what it tokenises to.
+    """
+    found: dict[int, tuple[str, str]] = {}
+    for token_id in entry.tracked_token_ids:
+        found.setdefault(token_id, _spelling(tokenizer, token_id))
+    for i, token in enumerate(entry.tracked_token_strings):
+        token_id = _one_token(tokenizer, token, f"tracked_token_strings[{i}]")
+        found.setdefault(token_id, (token, token))
+    for label, token in entry.interesting_token_map.items():
+        token_id = _one_token(tokenizer, token, f"interesting_token_map.{label}")
+        found[token_id] = (token, label)  # an id that is there already keeps its place and gets its name
+    return [(token_id, token, label) for token_id, (token, label) in found.items()]
+
+
+def _spelling(tokenizer: Any, token_id: int) -> tuple[str, str]:
+    """An id's token and label. A row of the embedding table that the tokenizer never uses has no token."""
+    token = tokenizer.convert_ids_to_tokens(token_id) if token_id < len(tokenizer) else None
+    return (str(token), str(token)) if token is not None else ("", str(token_id))
+
+
+def _one_token(tokenizer: Any, token: str, key: str) -> int:
+    token_id = tokenizer.convert_tokens_to_ids(token)
+    unknown = token_id is None or (token_id == tokenizer.unk_token_id and token != tokenizer.unk_token)
+    if not unknown:
+        return int(token_id)
+    pieces = tokenizer.tokenize(token)
+    if len(pieces) == 1 and tokenizer.convert_tokens_to_ids(pieces[0]) not in (None, tokenizer.unk_token_id):
+        hint = f"; in the tokenizer's spelling it is {pieces[0]!r}"
+    else:
+        hint = near(token, tokenizer.get_vocab()) + f"; it tokenises to {pieces}"
+    raise PromptError(f"{key}: {token!r} is not one token of the tokenizer{hint}")
+
+
+def check_ids(prompts: Prompts, sizes: Mapping[str, int], tracked: Iterable[tuple[int, str, str]] = ()) -> None:
+    """Raise PromptError if an id in use, or a tracked one, is at or above a model's number of embedding rows.
+
+    `sizes` maps "base" and "sft" to their rows.
+    """
+    for owner, rows in sizes.items():
+        for prompt in prompts.items:
+            if bad := [i for i in prompt.ids if i >= rows]:
+                raise PromptError(
+                    f"prompt {prompt.prompt_idx} ({prompt.source}), variant {prompt.variant}: token "
+                    f"{prompts.tokens.get(bad[0], '')!r} has id {bad[0]}, but the {owner} model has {rows} embedding rows; "
+                    "both models must know every token: name the tokenizer of the model with the smaller vocabulary"
+                )
+        for token_id, token, label in tracked:
+            if token_id >= rows:
+                raise PromptError(
+                    f"tracked token {label!r} ({token!r}) has id {token_id}, but the {owner} model has {rows} embedding rows; "
+                    f"take it out of {', '.join(TRACKED)}"
+                )

@@ -1,0 +1,89 @@
+"""A self-check that runs with every capture: on a tiny model of the same class, walking layer by layer through recorded
+arguments must give, bit for bit, what the model's own forward gives.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from typing import Any
+
+import torch
+from torch import nn
+
+from capture.checkpoint import StreamedModel
+from capture.errors import SelfCheckError, UnsupportedModelError
+from capture.replay import record, run_layer, run_tail
+
+log = logging.getLogger(__name__)
+
+# What a config is cut to. Keys that a config lacks are skipped; ratios that architectures rely on stay whole numbers.
+TINY: dict[str, Any] = {
+    "num_hidden_layers": 2, "n_layer": 2, "hidden_size": 64, "n_embd": 64, "intermediate_size": 96, "ffn_dim": 96,
+    "n_inner": 96, "num_attention_heads": 4, "n_head": 4, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 97,
+    "moe_intermediate_size": 32, "num_local_experts": 4, "num_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2,
+    "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "q_lora_rank": 24, "kv_lora_rank": 16, "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8, "v_head_dim": 16, "word_embed_proj_dim": 64, "pad_token_id": 0, "bos_token_id": 1,
+    "eos_token_id": 2, "sliding_window": 4, "layer_types": 2, "query_pre_attn_scalar": 16,
+}  # fmt: skip
+
+
+def tiny_config(config: Any) -> Any:
+    """A copy of a config, cut to two narrow layers; everything that is not a size stays."""
+    small = copy.deepcopy(config)
+    for key, value in TINY.items():
+        current = getattr(small, key, None)
+        if current is None or key in getattr(small, "attribute_map", {}):
+            continue
+        if key == "layer_types":
+            kinds = list(dict.fromkeys(current))
+            value = (kinds * 2)[:2]
+        if key == "num_key_value_heads" and getattr(config, "num_attention_heads", None) == current:
+            value = 4
+        setattr(small, key, value)
+    return small
+
+
+class _Whole:
+    """A fully loaded model behind the few attributes of StreamedModel that the replay needs."""
+
+    def __init__(self, model: Any, layers_name: str) -> None:
+        self.model, self.base = model, model.base_model
+        self.layers: nn.ModuleList = model.get_submodule(layers_name)
+        self.n_layers = len(self.layers)
+
+
+def replay_check(streamed: StreamedModel) -> str:
+    """Build the tiny model, run it both ways, compare. Returns "bitwise", or why it could not be run.
+
+    Raises SelfCheckError where the two differ: the layers of this class are not what the replay takes them for.
+    """
+    config = tiny_config(streamed.model.config)
+    state = torch.random.get_rng_state()
+    try:
+        torch.manual_seed(0)
+        with torch.device("cpu"):
+            model = type(streamed.model)(config).float().eval()
+        whole = _Whole(model, streamed.layers_name)
+        ids = torch.arange(3, 15).reshape(2, 6) % config.get_text_config().vocab_size
+        with torch.no_grad():
+            plain = model.base_model(input_ids=ids, use_cache=False)[0]
+            recording = record(whole, model.get_input_embeddings()(ids))  # type: ignore[arg-type]
+    except UnsupportedModelError:
+        raise
+    except Exception as error:  # a size that this class cannot be cut to says nothing about the real model
+        reason = f"not run: a tiny {type(streamed.model).__name__} could not be made ({type(error).__name__}: {error})"
+        log.warning("self-check of the replay %s", reason)
+        return reason
+    finally:
+        torch.random.set_rng_state(state)
+    hidden = recording.entry_BTD
+    for layer, call in zip(whole.layers, recording.calls, strict=True):
+        hidden = run_layer(layer, hidden, call)
+    hidden = run_tail(recording.tail, hidden)
+    if not torch.equal(hidden, plain):
+        raise SelfCheckError(
+            f"{type(streamed.model).__name__}: layer by layer differs from the model's own forward by "
+            f"{float((hidden - plain).abs().max()):.3g} on a tiny model of this class; this architecture is not supported"
+        )
+    return "bitwise"

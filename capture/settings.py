@@ -1,0 +1,226 @@
+"""The blocks of the config as frozen, validated objects: the one list of keys, types, defaults and descriptions.
+
+The docs page is made from the fields below, and so are the nearest keys that errors name.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from capture.fields import Device, Dtype, Frozen, Int, Kwargs, ModelKwargs, Number, Text, near, unique
+from capture.passes import EmbeddingVariant, MultiPass
+from capture.variants import OPTIONS, VARIANTS, option_error
+
+Mode = Literal["auto", "resident", "streamed"]
+
+
+class Lens(Frozen):
+    """The logit lens: what is read out of a state through the unembedding."""
+
+    enabled: bool = Field(default=True, description="false skips logits, entropies, KL and top-k, and their cost")
+    norm: Literal["final", "none"] = Field(
+        default="final",
+        description="final: the final norm goes before the unembedding; none: the raw state, as the seed did",
+    )
+    layers: Literal["all"] | Int | tuple[Int, ...] = Field(
+        default="all",
+        description="all; n for every n-th layer and the last; or a list of layers (negative from the end: -1 = L)",
+    )
+
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _layers(cls, value: Any) -> Any:
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        listed = isinstance(value, list | tuple) and value and all(type(v) is int for v in value)
+        if not (value == "all" or (whole and value >= 1) or listed):
+            raise ValueError(f"got {value!r}; expected all, a whole number from 1 up, or a list of whole numbers")
+        return value
+
+
+class Batching(Frozen):
+    """How prompts are put together. Passes of one comparison always run at equal batch shapes."""
+
+    padding: Literal["none", "right", "left"] = Field(
+        default="none", description="none: only prompts of equal length share a batch; right, left: pad to the longest"
+    )
+    max_tokens: Int = Field(default=4096, ge=1, description="tokens per batch, counted once for the pair of passes")
+
+
+class Output(Frozen):
+    """How tables are written."""
+
+    compression_level: Int = Field(default=3, ge=1, le=22, description="zstd level; 9 gained nothing over 3")
+    topk: bool = Field(default=True, description="false leaves out the top-k tables, nine tenths of the bytes")
+
+
+class AllowedPair(Frozen):
+    """A pair that may run on the local GPU, and the settings it must run with."""
+
+    base: Text = Field(description="base model of the pair")
+    sft: Text = Field(description="sft model of the pair")
+    device: Device | None = Field(
+        default=None, description="cuda or cuda:<cuda_device_index>; the latter when left out"
+    )
+    dtype: Dtype | None = Field(default=None, description="dtype to use instead of the config's")
+    tokenizer: Text | None = Field(default=None, description="tokenizer to use instead of the config's")
+    tokenizer_kwargs: Kwargs | None = Field(default=None, description="tokenizer_kwargs to use instead")
+    model_kwargs: ModelKwargs | None = Field(default=None, description="model_kwargs to use instead")
+    notes: str | None = Field(default=None, description="for people")
+
+
+class LocalRun(Frozen):
+    """Guards for runs on one's own GPU. Nothing falls back: a check that fails stops the run."""
+
+    enabled: bool = Field(default=False, description="true: every check below must pass before anything loads")
+    min_vram_gb: Number = Field(
+        default=0,
+        ge=0,
+        description="least total memory of the GPU in GB of 10^9 bytes, as cards are sold (24 for an RTX 4090)",
+    )
+    require_gpu_name_substring: str | None = Field(
+        default=None, description="text that the GPU's name must hold, any case"
+    )
+    cuda_device_index: Int = Field(default=0, ge=0, description="which CUDA device")
+    allowed_pairs: tuple[AllowedPair, ...] = Field(default=(), description="the only pairs that may run")
+
+    @model_validator(mode="after")
+    def _one_device(self) -> LocalRun:
+        wanted = f"cuda:{self.cuda_device_index}"
+        for i, pair in enumerate(self.allowed_pairs):
+            if self.enabled and pair.device not in (None, "cuda", wanted):
+                raise ValueError(
+                    f"allowed_pairs[{i}].device is '{pair.device}' but cuda_device_index is {self.cuda_device_index}; "
+                    f"leave device out, or set it to {wanted}"
+                )
+        unique([f"{p.base} -> {p.sft}" for p in self.allowed_pairs], "allowed_pairs lists twice")
+        return self
+
+
+class SweepEntry(Frozen):
+    """One pair of the sweep. What is left out is taken from the block above it, but for what belongs to one pair."""
+
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$",
+        description="name of the entry, part of paths: letters, digits, dot, underscore, plus and hyphen",
+    )
+    base_model: Text = Field(description="hub id or directory of the base checkpoint")
+    sft_model: Text = Field(description="hub id or directory of the fine-tuned checkpoint")
+    tokenizer: Text | None = Field(
+        default=None,
+        description="the one tokenizer of both models; when left out the block's where the block names no pair of its "
+        "own, else the sft model's",
+    )
+    tokenizer_kwargs: Kwargs | None = Field(default=None, description="passed to AutoTokenizer.from_pretrained")
+    model_kwargs: ModelKwargs | None = Field(default=None, description="passed to AutoModelForCausalLM.from_pretrained")
+    base_revision: Text | None = Field(default=None, description="branch, tag or commit of the base model")
+    sft_revision: Text | None = Field(default=None, description="branch, tag or commit of the sft model")
+    device: Device | None = Field(default=None, description="cpu, cuda or cuda:<index>")
+    dtype: Dtype | None = Field(default=None, description="auto, float32, bfloat16 or float16")
+    mode: Mode | None = Field(default=None, description="mode of this entry")
+    gpus: Number | None = Field(
+        default=None, ge=0, description="GPUs to ask Ray for; by default 1 where the device is CUDA"
+    )
+    accelerator_type: Text | None = Field(default=None, description="Ray's accelerator type to ask for, such as H100")
+    estimated_vram_gb: Number | None = Field(
+        default=None, ge=0, description="for people; the plan does its own arithmetic"
+    )
+    notes: str | None = Field(default=None, description="for people")
+
+
+class Settings(Frozen):
+    """The `residual_compare` block."""
+
+    base_model: Text | None = Field(default=None, description="hub id or directory of the base checkpoint")
+    sft_model: Text | None = Field(default=None, description="hub id or directory of the fine-tuned checkpoint")
+    base_revision: Text | None = Field(default=None, description="branch, tag or commit of the base model")
+    sft_revision: Text | None = Field(default=None, description="branch, tag or commit of the sft model")
+    tokenizer: Text | None = Field(default=None, description="the one tokenizer of both; the sft model's when left out")
+    tokenizer_kwargs: Kwargs = Field(default={}, description="passed to AutoTokenizer.from_pretrained")
+    model_kwargs: ModelKwargs = Field(default={}, description="passed to AutoModelForCausalLM.from_pretrained")
+    device: Device | None = Field(
+        default=None, description="cpu, cuda or cuda:<index>; null takes CUDA where there is one, else the CPU"
+    )
+    dtype: Dtype = Field(default="auto", description="auto (as the checkpoint says), float32, bfloat16 or float16")
+    top_k: Int = Field(default=20, ge=1, le=1000, description="length of the top-k lists")
+    prompts: tuple[str, ...] = Field(default=(), description="prompts, inline; they follow those of the file")
+    prompt_file: Text | None = Field(
+        default=None,
+        description="file with a prompt a line; blank lines are skipped, white space at the ends of a line too",
+    )
+    trim_prompts: bool | None = Field(
+        default=None,
+        description="trim all prompts to the shortest one's tokens; by default for a file named prod_prompts.txt",
+    )
+    add_special_tokens: bool = Field(default=True, description="let the tokenizer add its own BOS and the like")
+    prompt_variants: tuple[str, ...] = Field(
+        default=("identity",), description="which variants of each prompt to capture"
+    )
+    prompt_variant_options: dict[str, Kwargs] = Field(default={}, description="options by variant")
+    tracked_token_ids: tuple[Annotated[Int, Field(ge=0)], ...] = Field(
+        default=(), description="ids whose logits are kept for every cell"
+    )
+    tracked_token_strings: tuple[Text, ...] = Field(
+        default=(), description="tokens in the tokenizer's own spelling, likewise"
+    )
+    interesting_token_map: dict[str, Text] = Field(default={}, description="label: token, likewise")
+    embedding_variants: tuple[EmbeddingVariant, ...] = Field(
+        default=(EmbeddingVariant(name="default"),), description="the comparisons made when multi_pass is off"
+    )
+    multi_pass: MultiPass = Field(default=MultiPass(), description="the passes and their comparisons")
+    model_sweep: tuple[SweepEntry, ...] = Field(default=(), description="the pairs of the sweep")
+    local_run: LocalRun = Field(default=LocalRun(), description="guards for one's own GPU")
+    lens: Lens = Field(default=Lens(), description="the logit lens")
+    mode: Mode = Field(
+        default="auto",
+        description="resident keeps both models, streamed a few layers; auto: resident where it fits easily",
+    )
+    batching: Batching = Field(default=Batching(), description="how prompts are batched")
+    output: Output = Field(default=Output(), description="how tables are written")
+    noise_floor: bool = Field(default=True, description="measure what batching alone changes, on one prompt")
+    gpus: Number | None = Field(
+        default=None, ge=0, description="GPUs to ask Ray for; by default 1 where the device is CUDA"
+    )
+    accelerator_type: Text | None = Field(default=None, description="Ray's accelerator type to ask for, such as H100")
+    device_memory_gib: Number | None = Field(
+        default=None, gt=0, description="cap on device memory, for shared cards and tests"
+    )
+    allow_pickle: bool = Field(default=False, description="accept .bin checkpoints; they can run any code when opened")
+
+    @field_validator("prompt_variants")
+    @classmethod
+    def _known_variants(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for name in value:
+            if name not in VARIANTS:
+                raise ValueError(f"'{name}' is not a variant{near(name, VARIANTS)}; expected {', '.join(VARIANTS)}")
+        if not value:
+            raise ValueError("the list is empty; leave the key out for identity")
+        unique(list(value), "the list names twice")
+        return value
+
+    @field_validator("prompt_variant_options")
+    @classmethod
+    def _known_options(cls, value: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        for variant, options in value.items():
+            if variant not in VARIANTS:
+                raise ValueError(f"'{variant}' is not a variant{near(variant, VARIANTS)}")
+            known = OPTIONS.get(variant, {})
+            for option, given in options.items():
+                if option not in known:
+                    allowed = ", ".join(known) or "none"
+                    raise ValueError(f"{variant}.{option}: unknown option{near(option, known)}; options: {allowed}")
+                if wrong := option_error(option, given, known[option]):
+                    raise ValueError(f"{variant}.{option}: got {given!r}; {wrong}")
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Settings:
+        unique([e.name for e in self.model_sweep], "model_sweep has two entries named")
+        unique([v.name for v in self.embedding_variants], "embedding_variants has two variants named")
+        if not self.embedding_variants:
+            raise ValueError("embedding_variants is empty; leave the key out for the plain comparison")
+        if (self.base_model is None) != (self.sft_model is None):
+            missing = "base_model" if self.base_model is None else "sft_model"
+            raise ValueError(f"{missing} is missing; a pair needs base_model and sft_model")
+        return self

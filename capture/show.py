@@ -1,0 +1,90 @@
+"""Progress on stderr: one moving line per entry on a terminal, plain lines a few seconds apart elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any, TextIO
+
+from capture.attempt import progress_line
+from capture.progress import Progress
+
+WAITING = "waiting"  # entries that do this are counted on one line
+
+
+class Show:
+    """Enter it, then report: `event` for what stays on the screen, `progress` for what moves, `end` when an entry is done.
+
+    live: None decides by whether `stream` is a terminal. every: least seconds between two plain progress lines of an entry.
+    """
+
+    def __init__(self, *, stream: TextIO | None = None, live: bool | None = None, every: float = 5.0) -> None:
+        self.stream = stream if stream is not None else sys.stderr
+        self.live = self.stream.isatty() if live is None else live
+        self.every = every
+        self.moving: dict[str, tuple[Progress | str, float]] = {}  # what each entry does now, and since when
+        self._said: dict[str, float] = {}
+        self._live: Any = None
+
+    def __enter__(self) -> Show:
+        if self.live:
+            from rich.console import Console
+            from rich.live import Live
+
+            self._live = Live(
+                console=Console(file=self.stream), get_renderable=self._render, refresh_per_second=4, transient=True,
+                redirect_stdout=False, redirect_stderr=False,
+            )  # fmt: skip
+            self._live.__enter__()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._live is not None:
+            self._live.__exit__(None, None, None)
+            self._live = None
+
+    def event(self, entry: str, text: str) -> None:
+        """A line that stays: an entry started, was retried, is complete, failed."""
+        self.note(f"{entry}: {text}")
+
+    def note(self, line: str) -> None:
+        """A line that stays and belongs to no entry."""
+        if self._live is not None:
+            self._live.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        else:
+            print(line, file=self.stream, flush=True)
+
+    def doing(self, entry: str, what: str) -> None:
+        """A few words on what an entry does before it reports progress itself; only a terminal shows them."""
+        self.moving[entry] = (what, time.monotonic())
+
+    def progress(self, progress: Progress) -> None:
+        now = time.monotonic()
+        self.moving[progress.entry] = (progress, now)
+        if not self.live and now - self._said.get(progress.entry, -self.every) >= self.every:
+            self._said[progress.entry] = now
+            self.note(f"{progress.entry}: {progress_line(progress)}")
+
+    def end(self, entry: str) -> None:
+        self.moving.pop(entry, None)
+
+    def _render(self) -> Any:
+        from rich.table import Table
+
+        table = Table.grid(padding=(0, 2))
+        waiting = sum(what == WAITING for what, _ in self.moving.values())
+        for entry, (what, since) in list(self.moving.items()):
+            if what == WAITING:
+                continue
+            if isinstance(what, Progress):
+                layer = f"layer {what.layer}/{what.n_layers}" if what.n_layers else ""
+                speed = f"{what.tokens_per_second:,.0f} tokens/s" if what.tokens_per_second is not None else ""
+                # the estimate is as old as the report, so the seconds since then are taken off
+                left = what.seconds_left
+                passed = time.monotonic() - since
+                table.add_row(entry, what.stage, layer, speed, f"{max(0, left - passed):,.0f} s left" if left else "")
+            else:
+                table.add_row(entry, what, "", "", "")
+        if waiting:
+            table.add_row(f"{waiting} waiting", "", "", "", "")
+        return table

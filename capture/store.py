@@ -1,0 +1,161 @@
+"""Write a capture: Parquet tables that are there whole or not at all, and the marker last.
+
+Row order is by the keys of schema.py within each file. A part file of top-k lists may hold a range of layers only: lists
+are nine tenths of the bytes, and are written as soon as they pass a budget instead of being kept to the end.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from capture.errors import StoreError
+from capture.layout import MARKER, RunDir
+from capture.manifest import now
+from capture.schema import BY_NAME, SCHEMA_VERSION, arrow_schema
+
+ROW_GROUP = 100_000
+
+
+class CaptureWriter:
+    """Writes the files of one capture into a staging directory; `finish` moves them in place and puts the marker.
+
+    So a capture that was complete stays complete until its successor is, and two writers of the same capture do not mix.
+    """
+
+    def __init__(self, run: RunDir, pair: str, capture: str, *, compression_level: int = 3) -> None:
+        self.run, self.pair, self.capture, self.level = run, pair, capture, compression_level
+        self.path = run.capture_path(pair, capture)
+        self.files: list[dict[str, Any]] = []
+        with storing(self.path):
+            if run.is_local:
+                run.fs.create_dir(self.path, recursive=True)
+                self.stage = Path(tempfile.mkdtemp(prefix=".tmp-", dir=self.path))
+            else:
+                self.stage = Path(tempfile.mkdtemp(prefix="pairscope-"))
+
+    def table(self, name: str, chunks: Iterable[dict[str, Any]], part: int | None = None) -> None:
+        """Write one file of a table from chunks of columns (column name -> Arrow or numpy array), a row group each."""
+        schema = arrow_schema(name)
+        file = f"{name}.parquet" if part is None else f"{name}-{part:05d}.parquet"
+        target = self.stage / file
+        rows = 0
+        with storing(f"{self.path}/{file}"):
+            with pq.ParquetWriter(target, schema, **self._options(name)) as writer:
+                for columns in chunks:
+                    arrays = [_array(columns[f.name], f) for f in schema]
+                    rows += len(arrays[0])
+                    writer.write_table(pa.Table.from_arrays(arrays, schema=schema), row_group_size=2 * ROW_GROUP)
+            digest, size = _sync_and_hash(target)
+        self.files.append({"name": file, "table": name, "rows": rows, "bytes": size, "sha256": digest})
+
+    def _options(self, name: str) -> dict[str, Any]:
+        leaf = {c: f"{c.name}.list.element" if c.type.startswith("list") else c.name for c in BY_NAME[name].all_columns}
+        return {
+            "compression": "zstd",
+            "compression_level": self.level,
+            "use_dictionary": [path for c, path in leaf.items() if "float32" not in c.type],
+            "column_encoding": {path: "BYTE_STREAM_SPLIT" for c, path in leaf.items() if "float32" in c.type},
+        }
+
+    def finish(self, document: dict[str, Any]) -> None:
+        """Move the tables in place, write capture.json, then the marker: from here on the capture exists.
+
+        capture.json holds times and so differs between two runs of the same work: it is not under the marker's checksums.
+        """
+        names = [f["name"] for f in self.files]
+        with storing(self.path):
+            for name in names:
+                self._move(name)
+            self._json("capture.json", document)
+            if self.run.is_local:
+                _sync_directory(self.path)
+            self._json(MARKER, {"schema_version": SCHEMA_VERSION, "pair": self.pair, "capture": self.capture,
+                                "finished": now(), "files": self.files})  # fmt: skip
+            stale = [i for i in self.run.list_dir(self.path) if i.base_name.endswith(".parquet") and i.base_name not in names]
+            for info in stale:  # parts of an earlier capture with the same id
+                self.run.fs.delete_file(info.path)
+        self.discard()
+
+    def _move(self, name: str) -> None:
+        if self.run.is_local:
+            os.replace(self.stage / name, f"{self.path}/{name}")
+            return
+        with open(self.stage / name, "rb") as source, self.run.fs.open_output_stream(f"{self.path}/{name}") as target:
+            shutil.copyfileobj(source, target, 1 << 22)
+
+    def _json(self, name: str, content: dict[str, Any]) -> None:
+        self.run.write_bytes(f"{self.path}/{name}", (json.dumps(content, indent=1) + "\n").encode())
+
+    def discard(self) -> None:
+        """Remove the staging directory, whatever is in it."""
+        shutil.rmtree(self.stage, ignore_errors=True)
+
+
+def _sync_and_hash(path: Path) -> tuple[str, int]:
+    with open(path, "rb") as stream:
+        os.fsync(stream.fileno())
+        return hashlib.file_digest(stream, "sha256").hexdigest(), path.stat().st_size
+
+
+def _sync_directory(path: str) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+class storing:
+    """Turn what a file system can say no with into one StoreError that names the path."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: Any, _: Any) -> None:
+        if isinstance(error, OSError):
+            why = {errno.ENOSPC: "the disk is full", errno.EACCES: "no permission", errno.EROFS: "read-only"}.get(
+                error.errno or 0, str(error)
+            )
+            raise StoreError(f"cannot write '{self.path}': {why}. Choose another --out, or make room and run again") from error
+
+
+def _array(values: Any, field: pa.Field) -> pa.Array:
+    """One column: lists come as [n, k] numpy arrays, null floats as NaN, null lists as rows of NaN, strings as codes."""
+    if isinstance(values, pa.Array):
+        return values
+    if pa.types.is_list(field.type):
+        values = np.ascontiguousarray(values)
+        n, k = values.shape
+        flat = pa.array(values.reshape(-1), field.type.value_type)
+        offsets = pa.array(np.arange(n + 1, dtype=np.int32) * k)
+        if field.nullable and k and values.dtype.kind == "f":
+            return pa.ListArray.from_arrays(offsets, flat, mask=pa.array(np.isnan(values).all(axis=1)))
+        return pa.ListArray.from_arrays(offsets, flat)
+    if pa.types.is_boolean(field.type):
+        values = np.asarray(values)
+        if values.dtype.kind == "f":
+            return pa.array(values == 1, mask=np.isnan(values))
+        return pa.array(values)
+    if field.nullable:
+        return pa.array(np.asarray(values), field.type, from_pandas=True)  # NaN becomes null
+    return pa.array(values, field.type)
+
+
+def category(codes: Any, names: Sequence[str]) -> pa.Array:
+    """A dictionary-encoded string column from integer codes into `names`."""
+    return pa.DictionaryArray.from_arrays(pa.array(codes, pa.int32()), pa.array(list(names), pa.string()))

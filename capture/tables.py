@@ -1,0 +1,127 @@
+"""Columns of the tables from a collector's arrays, in chunks of about ROW_GROUP rows, rows sorted by the schema's keys."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from capture.collector import Collector
+from capture.prompts import Prompt
+from capture.store import ROW_GROUP, category
+
+Columns = dict[str, Any]
+
+
+class Rows:
+    """Which rows a capture has: its prompts' order and offsets, and the names of its passes and comparisons."""
+
+    def __init__(self, pair: str, capture: str, items: Sequence[Prompt], collector: Collector) -> None:
+        self.pair, self.capture, self.items, self.collector = pair, capture, items, collector
+        self.variants = list(dict.fromkeys(i.variant for i in items))
+        self.offsets = np.concatenate([[0], np.cumsum([len(i.ids) for i in items])])
+        self.runs = [p.name for p in collector.passes]
+
+    def prompts(self) -> Iterator[Columns]:
+        items = self.items
+        yield {
+            **self._prompt_keys(np.arange(len(items))),
+            "text": np.array([i.text for i in items], object),
+            "n_tokens": np.array([len(i.ids) for i in items], np.int32),
+            "n_tokens_before_trimming": np.array([i.n_tokens_before_trimming for i in items], np.int32),
+        }
+
+    def tokens(self, text_of: dict[int, str], special: set[int]) -> Iterator[Columns]:
+        """text_of: token id -> decoded text; special: ids of special tokens."""
+        item = np.repeat(np.arange(len(self.items)), np.diff(self.offsets))
+        ids = np.concatenate([np.array(i.ids, np.int32) for i in self.items])
+        yield {
+            **self._prompt_keys(item),
+            "position": (np.arange(len(ids)) - self.offsets[item]).astype(np.int32),
+            "token_id": ids,
+            "token": np.array([text_of[i] for i in ids.tolist()], object),
+            "is_special": np.array([i in special for i in ids.tolist()]),
+        }
+
+    def tracked_tokens(self, tracked: Sequence[tuple[int, str, str]]) -> Iterator[Columns]:
+        n = len(tracked)
+        yield {
+            "pair": category(np.zeros(n), [self.pair]),
+            "capture": category(np.zeros(n), [self.capture]),
+            "slot": np.arange(n, dtype=np.int16),
+            "token_id": np.array([t[0] for t in tracked], np.int32),
+            "token": np.array([t[1] for t in tracked], object),
+            "label": np.array([t[2] for t in tracked], object),
+        }
+
+    def scalars(self, table: str) -> Iterator[Columns]:
+        """Rows of `runs` or `pairwise`, all layers."""
+        source = self.collector.runs if table == "runs" else self.collector.pairwise
+        n_layers = self.collector.pair.n_layers + 2
+        for keys, pick in self._cells(table, np.arange(n_layers) - 1):
+            columns = {name: pick(array) for name, array in source.items()}
+            if table == "runs":
+                columns["tracked_logits"] = pick(self.collector.tracked)
+            yield keys | columns
+
+    def lists(self, table: str, layers: Sequence[int]) -> Iterator[Columns]:
+        """Rows of `runs_topk` or `pairwise_topk`, of some layers that the lens read."""
+        kind = table.removesuffix("_topk")
+        names = {"runs": {"": ("ids", "logits")}, "pairwise": {
+            "increased": ("increased_ids", "increased"), "decreased": ("decreased_ids", "decreased")}}[kind]  # fmt: skip
+        for keys, pick in self._cells(kind, np.array(layers)):
+            columns = {}
+            for name, (ids, values) in names.items():
+                for column, which in ((ids, 0), (values, 1)):
+                    columns[column] = pick(_LayerStack([self.collector.topk[int(x)][(kind, name)][which] for x in layers]))
+            yield keys | columns
+
+    def _cells(self, kind: str, layers: Any) -> Iterator[tuple[Columns, Any]]:
+        """Chunks of whole prompts: their key columns, and a function that picks the chunk's cells from [P or C, L, N, ...]."""
+        count = len(self.runs) if kind == "runs" else len(self.collector.comparisons)
+        per_token = count * len(layers)
+        start = 0
+        while start < len(self.items):
+            stop = start + 1
+            while stop < len(self.items) and (self.offsets[stop + 1] - self.offsets[start]) * per_token <= ROW_GROUP:
+                stop += 1
+            yield self._chunk(kind, count, layers, range(start, stop))
+            start = stop
+
+    def _chunk(self, kind: str, count: int, layers: Any, items: range) -> tuple[Columns, Any]:
+        grids = [np.meshgrid(np.arange(count), layers, np.arange(len(self.items[i].ids)), indexing="ij") for i in items]
+        what, layer, position = (np.concatenate([g[axis].reshape(-1) for g in grids]) for axis in range(3))
+        item = np.repeat(np.array(items), [g[0].size for g in grids])
+        keys = self._prompt_keys(item) | {"layer": layer.astype(np.int16), "position": position.astype(np.int32)}
+        if kind == "runs":
+            keys["run"] = category(what, self.runs)
+        else:
+            sides = self.collector.comparisons
+            keys["base_run"] = category([self.runs.index(sides[c].base_run) for c in what], self.runs)
+            keys["sft_run"] = category([self.runs.index(sides[c].sft_run) for c in what], self.runs)
+
+        def pick(array: Any) -> Any:
+            parts = [array[:, :, self.offsets[i] : self.offsets[i + 1]] for i in items]
+            return np.concatenate([p.reshape(p.shape[0] * p.shape[1] * p.shape[2], *p.shape[3:]) for p in parts])
+
+        return keys, pick
+
+    def _prompt_keys(self, item: Any) -> Columns:
+        zeros = np.zeros(len(item))
+        return {
+            "pair": category(zeros, [self.pair]),
+            "capture": category(zeros, [self.capture]),
+            "prompt_idx": np.array([i.prompt_idx for i in self.items], np.int32)[item],
+            "variant": category([self.variants.index(self.items[i].variant) for i in item.tolist()], self.variants),
+        }
+
+
+class _LayerStack:
+    """[count, N, K] arrays of several layers, sliced as one [count, layers, N, K] without being copied into one."""
+
+    def __init__(self, layers: list[Any]) -> None:
+        self.layers = layers
+
+    def __getitem__(self, key: Any) -> Any:
+        return np.stack([layer[:, key[2]] for layer in self.layers], axis=1)

@@ -1,0 +1,162 @@
+"""The `sweep` verb. Nothing heavy is imported before it runs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from capture.config import Entry
+    from capture.errors import ConfigError
+    from cluster.sweep import Item, Summary
+
+
+class ListsEntries(click.Command):
+    """Lets `--entries` take several names: `--entries a b` reads as `--entries a --entries b`; a .yaml file ends the list."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        spread: list[str] = []
+        listing = False
+        for arg in args:
+            if arg == "--entries":
+                listing = True
+                continue
+            if arg.startswith("-") or arg.endswith((".yaml", ".yml")):
+                listing = False
+            spread += ["--entries", arg] if listing else [arg]
+        if "--entries" in args and "--entries" not in spread:
+            ctx.fail("--entries needs at least one name.")
+        return super().parse_args(ctx, spread)
+
+
+@click.command(cls=ListsEntries)
+@click.argument("config", required=False)
+@click.option("--out", help="Run directory: a path or a URI such as s3://bucket/run.  [default: out/<name of CONFIG>]")
+@click.option("--entries", multiple=True, metavar="NAME...", help="Only these entries of the config.")
+@click.option("--force", is_flag=True, help="Capture again what is complete.")
+@click.option("--jobs", type=click.IntRange(min=1), help="Entries at a time.  [default: as many as there is room for]")
+@click.option("--dry-run", is_flag=True, help="Only show the entries, their capture ids and what is complete.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object an entry on stdout.")
+def sweep(
+    config: str | None,
+    out: str | None,
+    entries: tuple[str, ...],
+    force: bool,
+    jobs: int | None,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Capture all pairs of CONFIG through Ray; what is complete already is skipped.
+
+    A Ray of its own is started on this machine, unless RAY_ADDRESS names a cluster (inside `ray job submit` it does).
+    An entry that fails is reported and the others go on. Without CONFIG, DEV_MODE chooses configs/dev_config.yaml or
+    configs/prod_config.yaml. Exit code: 0 all complete, 1 some entry failed, 2 the call or the config is wrong, 130 after
+    Ctrl-C.
+
+    \b
+    Example:
+      pairscope sweep configs/demo.yaml --out out/demo
+    """
+    from capture.config import load_config
+    from cluster.sweep import choose, run_sweep
+
+    loaded = load_config(config)
+    chosen = choose(loaded, entries)
+    out = out or f"out/{Path(loaded.path).stem}"
+    if dry_run:
+        _dry_run(chosen, out, force, as_json)
+        return
+    summary = run_sweep(chosen, out, force=force, jobs=jobs)
+    if as_json:
+        _print_json(summary.items)
+    else:
+        _print_summary(summary, config)
+    for item in summary.failed:
+        where = f" (log: {item.row['log']} in {summary.out})" if item.row.get("log") else ""
+        click.echo(f"pairscope: {item.name} failed: {item.row['error_class']}: {item.row['error']}{where}", err=True)
+    sys.exit(summary.exit_code)
+
+
+def _dry_run(chosen: list[tuple[str, Entry | ConfigError]], out: str, force: bool, as_json: bool) -> None:
+    from capture.attempt import check_output
+    from capture.layout import RunDir
+    from cluster.sweep import plan
+
+    run = RunDir(out)
+    check_output(run, write=False)
+    items = plan(chosen, run, force=force, record=False)
+    if as_json:
+        _print_json(items)
+    else:
+        state = {"planned": "to do", "skipped": "complete"}
+        rows = [[i.name, state.get(i.state, i.state), i.capture or "", _error(i)] for i in items]
+        _print_table(["entry", "state", "capture", "error"], rows)
+        click.echo(f"{sum(i.state == 'planned' for i in items)} of {len(items)} entries to do, in {run.out}")
+    if any(i.state == "failed" for i in items):
+        sys.exit(1)
+
+
+def _print_json(items: list[Item] | tuple[Item, ...]) -> None:
+    for item in items:
+        click.echo(json.dumps(item.as_dict(), ensure_ascii=False))
+
+
+def _print_summary(summary: Summary, config: str | None) -> None:
+    n = len(summary.items)
+    if summary.complete == n and not summary.ray_used:
+        click.echo(f"nothing left to do: {n} of {n} complete in {summary.out}")
+    else:
+        rows = [
+            [i.name, i.state, _number(i.row.get("seconds"), ".1f"), _number(i.row.get("n_tokens"), ",d"), i.row.get("mode") or "",
+             _gib(i.row.get("peak_memory_bytes")), _error(i)]
+            for i in summary.items
+        ]  # fmt: skip
+        _print_table(["entry", "state", "seconds", "tokens", "mode", "peak GiB", "error"], rows)
+        click.echo(f"{summary.complete} of {n} complete in {summary.out}")
+    click.echo("\nnext:")
+    if summary.complete < n:
+        again = f"pairscope sweep {config or ''}".rstrip() + f" --out {summary.out}"
+        click.echo(f"  {again}    # takes up what is missing")
+        click.echo(f"  pairscope status {summary.out}")
+    if summary.complete:
+        click.echo(f"  pairscope report {summary.out}")
+        click.echo(f"  pairscope grid {summary.out} --metric kl_divergence")
+        click.echo(
+            f'  pairscope sql {summary.out} "SELECT pair, layer, avg(kl_divergence) FROM pairwise GROUP BY ALL ORDER BY ALL"'
+        )
+
+
+def _error(item: Item) -> str:
+    return f"{item.row['error_class']}: {item.row['error']}" if item.row.get("error_class") else ""
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def _gib(value: int | None) -> str:
+    return "" if value is None else f"{value / 1024**3:.2f}"
+
+
+def _print_table(columns: list[str], rows: list[list[str]]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    right = ("seconds", "tokens", "peak GiB")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    empty = {c for i, c in enumerate(columns) if not any(row[i] for row in rows)}
+    for column in columns:
+        if column not in empty:
+            table.add_column(
+                column, justify="right" if column in right else "left", overflow="fold", no_wrap=column == "entry"
+            )
+    for row in rows:
+        table.add_row(*[cell for column, cell in zip(columns, row, strict=True) if column not in empty])
+    # off a terminal rich would take 80 columns and break the lines of errors
+    console = Console(width=None if sys.stdout.isatty() else 200, markup=False, highlight=False)
+    console.print(table)

@@ -1,0 +1,236 @@
+"""A sweep, from a config's entries to a summary: skips what is complete, refuses what cannot run, sends the rest through Ray."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+from capture.attempt import WORK, check_output, find, record_failure
+from capture.config import Config, Entry
+from capture.errors import ConfigError, DeviceError, PairscopeError
+from capture.fields import near
+from capture.layout import RunDir
+from capture.show import Show
+from capture.stop import Stop
+from cluster.connect import Cluster, connected, running_elsewhere
+from cluster.resources import cpu_memory, gpus_wanted, refusal, request, sizing
+
+RESOLVE = "capture.run:resolve"  # module:function, entry -> object with `.capture`, the capture id
+DONE = ("complete", "skipped")
+
+
+@dataclass
+class Item:
+    """One entry of a sweep and where it stands.
+
+    state: planned, skipped (was complete before), complete, failed, interrupted, or not started (after a stop).
+    """
+
+    name: str
+    entry: Entry | None = None
+    capture: str | None = None
+    weight_bytes: int | None = None
+    state: str = "planned"
+    row: dict[str, Any] = field(default_factory=dict)
+    bug: bool = False
+
+    def as_dict(self) -> dict[str, Any]:
+        """One row of the summary, of `--json` and of `--dry-run`."""
+        keys = (
+            "seconds",
+            "n_prompts",
+            "n_tokens",
+            "mode",
+            "gpu",
+            "node",
+            "peak_memory_bytes",
+            "error_class",
+            "error",
+            "log",
+        )
+        return {"entry": self.name, "state": self.state, "capture": self.capture} | {k: self.row.get(k) for k in keys}
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a sweep did. exit_code: 0 all complete, 1 some failed, 128 + signal after a stop."""
+
+    out: str
+    items: tuple[Item, ...]
+    exit_code: int
+    ray_used: bool = False
+
+    @property
+    def complete(self) -> int:
+        return sum(i.state in DONE for i in self.items)
+
+    @property
+    def failed(self) -> list[Item]:
+        return [i for i in self.items if i.state == "failed"]
+
+
+def choose(config: Config, names: Sequence[str]) -> list[tuple[str, Entry | ConfigError]]:
+    """The entries asked for, in the config's order; all of them where none is named. Raises ConfigError for a wrong name."""
+    checked = config.checked_entries()
+    known = [name for name, _ in checked]
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"--entries: no entry '{name}'{near(name, known)}; {config.path} has {', '.join(known)}")
+    return [(name, entry) for name, entry in checked if not names or name in names]
+
+
+def plan(
+    checked: Sequence[tuple[str, Entry | ConfigError]],
+    run: RunDir,
+    *,
+    force: bool,
+    resolve: str = RESOLVE,
+    record: bool = True,
+    stop: Callable[[], bool] = lambda: False,
+) -> list[Item]:
+    """Find out what each entry's capture is called and whether it is complete. No Ray, no model is loaded.
+
+    An entry that cannot be resolved is failed, with a manifest row and a log where `record`.
+    """
+    resolver = find(resolve)
+
+    def one(name: str, entry: Entry | ConfigError) -> Item | PairscopeError:
+        if isinstance(entry, ConfigError):
+            return entry
+        if stop():
+            return Item(name, entry)
+        try:
+            resolved = resolver(entry)
+        except PairscopeError as error:
+            return error
+        item = Item(name, entry, resolved.capture, getattr(resolved, "weight_bytes", None))
+        if not force and run.is_complete(name, item.capture or ""):
+            item.state = "skipped"
+        return item
+
+    with ThreadPoolExecutor(
+        max_workers=8
+    ) as pool:  # a hub answers each entry in its own time; files are hashed without the GIL
+        found = list(pool.map(lambda pair: one(*pair), checked))
+    items = []
+    for (name, entry), item in zip(checked, found, strict=True):
+        if isinstance(item, PairscopeError):
+            known = entry if isinstance(entry, Entry) else None
+            items.append(_failed(run, Item(name, known), item, record))
+        else:
+            items.append(item)
+    return items
+
+
+def _failed(run: RunDir, item: Item, error: PairscopeError, record: bool = True) -> Item:
+    item.state = "failed"
+    if record:
+        item.row = record_failure(run, item.name, error)
+    else:
+        item.row = {"error_class": type(error).__name__, "error": str(error)}
+    return item
+
+
+def run_sweep(
+    checked: Sequence[tuple[str, Entry | ConfigError]],
+    out: str,
+    *,
+    force: bool = False,
+    jobs: int | None = None,
+    show: Show | None = None,
+    work: str = WORK,
+    resolve: str = RESOLVE,
+    cpus: int | None = None,
+) -> Summary:
+    """Capture all entries into the run directory `out`; one entry's failure never ends the others.
+
+    checked: as Config.checked_entries() gives it. jobs: entries at a time. cpus: cores of a Ray of our own (tests).
+    Raises StoreError where the output cannot be used and ClusterError where no Ray can be had; both before any work.
+    """
+    run = RunDir(out)
+    check_output(run)
+    show = show or Show()
+    with show, Stop(show.note) as stop:
+        items = plan(checked, run, force=force, resolve=resolve, stop=stop.requested)
+        for item in items:
+            if item.state == "failed":
+                show.event(item.name, f"failed: {item.row['error_class']}: {item.row['error']}")
+        todo = [i for i in items if i.state == "planned"]
+        if todo and not stop.requested():
+            skipped = sum(i.state == "skipped" for i in items)
+            if skipped:
+                show.note(f"{skipped} of {len(items)} complete already, {len(todo)} to do")
+            _through_ray(todo, run, force=force, jobs=jobs, show=show, work=work, stop=stop, cpus=cpus)
+        for item in todo:
+            if item.state == "planned":
+                item.state = "not started"
+    if stop.requested() and any(i.state in ("interrupted", "not started") for i in items):
+        code = stop.exit_code
+    else:
+        code = 1 if any(i.state == "failed" for i in items) else 0
+    return Summary(run.out, tuple(items), code, ray_used=bool(todo))
+
+
+def _through_ray(
+    todo: list[Item], run: RunDir, *, force: bool, jobs: int | None, show: Show, work: str, stop: Stop, cpus: int | None
+) -> None:
+    elsewhere = running_elsewhere()
+    if elsewhere:
+        show.note(f"starting a Ray of our own; to use the one that runs at {elsewhere}, set RAY_ADDRESS=auto")
+    try:
+        with connected(cpus) as cluster:
+            from cluster.loop import Job, Loop
+
+            stop.install()  # Ray puts a handler of its own on SIGTERM
+
+            ready: list[tuple[Item, Job]] = []
+            for item, wanted in zip(todo, _requests(todo, cluster, jobs, show), strict=True):
+                assert item.entry is not None
+                reason = None if cluster.growing else refusal(wanted, cluster.nodes)
+                if reason is None:
+                    ready.append((item, Job(item.entry, wanted, item.capture)))
+                else:
+                    _failed(
+                        run, item, DeviceError(f"entry '{item.name}' {reason}; change gpus, accelerator_type or device")
+                    )
+                    show.event(item.name, f"failed: {item.row['error']}")
+            out = run.root if run.is_local else run.out
+            if run.is_local and len(cluster.nodes) > 1:
+                show.note(f"{out} is a local path: each of the {len(cluster.nodes)} nodes writes to its own disk")
+            loop = Loop(run, out, force=force, work=work, jobs=jobs, show=show, stop=stop)
+            loop.run([job for _, job in ready])
+            for item, job in ready:
+                if job.outcome is not None and job.row is not None:
+                    item.state, item.row, item.bug = job.outcome.state, job.row, job.outcome.bug
+    except KeyboardInterrupt:
+        stop.signal = stop.signal or signal.SIGINT  # pressed while Ray was starting, or a second time
+
+
+def _requests(todo: list[Item], cluster: Cluster, jobs: int | None, show: Show) -> list[Any]:
+    entries = [i.entry for i in todo if i.entry is not None]
+    on_cpu = [e for e in entries if gpus_wanted(e, cluster.has_gpus) == 0]
+    sized = sizing(max(1, len(on_cpu)), jobs, cluster.nodes)
+    requests = [
+        request(
+            item.entry,
+            cluster_has_gpus=cluster.has_gpus,
+            threads=sized.threads,
+            gpu_threads=sized.gpu_threads,
+            memory_bytes=cpu_memory(item.weight_bytes, cluster.nodes, jobs),
+            visible_devices=os.environ.get("CUDA_VISIBLE_DEVICES") if cluster.local else None,
+        )
+        for item in todo
+        if item.entry is not None
+    ]
+    total = {name: sum(n.get(name, 0.0) for n in cluster.nodes) for name in ("CPU", "GPU", "memory")}
+    kind = "a local Ray" if cluster.local else f"a Ray cluster of {len(cluster.nodes)} nodes"
+    each = sorted({r.text for r in requests})
+    show.note(
+        f"{len(todo)} entries on {kind} with {total['CPU']:g} cores, {total['GPU']:g} GPUs, "
+        f"{total['memory'] / 1024**3:.1f} GiB; each asks for {' or '.join(each)}"
+    )
+    return requests

@@ -1,0 +1,47 @@
+"""One local Ray for all tests of this folder that need one, and entries for fake work."""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from capture.config import Entry
+from capture.show import Show
+
+
+@pytest.fixture(scope="session")
+def local_ray() -> Iterator[None]:
+    """A small Ray with a made-up pair of GPUs, so that requests for GPUs can be placed."""
+    import ray
+
+    here = str(Path(__file__).parent)  # workers get the environment of this process, and find fake_work in it
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", here, prepend=os.pathsep)
+        start(ray)
+    yield
+    ray.shutdown()
+
+
+def start(ray: Any) -> None:
+    ray.init(
+        address="local", num_cpus=2, num_gpus=2, include_dashboard=False, log_to_driver=False,
+        logging_level=logging.ERROR, object_store_memory=100 * 1024**2,
+    )  # fmt: skip
+
+
+def make_entry(name: str = "complete", **fields: Any) -> Entry:
+    return Entry(
+        **{"name": name, "base_model": "base", "sft_model": "sft", "tokenizer": "sft", "prompts": ("one", "two"),
+           "device": "cpu"} | fields
+    )  # fmt: skip
+
+
+def quiet() -> tuple[Show, io.StringIO]:
+    stream = io.StringIO()
+    return Show(stream=stream, live=False), stream
