@@ -1,9 +1,9 @@
 """Questions: DuckDB and pyarrow over what capture wrote. Never imports torch, ray, cluster or capture's engine.
 
-    from analysis import open_run, build_residual_grid
-    con = open_run("out/demo")
-    con.sql("SELECT layer, avg(kl_divergence) FROM pairwise GROUP BY layer ORDER BY layer")
-    build_residual_grid(con, "kl_divergence", comparison="BB-SS").values
+from analysis import open_run, build_residual_grid
+con = open_run("out/demo")
+con.sql("SELECT layer, avg(kl_divergence) FROM pairwise GROUP BY layer ORDER BY layer")
+build_residual_grid(con, "kl_divergence", comparison="BB-SS").values
 """
 
 from __future__ import annotations

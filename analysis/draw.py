@@ -132,7 +132,9 @@ def write_png(grid: Grid, file: str | Path) -> Path:
     size = (min(max(6.0, 0.32 * columns + 2), 60.0), min(max(3.5, 0.2 * rows + 1.6), 40.0))
     figure, axes = pyplot.subplots(figsize=size, layout="constrained")
     try:
-        image = axes.imshow(grid.values, aspect="auto", cmap=cmap, vmin=low, vmax=max(high, low + 1e-30), origin="lower")
+        image = axes.imshow(
+            grid.values, aspect="auto", cmap=cmap, vmin=low, vmax=max(high, low + 1e-30), origin="lower"
+        )
         step = max(1, math.ceil(columns / (size[0] * 5)))  # about five labels to the inch
         ticks = list(range(0, columns, step))
         # a dollar sign would start mathematics
@@ -141,7 +143,7 @@ def write_png(grid: Grid, file: str | Path) -> Path:
         axes.set_yticks(range(0, rows, step), [str(layer) for layer in grid.layers[::step]])
         axes.set_ylabel("layer")
         axes.set_title(grid.title.replace("$", r"\$"))
-        figure.colorbar(image, ax=axes, label=grid.unit if grid.unit not in ("", "1") else grid.metric)
+        figure.colorbar(image, ax=axes, extend="both", label=grid.unit if grid.unit not in ("", "1") else grid.metric)
         figure.savefig(path, dpi=130, format="png")
     except OSError as error:
         raise StoreError(f"cannot write '{path}': {error.strerror or error}") from error

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from analysis.errors import QueryError, near
+from analysis.errors import QueryError
 from analysis.metrics import Metric, RecordType, find_metric, logit_metric
-from analysis.select import Filters, one_cell_set
+from analysis.select import EVERYTHING, Filters, one_cell_set
 
 if TYPE_CHECKING:
     import duckdb
@@ -91,7 +91,7 @@ def grid_sql(metric: Metric) -> str:
     )
 
 
-def build_grid(con: duckdb.DuckDBPyConnection, metric: Metric, filters: Filters = Filters()) -> Grid:
+def build_grid(con: duckdb.DuckDBPyConnection, metric: Metric, filters: Filters = EVERYTHING) -> Grid:
     """The grid of a metric; what the filters leave open is chosen as in select.one_cell_set."""
     chosen = one_cell_set(con, filters, metric)
     key = [chosen.pair, chosen.capture, chosen.prompt, chosen.variant]
@@ -174,7 +174,7 @@ def check_tracked(con: duckdb.DuckDBPyConnection, token_id: int, filters: Filter
     where, values = Filters(filters.pair, filters.capture).where("''")
     rows = con.execute(f"SELECT DISTINCT token_id, label FROM tracked_tokens {where} ORDER BY 1", values).fetchall()
     if token_id not in [i for i, _ in rows]:
-        there = near(token_id, [f"{i} ({label})" for i, label in rows]) if rows else "No tokens are tracked."
+        there = f"There are {', '.join(f'{i} ({label})' for i, label in rows)}." if rows else "No tokens are."
         raise QueryError(f"token {token_id} is not tracked. {there} Name it in tracked_token_ids and capture again.")
 
 

@@ -70,7 +70,11 @@ def logit_metric(record_type: RecordType, token_id: int, source: str = "diff") -
         view, column, label, doc = "tracked", "logit", "run", "lens logit"
     else:
         view, column, label = "tracked_pairwise", source, "comparison"
-        doc = {"base": "lens logit in base_run", "sft": "lens logit in sft_run", "diff": "lens logit, sft_run - base_run"}[source]
+        doc = {
+            "base": "lens logit in base_run",
+            "sft": "lens logit in sft_run",
+            "diff": "lens logit, sft_run - base_run",
+        }[source]
     name = f"logit {int(token_id)}" + ("" if record_type == "runs" else f" {source}")
     table = f"(SELECT * FROM {view} WHERE token_id = {int(token_id)})"
     return Metric(name, record_type, table, f"{column}::DOUBLE", label, "logit", f"{doc} of token {int(token_id)}")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from analysis.grids import check_tracked
 from analysis.metrics import DEFAULT_METRIC, Metric, RecordType, find_metric, logit_metric
-from analysis.select import Filters, check_filters, labels
+from analysis.select import EVERYTHING, Filters, check_filters, labels
 from analysis.summaries import (
     GROUP,
     Axis,
@@ -38,7 +38,7 @@ class Question:
     token_id: int | None = None
     axis: Axis = "layer"
     top_n: int = 5
-    filters: Filters = Filters()
+    filters: Filters = EVERYTHING
 
 
 @dataclass
@@ -85,11 +85,11 @@ def ask(
     top_n: int = 5,
     token_id: int | None = None,
     logit_source: str = "diff",
-    filters: Filters = Filters(),  # noqa: B008 (frozen)
+    filters: Filters = EVERYTHING,
 ) -> Question:
     """A checked question: raises QueryError for an unknown metric, filter, logit source or token that is not tracked."""
     found = find_metric(record_type, metric or DEFAULT_METRIC[record_type])
-    second = find_metric(record_type, metric2) if metric2 else None
+    second = find_metric(record_type, metric2) if metric2 and metric2 != found.name else None
     check_filters(con, filters, found)
     logit = None
     if token_id is not None:
@@ -110,9 +110,7 @@ def make_report(con: duckdb.DuckDBPyConnection, question: Question, limit: int |
     for (pair, capture), rows in by_capture.items():
         filters = replace(question.filters, pair=pair, capture=capture)
         names = [filters.label] if filters.label else labels(con, filters, question.metric)
-        metadata = {
-            k: v for k, v in known.get((pair, capture), {}).items() if k in _METADATA and v is not None
-        }
+        metadata = {k: v for k, v in known.get((pair, capture), {}).items() if k in _METADATA and v is not None}
         while rows and (limit is None or made < limit):
             wanted = _BATCH if limit is None else min(_BATCH, -(-(limit - made) // max(1, len(names))))
             batch, rows = rows[:wanted], rows[wanted:]
@@ -195,12 +193,6 @@ def _tracked_rows(con: duckdb.DuckDBPyConnection, question: Question) -> list[di
         view, size = "tracked_pairwise", "diff"
         means = "avg(base) AS base, avg(sft) AS sft, avg(diff) AS diff"
     hot = f"max(struct_pack(size := abs({size}), minus_layer := -layer, minus_position := -position, value := {size}))"
-    groups = f"pair, capture, prompt_idx, variant, {metric.label}"
-    sql = (
-        f"SELECT {groups} AS label, token_id, token_label, {means}, hot.value AS largest, -hot.minus_layer AS layer, "
-        f"-hot.minus_position AS position\nFROM (\nSELECT {groups}, slot, token_id, tracked.label AS token_label"
-    )
-    del sql
     return fetch_rows(
         con,
         f"SELECT * EXCLUDE (slot, hot), hot.value AS largest, -hot.minus_layer AS layer, -hot.minus_position AS position\n"

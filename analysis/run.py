@@ -10,7 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 from analysis.captures import captures_table, manifest_table
 from analysis.errors import QueryError
-from analysis.views import BY_NAME, CAPTURES, MANIFEST_VIEW, SQL_VIEWS, STORED_VIEWS, VIEWS, comments_sql, stored_sql, view_sql
+from analysis.views import (
+    BY_NAME,
+    CAPTURES,
+    MANIFEST_VIEW,
+    SQL_VIEWS,
+    STORED_VIEWS,
+    VIEWS,
+    comments_sql,
+    stored_sql,
+    view_sql,
+)
 from capture.errors import StoreError
 from capture.layout import CaptureDir, RunDir
 
@@ -55,7 +65,9 @@ def write_catalog(out: str, file: str | None = None, include_partial: bool = Fal
 
     run = open_run_dir(out)
     if not run.is_local:
-        raise QueryError(f"a catalog needs a local run directory, and '{out}' is not one; 'pairscope sql {out}' reads it")
+        raise QueryError(
+            f"a catalog needs a local run directory, and '{out}' is not one; 'pairscope sql {out}' reads it"
+        )
     path = Path(file or f"{run.root}/catalog.duckdb").expanduser().absolute()
     tmp = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
@@ -108,10 +120,7 @@ def _dataset(run: RunDir, name: str, files: list[str]) -> Any:
 
     # plain strings: DuckDB pushes filters into the dataset, and those do not compare with dictionaries
     schema = pa.schema(
-        [
-            pa.field(f.name, f.type.value_type if pa.types.is_dictionary(f.type) else f.type)
-            for f in arrow_schema(name)
-        ]
+        [pa.field(f.name, f.type.value_type if pa.types.is_dictionary(f.type) else f.type) for f in arrow_schema(name)]
     )
     return dataset.dataset(files, schema=schema, format="parquet", filesystem=run.fs)
 
@@ -126,7 +135,9 @@ def _broken_file(run: RunDir, name: str, files: list[str]) -> str | None:
         try:
             found = parquet.read_schema(file, filesystem=run.fs).names
         except (OSError, pa.ArrowException) as error:
-            return f"'{file}' is complete by its marker but cannot be read: {error}; capture the pair again with --force"
+            return (
+                f"'{file}' is complete by its marker but cannot be read: {error}; capture the pair again with --force"
+            )
         missing = [c for c in expected if c not in found]
         if missing:
             return f"'{file}' lacks the column '{missing[0]}' of table '{name}'; capture the pair again with --force"

@@ -44,22 +44,33 @@ class Filters:
         return ("WHERE " + " AND ".join(used) if used else "", values)
 
 
+EVERYTHING = Filters()
+
+
 def check_filters(con: duckdb.DuckDBPyConnection, filters: Filters, metric: Metric) -> None:
     """Raise a QueryError that names the first filter that nothing matches, and what there is instead."""
     if not con.execute("SELECT count(*) > 0 FROM prompts").fetchall()[0][0]:
         raise QueryError("the run directory holds no complete capture; 'pairscope status OUT' says how far it is")
     so_far = Filters()
-    wanted = (("pair", filters.pair), ("capture", filters.capture), ("prompt", filters.prompt), ("variant", filters.variant))
+    wanted = (
+        ("pair", filters.pair),
+        ("capture", filters.capture),
+        ("prompt", filters.prompt),
+        ("variant", filters.variant),
+    )
     for field, value in wanted:
         if value is None:
             continue
-        before, so_far = so_far, replace(so_far, **{field: value})
+        before, so_far = so_far, replace(so_far, **{field: value})  # type: ignore[arg-type]
         where, values = so_far.where("''")
         if not con.execute(f"SELECT 1 FROM prompts {where} LIMIT 1", values).fetchall():
             column = "prompt_idx" if field == "prompt" else field
             where, values = before.where("''")
             known = con.execute(f"SELECT DISTINCT {column} FROM prompts {where} ORDER BY 1", values).fetchall()
-            raise QueryError(f"no {field} '{value}' here. {near(value, [k for (k,) in known])}")
+            there = near(value, [k for (k,) in known])
+            if field == "prompt" and known:
+                there = f"There are {known[0][0]} to {known[-1][0]}."
+            raise QueryError(f"no {field} '{value}' here. {there}")
     if filters.label is not None and filters.label not in (known_labels := labels(con, so_far, metric)):
         raise QueryError(f"no {metric.label} '{filters.label}' here. {near(filters.label, known_labels)}")
 

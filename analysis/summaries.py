@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal
 
 from analysis.metrics import Metric, RecordType, find_metric
-from analysis.select import Filters, check_filters
+from analysis.select import EVERYTHING, Filters, check_filters
 
 if TYPE_CHECKING:
     import duckdb
@@ -93,15 +93,21 @@ def fetch_rows(con: duckdb.DuckDBPyConnection, sql: str, values: list[Any] | Non
     return [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
 
 
-def _hotspots(con: duckdb.DuckDBPyConnection, metric: Metric, top_n: int, filters: Filters) -> list[dict[str, Any]]:
-    check_filters(con, filters, metric)
+def top_rows(con: duckdb.DuckDBPyConnection, metric: Metric, top_n: int, filters: Filters) -> list[dict[str, Any]]:
+    """The top_n cells with their tokens: the rows of top_metric_hotspots, the label under `label`."""
     cells, values = cells_sql(metric, filters)
     sql = (
-        f"SELECT h.* RENAME (label AS {metric.label}), token\nFROM (\n{hotspots_sql(cells, top_n)}\n) AS h\n"
+        f"SELECT h.*, token\nFROM (\n{hotspots_sql(cells, top_n)}\n) AS h\n"
         "LEFT JOIN tokens USING (pair, capture, prompt_idx, variant, position)\n"
-        "ORDER BY abs(value) DESC, layer, position, pair, capture, prompt_idx, variant, label"
+        f"ORDER BY abs(value) DESC, layer, position, {_GROUP}"
     )
     return fetch_rows(con, sql, values)
+
+
+def _hotspots(con: duckdb.DuckDBPyConnection, metric: Metric, top_n: int, filters: Filters) -> list[dict[str, Any]]:
+    check_filters(con, filters, metric)
+    rows = top_rows(con, metric, top_n, filters)
+    return [{(metric.label if k == "label" else k): v for k, v in row.items()} for row in rows]
 
 
 def top_metric_hotspots(
@@ -142,7 +148,7 @@ def box_statistics(
     con: duckdb.DuckDBPyConnection,
     metric: str,
     record_type: RecordType = "pairwise",
-    filters: Filters = Filters(),  # noqa: B008 (frozen)
+    filters: Filters = EVERYTHING,
 ) -> list[dict[str, Any]]:
     """Box statistics of a metric over all prompts, layers and tokens of each pair and comparison (or pass).
 

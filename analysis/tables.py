@@ -148,8 +148,8 @@ def show_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], *, more: b
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     for i in range(shown):
         table.add_column(Text(columns[i]), justify="right" if _is_numeric(rows, i) else "left", no_wrap=True)
-    for line in texts:
-        table.add_row(*(Text(t) for t in line[:shown]))
+    for row_texts in texts:
+        table.add_row(*(Text(t) for t in row_texts[:shown]))
     console.print(table)
     notes = []
     if more:
@@ -184,3 +184,16 @@ def copy_query(con: duckdb.DuckDBPyConnection, sql: str, values: list[Any], file
     finally:
         tmp.unlink(missing_ok=True)
     return path
+
+
+def write_rows(con: duckdb.DuckDBPyConnection, rows: list[dict[str, Any]], file: str, *others: str) -> Path:
+    """The same for rows at hand; `others` are further endings that the caller knows, for the error."""
+    import pyarrow as pa
+
+    if Path(file).suffix not in COPY_FORMATS:
+        raise QueryError(f"cannot write '{file}': the name must end in {', '.join((*COPY_FORMATS, *others))}")
+    con.register("_rows", pa.Table.from_pylist(rows))
+    try:
+        return copy_query(con, "SELECT * FROM _rows", [], file)
+    finally:
+        con.unregister("_rows")

@@ -156,7 +156,8 @@ def work_on(
                 else:
                     logger.error("".join(traceback.format_exception(error)))
                 raise
-            fields = {name: getattr(result, name) for name in _MANIFEST_FROM_RESULT}
+            known = _MANIFEST_FROM_RESULT if result.state == "complete" else ("capture",)  # skipped: nothing was run
+            fields = {name: getattr(result, name) for name in known}
             logger.info("%s in %.1f s: %s", result.state, result.seconds, result.path)
         return Outcome("complete", fields)
     except BaseException as error:
@@ -202,6 +203,16 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02d} s"
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def complete_line(row: dict[str, Any]) -> str:
+    """What a complete attempt came to, from its manifest row."""
+    if row["n_tokens"] is None:
+        return "was complete already"
+    return (
+        f"complete in {duration(row['seconds'])}: {row['n_prompts']} prompts, {row['n_tokens']:,} tokens, {row['mode']} on "
+        f"{row['gpu']}"
+    )
 
 
 def check_output(run: RunDir, *, write: bool = True) -> None:

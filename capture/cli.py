@@ -29,7 +29,7 @@ def capture(config: str | None, pair: str | None, out: str | None, force: bool, 
     Example:
       pairscope capture configs/demo.yaml --pair pydoc --out out/demo
     """
-    from capture.attempt import check_output, duration, run_entry
+    from capture.attempt import check_output, complete_line, run_entry
     from capture.config import load_config
     from capture.layout import RunDir
     from capture.show import Show
@@ -45,10 +45,7 @@ def capture(config: str | None, pair: str | None, out: str | None, force: bool, 
         click.echo(json.dumps(row, ensure_ascii=False))
     if outcome.state == "complete":
         if not as_json:
-            click.echo(
-                f"{entry.name}: complete in {duration(row['seconds'])}: {row['n_prompts']} prompts, {row['n_tokens']:,} tokens, "
-                f"{row['mode']}, {run.capture_path(entry.name, row['capture'])}"
-            )
+            click.echo(f"{entry.name}: {complete_line(row)}, {run.capture_path(entry.name, row['capture'])}")
             click.echo(f"\nnext:\n  pairscope report {run.out}\n  pairscope grid {run.out} --metric kl_divergence")
     elif outcome.state == "interrupted":
         click.echo(f"pairscope: {entry.name} interrupted; type the same again to start over", err=True)

@@ -192,7 +192,6 @@ _EXPECTED = {
     "dict_type": "keys and values",
     "model_type": "keys and values",
     "string_too_short": "text that is not empty",
-    "invalid_key": "a key that is text (in quotes)",
     "invalid-json-value": "text, a number, true, false, null, a list, or keys and values (a date in quotes)",
 }
 
@@ -209,6 +208,8 @@ def _message(error: Any, file: Path, root: yaml.Node | None, overridden: Mapping
     if kind == "missing":
         description = _model_at(loc[:-1]).model_fields[str(loc[-1])].description
         return text + f"missing; expected {description}"
+    if kind == "invalid_key":
+        return f"{where}: {_key(path[:-1])}: the key {loc[-1]} is not text; put it in quotes"
     if kind == "value_error":
         return text + str(error["ctx"]["error"])
     if kind == "literal_error":

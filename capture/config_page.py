@@ -113,7 +113,8 @@ def config_page() -> str:
         doc = (block.__doc__ or "").split("\n\n")[0]
         parts.append(f"\n### `{where}`\n\n{' '.join(doc.split())}\n\n")
         rows = [
-            (f"`{n}`", _type(f.annotation), _default(f), f.description or "") for n, f in block.model_fields.items()
+            (f"`{n}`", _type(f.annotation), _default(f), (f.description or "").replace("<", "&lt;"))
+            for n, f in block.model_fields.items()
         ]
         parts.append(_table(("key", "type", "default", "description"), rows))
     return "".join(parts)
@@ -142,7 +143,8 @@ def _type(annotation: Any) -> str:
     if origin is typing.Literal:
         return ", ".join(f"`{a}`" for a in args)
     if origin is tuple:
-        return f"list of {_type(args[0])}"
+        one = _type(args[0])
+        return f"list of {'blocks ' + one.removeprefix('block ') if one.startswith('block ') else one + 's'}"
     if origin is dict:
         value = typing.get_args(args[1])[0] if typing.get_origin(args[1]) is typing.Annotated else args[1]
         return "keys and texts" if value is str else "keys and values"

@@ -96,17 +96,19 @@ def unique(names: list[str], complaint: str) -> None:
 
 _SECRET = re.compile("token|secret|password", re.IGNORECASE)
 # Keys that say "token" and mean a token of text.
-_PLAIN = re.compile(r"(bos|eos|unk|sep|pad|cls|mask)_token|(additional|extra)_special_tokens")
+_PLAIN = re.compile(
+    r"(bos|eos|unk|sep|pad|cls|mask)_token|(additional|extra)_special_tokens|\w*token_ids?|(max|min|num|n)_\w*tokens"
+)
 
 
 def masked(value: Any, key: str = "") -> Any:
-    """A copy of a *_kwargs value in which every text under a key that says token, secret or password is `***`."""
+    """A copy of a *_kwargs value in which what stands under a key that says token, secret or password is `***`."""
     if isinstance(value, dict):
         inherited = key if _is_secret(key) else ""
         return {k: masked(v, str(k) if _is_secret(str(k)) else inherited) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [masked(v, key) for v in value]
-    return "***" if isinstance(value, str) and _is_secret(key) else value
+    return "***" if _is_secret(key) and value is not None and not isinstance(value, bool) else value
 
 
 def _is_secret(key: str) -> bool:

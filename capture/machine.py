@@ -12,6 +12,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from capture.device import _host_memory as host_memory
+
 GIB = 1024**3
 MIB = 1024**2
 
@@ -79,22 +81,6 @@ def gpu_lines() -> list[str]:
     ]
 
 
-def memory() -> tuple[int, int]:
-    """(total, available) bytes of main memory: the machine's, or the container's limit where that is smaller."""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    available = total
-    with contextlib.suppress(OSError, ValueError):
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                available = int(line.split()[1]) * 1024
-    with contextlib.suppress(OSError, ValueError):  # cgroup v2; "max" is no number and means no limit
-        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-        if limit < total:
-            total, available = limit, min(available, max(0, limit - used))
-    return total, available
-
-
 def checks() -> list[Check]:
     """Everything `pairscope doctor` shows, in order."""
     return [_python(), *_packages(), *_gpus(), _memory(), _disk(), _hf_login(), _vast_key(), *_tools()]
@@ -136,7 +122,7 @@ def _gpus() -> list[Check]:
 
 
 def _memory() -> Check:
-    total, available = memory()
+    total, available = host_memory()
     found = f"{total / GIB:.1f} GiB, {available / GIB:.1f} GiB available"
     return Check("memory", available > 2 * GIB, found, "free some: torch alone needs about 1 GiB a process")
 

@@ -12,7 +12,7 @@ Owner = Literal["base", "sft"]
 
 
 class Pass(Frozen):
-    """One way through the pair (the seed's "run"): whose embeddings, whose blocks, whose unembedding."""
+    """One way through the pair, a run: whose embeddings, whose blocks, whose unembedding."""
 
     name: str = Field(
         pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+]*$",

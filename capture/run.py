@@ -70,20 +70,26 @@ class CaptureResult:
     planned_memory_bytes: int
 
 
-def resolve(entry: Entry) -> Resolved:
-    """Find (and download where missing) the files of an entry, check them, and work out the capture's id."""
+def resolve(entry: Entry, *, download: bool = True) -> Resolved:
+    """Find the files of an entry, check them, and work out the capture's id.
+
+    download: fetch what is missing from the hub; without it only directories and the hub's cache are looked at.
+    """
     remote = bool(entry.model_kwargs.get("trust_remote_code"))
     token = entry.model_kwargs.get("token")
 
     def model(name: str, revision: str | None) -> ModelFiles:
-        return resolve_model(name, revision, allow_pickle=entry.allow_pickle, trust_remote_code=remote, token=token)
+        return resolve_model(
+            name, revision, allow_pickle=entry.allow_pickle, download=download, trust_remote_code=remote, token=token
+        )
 
     base = model(entry.base_model, entry.base_revision)
     same = (entry.base_model, entry.base_revision) == (entry.sft_model, entry.sft_revision)
     sft = base if same else model(entry.sft_model, entry.sft_revision)
     by_model = {entry.sft_model: entry.sft_revision, entry.base_model: entry.base_revision}
     revision = entry.tokenizer_kwargs.get("revision", by_model.get(entry.tokenizer))
-    directory = resolve_tokenizer(entry.tokenizer, revision, token=entry.tokenizer_kwargs.get("token", token))
+    token = entry.tokenizer_kwargs.get("token", token)
+    directory = resolve_tokenizer(entry.tokenizer, revision, download=download, token=token)
     digest = tokenizer_hash(directory)
     return Resolved(capture_id(entry, base, sft, digest), base, sft, directory, digest)
 

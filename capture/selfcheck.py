@@ -41,6 +41,8 @@ def tiny_config(config: Any) -> Any:
         if key == "num_key_value_heads" and getattr(config, "num_attention_heads", None) == current:
             value = 4
         setattr(small, key, value)
+    if getattr(small, "qk_rope_head_dim", None) is not None:  # latent attention rotates only this part of a head
+        small.head_dim, small.qk_head_dim = small.qk_rope_head_dim, small.qk_nope_head_dim + small.qk_rope_head_dim
     return small
 
 

@@ -22,7 +22,7 @@ class Lens(Frozen):
     enabled: bool = Field(default=True, description="false skips logits, entropies, KL and top-k, and their cost")
     norm: Literal["final", "none"] = Field(
         default="final",
-        description="final: the final norm goes before the unembedding; none: the raw state, as the seed did",
+        description="final: the final norm goes before the unembedding; none: the raw state",
     )
     layers: Literal["all"] | Int | tuple[Int, ...] = Field(
         default="all",

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from capture.checkpoint import StreamedModel
 from capture.errors import SelfCheckError
@@ -57,6 +56,17 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return out
 
 
+class _Hidden(tuple[Tensor]):
+    """What a base model returns, as far as a head looks: the last hidden state; any other field is None."""
+
+    @property
+    def last_hidden_state(self) -> Tensor:
+        return self[0]
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+
 @torch.no_grad()
 def own_logits(model: StreamedModel, rows_RD: Tensor, *, n_vocab: int | None = None) -> Tensor:
     """Logits [R, V] float32 of rows that already went through whatever norm they shall have.
@@ -72,7 +82,7 @@ def own_logits(model: StreamedModel, rows_RD: Tensor, *, n_vocab: int | None = N
 
 
 def _through(model: StreamedModel, rows_RD: Tensor, head_forward: Any) -> Tensor:
-    hidden = MoeModelOutputWithPast(last_hidden_state=rows_RD[None])
+    hidden = _Hidden((rows_RD[None],))
     with _replaced(model.base, lambda *_, **__: hidden), _replaced(model.head, head_forward):
         logits: Tensor = model.model(inputs_embeds=rows_RD[None], use_cache=False).logits[0]
     return logits

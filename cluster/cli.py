@@ -76,8 +76,12 @@ def sweep(
     else:
         _print_summary(summary, config)
     for item in summary.failed:
-        where = f" (log: {item.row['log']} in {summary.out})" if item.row.get("log") else ""
-        click.echo(f"pairscope: {item.name} failed: {item.row['error_class']}: {item.row['error']}{where}", err=True)
+        what = (
+            f"a bug ({item.row['error_class']}), its traceback is in"
+            if item.bug
+            else f"{item.row['error_class']}, log:"
+        )
+        click.echo(f"pairscope: {item.name} failed: {what} {summary.out}/{item.row['log']}", err=True)
     sys.exit(summary.exit_code)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from capture.attempt import INTERRUPTED, Outcome, Try, duration, finish, next_try
+from capture.attempt import INTERRUPTED, Outcome, Try, complete_line, finish, next_try
 from capture.attemptlog import append_log
 from capture.config import Entry
 from capture.errors import PairscopeError, StoreError
@@ -67,10 +67,9 @@ class Loop:
         jobs: int | None,
         show: Show,
         stop: Stop,
-        grace: float = GRACE,
     ) -> None:
         self.runs_dir, self.out, self.force, self.work = run, out, force, work
-        self.limit, self.show, self.stop, self.grace = jobs, show, stop, grace
+        self.limit, self.show, self.stop = jobs, show, stop
         self.waiting: list[Job] = []
         self.active: list[Job] = []
         self.kill_at: float | None = None
@@ -185,10 +184,7 @@ class Loop:
         job.row, job.outcome = job.attempt.row, outcome
         self._drop(job)
         if outcome.state == "complete":
-            fields = outcome.fields
-            self.show.event(
-                job.name, f"complete in {duration(job.row['seconds'])}: {fields['n_tokens']:,} tokens, {fields['mode']}"
-            )
+            self.show.event(job.name, complete_line(job.row))
             return
         if outcome.state == "interrupted":
             self.show.event(job.name, "interrupted")
@@ -212,7 +208,7 @@ class Loop:
     def _stop_active(self) -> None:
         """First turn after a stop: ask running work to end, drop what has not begun. After the grace: end it."""
         if self.kill_at is None:
-            self.kill_at = time.monotonic() + self.grace
+            self.kill_at = time.monotonic() + GRACE
             for job in list(self.active):
                 if job.attempt is None:
                     self._drop(job)

@@ -11,7 +11,7 @@ from typing import Any
 
 from capture.attempt import WORK, check_output, find, record_failure
 from capture.config import Config, Entry
-from capture.errors import ConfigError, DeviceError, PairscopeError
+from capture.errors import CheckpointError, ConfigError, DeviceError, PairscopeError
 from capture.fields import near
 from capture.layout import RunDir
 from capture.show import Show
@@ -19,7 +19,7 @@ from capture.stop import Stop
 from cluster.connect import Cluster, connected, running_elsewhere
 from cluster.resources import cpu_memory, gpus_wanted, refusal, request, sizing
 
-RESOLVE = "capture.run:resolve"  # module:function, entry -> object with `.capture`, the capture id
+RESOLVE = "capture.run:resolve"  # module:function; finds the capture id and the bytes of weights, without torch
 DONE = ("complete", "skipped")
 
 
@@ -92,9 +92,9 @@ def plan(
     record: bool = True,
     stop: Callable[[], bool] = lambda: False,
 ) -> list[Item]:
-    """Find out what each entry's capture is called and whether it is complete. No Ray, no model is loaded.
+    """Find out what each entry's capture is called and whether it is complete. No Ray, no download, no model is loaded.
 
-    An entry that cannot be resolved is failed, with a manifest row and a log where `record`.
+    A hub model counts as the revision that is in this machine's cache; where there is none, the id stays unknown. An entry that cannot be resolved is failed, with a manifest row and a log where `record`.
     """
     resolver = find(resolve)
 
@@ -104,11 +104,13 @@ def plan(
         if stop():
             return Item(name, entry)
         try:
-            resolved = resolver(entry)
+            resolved = resolver(entry, download=False)
         except PairscopeError as error:
-            return error
-        item = Item(name, entry, resolved.capture, getattr(resolved, "weight_bytes", None))
-        if not force and run.is_complete(name, item.capture or ""):
+            on_hub = not all(os.path.isdir(m) for m in (entry.base_model, entry.sft_model, entry.tokenizer))
+            # what is not in this machine's cache is downloaded, and judged, by the worker
+            return Item(name, entry) if on_hub and isinstance(error, CheckpointError) else error
+        item = Item(name, entry, resolved.capture, resolved.weight_bytes)
+        if not force and run.is_complete(name, resolved.capture):
             item.state = "skipped"
         return item
 
@@ -206,6 +208,7 @@ def _through_ray(
             for item, job in ready:
                 if job.outcome is not None and job.row is not None:
                     item.state, item.row, item.bug = job.outcome.state, job.row, job.outcome.bug
+                    item.capture = item.row["capture"] or item.capture
     except KeyboardInterrupt:
         stop.signal = stop.signal or signal.SIGINT  # pressed while Ray was starting, or a second time
 

@@ -229,8 +229,9 @@ def _noise(name: str, shape: torch.Size, seed: int) -> torch.Tensor:
 
 def _random(name: str, tensor: torch.Tensor, seed: int) -> torch.Tensor:
     noise = _noise(name, tensor.shape, seed)
-    if tensor.ndim == 1:  # norms, biases and corrections, around what the library starts them with
-        return tensor + 0.2 * noise
+    if tensor.ndim == 1:  # norms, biases and corrections, around what the library starts them with; post-norms smaller,
+        # or olmo2's blocks outweigh its embeddings and blow rounding up
+        return tensor * (0.4 if "post_" in name else 1.0) + 0.2 * noise
     if any(part in name for part in ("embed_tokens", "wte", "wpe", "lm_head")):  # embeddings and heads: spread lenses, but not one-token ones
         return 0.4 * noise
     return 0.5 * noise / math.sqrt(tensor.shape[-1])

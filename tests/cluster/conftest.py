@@ -36,8 +36,9 @@ def start(ray: Any) -> None:
 
 
 def make_entry(name: str = "complete", **fields: Any) -> Entry:
+    here = str(Path(__file__).parent)
     return Entry(
-        **{"name": name, "base_model": "base", "sft_model": "sft", "tokenizer": "sft", "prompts": ("one", "two"),
+        **{"name": name, "base_model": here, "sft_model": here, "tokenizer": here, "prompts": ("one", "two"),
            "device": "cpu"} | fields
     )  # fmt: skip
 

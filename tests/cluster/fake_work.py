@@ -44,7 +44,8 @@ class Resolved:
     weight_bytes: int | None = None
 
 
-def resolve(entry: Entry) -> Resolved:
+def resolve(entry: Entry, *, download: bool) -> Resolved:
+    assert not download  # a driver only looks
     if entry.name.startswith("unresolvable"):
         raise CheckpointError(f"{entry.base_model}: shard 2 of 3 is missing")
     return Resolved(f"id-{entry.name}")

@@ -54,7 +54,9 @@ class TestAttempts:
         assert row["finished"] >= row["started"]
         assert not bug
 
-    def test_the_log_holds_versions_settings_stages_and_warnings_and_no_secret(self, execute: Any, tmp_path: Path) -> None:
+    def test_the_log_holds_versions_settings_stages_and_warnings_and_no_secret(
+        self, execute: Any, tmp_path: Path
+    ) -> None:
         entry = make_entry(model_kwargs={"token": "hf_very_secret"}, tracked_token_ids=(7,))
         row, _ = execute(entry, tmp_path, "complete")
         log = (tmp_path / row["log"]).read_text()

@@ -1,0 +1,128 @@
+"""The `sql` verb: one read-only query, its answer, and errors that help."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from analysis.errors import QueryError, near
+from analysis.tables import TERMINAL_ROWS, csv_lines, json_line, shortest_float32, show_table
+from analysis.views import BY_VIEW, VIEWS
+
+if TYPE_CHECKING:
+    import duckdb
+
+_CHUNK = 10_000
+
+
+def check_query(con: duckdb.DuckDBPyConnection, query: str) -> None:
+    """Raise a QueryError unless this is one statement that only reads."""
+    import duckdb
+
+    try:
+        statements = con.extract_statements(query)
+    except duckdb.Error as error:
+        raise QueryError(explain(error)) from error
+    if len(statements) != 1:
+        raise QueryError(f"expected one query, got {len(statements)}")
+    kind = statements[0].type
+    if kind not in (duckdb.StatementType.SELECT, duckdb.StatementType.EXPLAIN):
+        raise QueryError(
+            f"'{kind.name}' is not a query: a run directory is only read here. Use SELECT, DESCRIBE, SUMMARIZE or EXPLAIN, and "
+            "--csv, --json or 'pairscope catalog' to take data elsewhere"
+        )
+
+
+def answer(con: duckdb.DuckDBPyConnection, query: str) -> tuple[list[str], Iterator[list[Any]]]:
+    """The columns and rows of a query that only reads; float32 values as the float of fewest digits.
+
+    Raises QueryError with DuckDB's message and the near names, at once or at the row that fails.
+    """
+    import duckdb
+
+    check_query(con, query)
+    try:
+        # asked of the relation, which binds only: a cursor's description tells FLOAT from DOUBLE in new versions alone
+        types = [str(kind) for kind in con.sql(query).types]
+        cursor = con.execute(query)
+        columns = [d[0] for d in cursor.description]
+    except duckdb.Error as error:
+        raise QueryError(explain(error)) from error
+    floats = [i for i, kind in enumerate(types) if kind in ("FLOAT", "FLOAT[]")]
+
+    def rows() -> Iterator[list[Any]]:
+        try:
+            while chunk := cursor.fetchmany(_CHUNK):
+                for row in chunk:
+                    values = list(row)
+                    for i in floats:
+                        values[i] = shortest_float32(values[i])
+                    yield values
+        except duckdb.Error as error:
+            raise QueryError(explain(error)) from error
+
+    return columns, rows()
+
+
+def explain(error: Exception) -> str:
+    """DuckDB's message, and for an unknown column or table where it is or what is near."""
+    message = str(error).strip()
+    if found := re.search(
+        r'column(?: named)? "?([^"\s]+)"? (?:not found|does not)|have a column named "([^"]+)"', message
+    ):
+        name = (found[1] or found[2]).rsplit(".", 1)[-1]
+        homes = [view.name for view in VIEWS if name in {c.name for c in view.columns}]
+        if homes:
+            return f"{message}\n'{name}' is a column of: {', '.join(homes)}."
+        return f"{message}\n{near(name, sorted({c.name for view in VIEWS for c in view.columns}))}"
+    if (found := re.search(r"Table with name (\S+) does not exist", message)) and "Did you mean" not in message:
+        return f"{message}\n{near(found[1], sorted(BY_VIEW))}"
+    return message
+
+
+def print_answer(con: duckdb.DuckDBPyConnection, query: str, as_json: bool, as_csv: bool) -> None:
+    """Run a query and print its rows."""
+    columns, rows = answer(con, query)
+    if as_json:
+        for row in rows:
+            click.echo(json_line(dict(zip(columns, row, strict=True))))
+    elif as_csv:
+        for text in csv_lines(columns, rows):
+            click.echo(text, nl=False)
+    elif sys.stdout.isatty():
+        first = list(islice(rows, TERMINAL_ROWS + 1))
+        show_table(columns, first[:TERMINAL_ROWS], more=len(first) > TERMINAL_ROWS)
+    else:
+        show_table(columns, list(rows))
+
+
+def print_views(out: str, as_json: bool, as_csv: bool) -> None:
+    """List the views with their columns and docs."""
+    rows = [
+        {"view": view.name, "column": c.name, "type": c.type, "unit": c.unit, "doc": c.doc}
+        for view in VIEWS
+        for c in view.columns
+    ]
+    if as_json:
+        for row in rows:
+            click.echo(json_line(row))
+        return
+    if as_csv:
+        for text in csv_lines(list(rows[0]), [list(row.values()) for row in rows]):
+            click.echo(text, nl=False)
+        return
+    for view in VIEWS:
+        click.echo(f"{view.name}: {view.doc}; one row per {view.grain}")
+        longest = max(len(c.name) for c in view.columns)
+        for c in view.columns:
+            unit = f" [{c.unit}]" if c.unit else ""
+            click.echo(f"  {c.name.ljust(longest)}  {c.doc}{unit}")
+        click.echo()
+    click.echo(
+        f'Ask: pairscope sql {out} "SELECT layer, avg(kl_divergence) FROM pairwise GROUP BY layer ORDER BY layer"'
+    )

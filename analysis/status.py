@@ -1,0 +1,67 @@
+"""Where a sweep stands: every entry, its state, its error in one line."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from capture.layout import RunDir
+from capture.schema import MANIFEST
+
+COLUMNS = ("entry", "state", "seconds", "tokens", "mode", "gpu", "peak_gib", "error")
+
+
+def status_rows(run: RunDir, every_attempt: bool = False) -> list[dict[str, Any]]:
+    """One row per entry (its last attempt), or per attempt; keys as in schema.MANIFEST, in the order they started.
+
+    What lies in the run directory without an attempt of its own has a row too: a complete capture (state `complete`), and a
+    capture directory without a valid marker where its entry has no attempt at all (state `partial`). An attempt that says
+    `complete` while its capture is gone becomes `missing`.
+    """
+    attempts = run.manifest_rows()
+    found = list(run.captures(include_partial=True))
+    complete = {(c.pair, c.capture) for c in found if not c.marker.get("partial")}
+    known = {(r.get("entry"), r.get("capture")) for r in attempts}
+    entries = {r.get("entry") for r in attempts}
+    rows = []
+    for row in attempts:
+        row = {f.name: None for f in MANIFEST} | row
+        if row["state"] == "complete" and (row["entry"], row["capture"]) not in complete:
+            row |= {
+                "state": "missing",
+                "error": f"capture {row['capture']} is no longer here; sweep again to remake it",
+            }
+        rows.append(row)
+    if not every_attempt:
+        rows = list({row["entry"]: row for row in rows}.values())
+    for c in found:
+        partial = bool(c.marker.get("partial"))
+        if (c.pair, c.capture) in known or (partial and c.pair in entries):
+            continue
+        row = {f.name: None for f in MANIFEST} | {"entry": c.pair, "capture": c.capture}
+        row["state"] = "partial" if partial else "complete"
+        row["error"] = "no valid marker, and no attempt is known" if partial else None
+        rows.append(row)
+    return rows
+
+
+def failed(rows: list[dict[str, Any]]) -> list[str]:
+    """The entries whose last row says `failed`."""
+    last = {row["entry"]: row["state"] for row in rows}
+    return [entry for entry, state in last.items() if state == "failed"]
+
+
+def table_row(row: dict[str, Any]) -> list[Any]:
+    """A row for people, columns as COLUMNS; the error with its class before it."""
+    error = ": ".join(str(x) for x in (row.get("error_class"), row.get("error")) if x)
+    peak = row.get("peak_memory_bytes")
+    values = {
+        "entry": row["entry"],
+        "state": row["state"],
+        "seconds": row.get("seconds"),
+        "tokens": row.get("n_tokens"),
+        "mode": row.get("mode"),
+        "gpu": row.get("gpu"),
+        "peak_gib": None if peak is None else round(peak / 2**30, 3),
+        "error": " ".join(error.split()),
+    }
+    return ["" if values[c] is None else values[c] for c in COLUMNS]
