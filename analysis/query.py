@@ -38,8 +38,10 @@ def check_query(con: duckdb.DuckDBPyConnection, query: str) -> None:
         )
 
 
-def answer(con: duckdb.DuckDBPyConnection, query: str) -> tuple[list[str], Iterator[list[Any]]]:
-    """The columns and rows of a query that only reads; float32 values as the float of fewest digits.
+def answer(
+    con: duckdb.DuckDBPyConnection, query: str, *, shortest: bool = True
+) -> tuple[list[str], Iterator[list[Any]]]:
+    """The columns and rows of a query that only reads; `shortest` gives float32 values as the float of fewest digits.
 
     Raises QueryError with DuckDB's message and the near names, at once or at the row that fails.
     """
@@ -53,7 +55,7 @@ def answer(con: duckdb.DuckDBPyConnection, query: str) -> tuple[list[str], Itera
         columns = [d[0] for d in cursor.description]
     except duckdb.Error as error:
         raise QueryError(explain(error)) from error
-    floats = [i for i, kind in enumerate(types) if kind in ("FLOAT", "FLOAT[]")]
+    floats = [i for i, kind in enumerate(types) if shortest and kind in ("FLOAT", "FLOAT[]")]
 
     def rows() -> Iterator[list[Any]]:
         try:
@@ -87,7 +89,7 @@ def explain(error: Exception) -> str:
 
 def print_answer(con: duckdb.DuckDBPyConnection, query: str, as_json: bool, as_csv: bool) -> None:
     """Run a query and print its rows."""
-    columns, rows = answer(con, query)
+    columns, rows = answer(con, query, shortest=as_json or as_csv)  # a table shows six digits anyway
     if as_json:
         for row in rows:
             click.echo(json_line(dict(zip(columns, row, strict=True))))

@@ -29,6 +29,8 @@ _MAX_CELL = 60
 
 def escape(text: str) -> str:
     """Control characters as escapes, so that a value stays on its line and cannot steer the terminal."""
+    if text.isprintable():
+        return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
@@ -92,6 +94,8 @@ def csv_lines(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Iterator
 
 def width(text: str) -> int:
     """Columns that a text takes on a terminal."""
+    if text.isascii():
+        return len(text)
     from rich.cells import cell_len
 
     return cell_len(text)
@@ -139,23 +143,25 @@ def show_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], *, more: b
 
     console = Console()
     texts = [[fit(cell(v), _MAX_CELL) for v in row] for row in rows]
-    widths = [max([width(c), *(width(t[i]) for t in texts)]) for i, c in enumerate(columns)]
-    shown, used = 0, 0
-    for w in widths:
-        if shown and used + w + 2 > console.width:
-            break
-        shown, used = shown + 1, used + w + 2
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    for i in range(shown):
-        table.add_column(Text(columns[i]), justify="right" if _is_numeric(rows, i) else "left", no_wrap=True)
-    for row_texts in texts:
-        table.add_row(*(Text(t) for t in row_texts[:shown]))
-    console.print(table)
-    notes = []
+    widths = [max([width(c), *(width(t[i]) for t in texts)]) + 2 for i, c in enumerate(columns)]
+    shown, notes = list(range(len(columns))), []
     if more:
         notes.append(f"the first {len(rows)} rows")
-    if shown < len(columns):
-        notes.append(f"without {', '.join(columns[shown:])}")
+    if sum(widths) > console.width:  # first what says nothing goes, then what stands last
+        same = [i for i in shown if len(texts) > 1 and len({t[i] for t in texts}) == 1]
+        if same and len(same) < len(columns):
+            notes.append("in each row " + ", ".join(f"{columns[i]} {texts[0][i]}" for i in same))
+            shown = [i for i in shown if i not in same]
+        while len(shown) > 1 and sum(widths[i] for i in shown) > console.width:
+            shown.pop()
+        left = [c for i, c in enumerate(columns) if i not in shown and i not in same]
+        notes += [f"without {', '.join(left)}"] if left else []
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for i in shown:
+        table.add_column(Text(columns[i]), justify="right" if _is_numeric(rows, i) else "left", no_wrap=True)
+    for row_texts in texts:
+        table.add_row(*(Text(row_texts[i]) for i in shown))
+    console.print(table)
     if notes:
         console.print(Text(f"({'; '.join(notes)}; for all: --csv, --json or a pipe)", style="dim"))
 

@@ -95,7 +95,7 @@ def _recording(record: dict[str, Any]) -> Iterator[None]:
     def instead(model: PreTrainedModel, state_dict: Any, files: list[str] | None, load_config: Any, *_: Any) -> Any:
         record.update(files=files, load_config=load_config)
         for tensor in (*model.parameters(), *model.buffers()):
-            tensor._is_hf_initialized = True  # type: ignore[union-attr]
+            tensor._is_hf_initialized = True
         for _, buffer in model.named_non_persistent_buffers():
             buffer._is_hf_initialized = False
         info = core_model_loading.LoadStateDictInfo(
@@ -104,11 +104,11 @@ def _recording(record: dict[str, Any]) -> Iterator[None]:
         )  # fmt: skip
         return info, None
 
-    PreTrainedModel._load_pretrained_model = staticmethod(instead)  # type: ignore[method-assign,assignment]
+    PreTrainedModel._load_pretrained_model = staticmethod(instead)
     try:
         yield
     finally:
-        PreTrainedModel._load_pretrained_model = original  # type: ignore[method-assign]
+        PreTrainedModel._load_pretrained_model = original
 
 
 class StreamedModel:
@@ -171,6 +171,18 @@ class StreamedModel:
     @property
     def head(self) -> nn.Module:
         return self.model.get_output_embeddings()
+
+    @property
+    def head_weight(self) -> torch.Tensor:
+        """The unembedding [V, D]."""
+        weight: torch.Tensor = self.head.weight  # type: ignore[assignment]
+        return weight
+
+    @property
+    def n_embeddings(self) -> int:
+        """Rows of the embedding: ids below it are known."""
+        weight: torch.Tensor = self.embedding.weight  # type: ignore[assignment]
+        return weight.shape[0]
 
     @property
     def n_layers(self) -> int:
@@ -300,7 +312,7 @@ class StreamedModel:
         owner, _, leaf = name.rpartition(".")
         module = self.model.get_submodule(owner)
         if leaf in module._parameters:
-            module._parameters[leaf] = tensor  # type: ignore[assignment]
+            module._parameters[leaf] = tensor
         else:
             module._buffers[leaf] = tensor
 

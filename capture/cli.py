@@ -63,7 +63,7 @@ def the_entry(config: Config, name: str | None) -> Entry:
     if name is not None:
         return config.entry(name)
     if config.settings.base_model and config.settings.sft_model:
-        return config.entry(config._pair_name())
+        return config.entry(config.own_name())
     names = config.names()
     if len(names) > 1:
         raise ConfigError(f"--pair is needed: {config.path} has {', '.join(names)}")

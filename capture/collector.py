@@ -15,12 +15,13 @@ from torch import Tensor
 
 from capture import statistics
 from capture.batches import Batch
-from capture.config import Comparison, Pass
+from capture.config import Comparison, Owner, Pass
 from capture.lens import PairStats, SlotStats, join, lens_tile
 from capture.lockstep import Pair, State
 from capture.replay import run_tail
 from capture.unembed import own_logits
 
+LensSlot = tuple[int, Owner | None, Owner]  # state, whose final norm (None: as it is), whose unembedding
 Floats = np.ndarray[Any, np.dtype[np.float32]]
 CELLS_IN_CACHE = 400_000  # logits of one slot that the statistics work on at a time, on a CPU
 TILE_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}  # logits of all slots of one tile
@@ -66,9 +67,7 @@ class Collector:
         self.pass_of = {p.name: p for p in passes}
         offsets = np.concatenate([[0], np.cumsum(lengths)])
         # where the rows of each batch stand among the N tokens of the capture
-        self.where = [
-            np.concatenate([np.arange(offsets[i], offsets[i + 1]) for i in b.items]) for b in batches
-        ]
+        self.where = [np.concatenate([np.arange(offsets[i], offsets[i + 1]) for i in b.items]) for b in batches]
         flat = [[*list(one[1:]), -1] for one in ids]
         self.next_ids = [torch.tensor([t for i in b.items for t in flat[i]]) for b in batches]
         self.n = int(offsets[-1])
@@ -78,7 +77,7 @@ class Collector:
         self.runs = {m: np.full((len(passes), *shape), np.nan, np.float32) for m in runs}
         self.pairwise = {m: np.full((len(comparisons), *shape), np.nan, np.float32) for m in pairs}
         self.tracked = np.full((len(passes), *shape, len(lens.tracked)), np.nan, np.float32)
-        self.topk: dict[int, dict[str, Any]] = {}
+        self.topk: dict[int, dict[tuple[str, str], tuple[Any, Any]]] = {}
         self.nonfinite = 0
         self.left_out_mass = {"base": 0.0, "sft": 0.0}
         self.noise: dict[str, dict[str, list[float]]] = {}
@@ -116,7 +115,10 @@ class Collector:
             key = (state.previous_slot_of[one.name], slot)
             if key not in turned:
                 a, b = previous[key[0]], rows[slot]
-                turned[key] = (_numpy(statistics.norm(b) - statistics.norm(a)), _numpy(statistics.cosine_distance(a, b)))
+                turned[key] = (
+                    _numpy(statistics.norm(b) - statistics.norm(a)),
+                    _numpy(statistics.cosine_distance(a, b)),
+                )
             self.runs["norm_delta"][p][at], self.runs["cosine_distance_prev"][p][at] = turned[key]
         found: dict[tuple[int, int], Any] = {}
         for c, comparison in enumerate(self.comparisons):
@@ -132,14 +134,14 @@ class Collector:
 
     # -- the lens ------------------------------------------------------------------------------------------------------
 
-    def _lens_slots(self, state: State) -> tuple[list[tuple[int, str, str]], dict[str, int]]:
+    def _lens_slots(self, state: State) -> tuple[list[LensSlot], dict[str, int]]:
         """Distinct (slot, whose norm, whose head) of the passes, and each pass's index among them."""
-        keys = {}
+        keys: dict[str, LensSlot] = {}
         for p in self.passes:
-            norm = "" if not self.lens.final_norm or state.layer == self.pair.n_layers else p.model
-            if self.pair.same_tail and norm:
-                norm = self.pair.owners[0]
-            head = "base" if self.pair.same_head else p.unembedding
+            norm: Owner | None = None
+            if self.lens.final_norm and state.layer < self.pair.n_layers:
+                norm = self.pair.owners[0] if self.pair.same_tail else p.model
+            head: Owner = "base" if self.pair.same_head else p.unembedding
             keys[p.name] = (state.slot_of[p.name], norm, head)
         order = list(dict.fromkeys(keys.values()))
         return order, {name: order.index(key) for name, key in keys.items()}
@@ -150,7 +152,7 @@ class Collector:
         if is_last and self.lens.final_norm and state.batch in self._last_lens:
             self._store_lens(*self._last_lens.pop(state.batch), state, at)  # norm + head of layer L-1 is layer L's lens
             return
-        normed = [run_tail(self.pair.tails[norm], rows[slot]) if norm else rows[slot] for slot, norm, _ in order]  # type: ignore[index]
+        normed = [run_tail(self.pair.tails[norm], rows[slot]) if norm else rows[slot] for slot, norm, _ in order]
         pairs = {(slot_of[c.base_run], slot_of[c.sft_run]) for c in self.comparisons}
         wanted = sorted(p for p in pairs if p[0] != p[1])
         parts: list[tuple[list[SlotStats], dict[tuple[int, int], PairStats]]] = []
@@ -163,7 +165,13 @@ class Collector:
             logits = self._logits([r[part] for r in normed], [head for _, _, head in order])
             parts.append(
                 lens_tile(
-                    logits, wanted, following[part], tracked, n=self.lens.n_tokens, k=self.lens.top_k, rows=self.lens.rows
+                    logits,
+                    wanted,
+                    following[part],
+                    tracked,
+                    n=self.lens.n_tokens,
+                    k=self.lens.top_k,
+                    rows=self.lens.rows,
                 )
             )
         slots = [join([p[0][s] for p in parts]) for s in range(len(order))]
@@ -173,12 +181,12 @@ class Collector:
             self._last_lens[state.batch] = (slots, compared, slot_of)
         self._store_lens(slots, compared, slot_of, state, at)
 
-    def _logits(self, rows: list[Tensor], heads: list[str]) -> list[Tensor]:
+    def _logits(self, rows: list[Tensor], heads: list[Owner]) -> list[Tensor]:
         """Logits of each slot's rows; slots that share a head share one product."""
         out: list[Tensor | None] = [None] * len(rows)
         for owner in dict.fromkeys(heads):
             members = [i for i, h in enumerate(heads) if h == owner]
-            logits = own_logits(self.pair.models[owner], torch.cat([rows[i] for i in members]))  # type: ignore[index]
+            logits = own_logits(self.pair.models[owner], torch.cat([rows[i] for i in members]))
             if logits.shape[1] > self.lens.n_vocab:
                 total = logits.logsumexp(1)
                 mass = (logits[:, self.lens.n_vocab :].logsumexp(1) - total).exp().max()
@@ -206,11 +214,11 @@ class Collector:
                 self._list("pairwise", state.layer, c, at[1], "increased", None)
                 self._list("pairwise", state.layer, c, at[1], "decreased", None)
                 continue
-            stats = compared[key]
-            self.pairwise["kl_divergence"][c][at] = _numpy(stats.kl_ba)
-            self.pairwise["kl_reverse"][c][at] = _numpy(stats.kl_ab)
-            self._list("pairwise", state.layer, c, at[1], "increased", stats.increased)
-            self._list("pairwise", state.layer, c, at[1], "decreased", stats.decreased)
+            both = compared[key]
+            self.pairwise["kl_divergence"][c][at] = _numpy(both.kl_ba)
+            self.pairwise["kl_reverse"][c][at] = _numpy(both.kl_ab)
+            self._list("pairwise", state.layer, c, at[1], "increased", both.increased)
+            self._list("pairwise", state.layer, c, at[1], "decreased", both.decreased)
 
     def _list(self, table: str, layer: int, index: int, where: Any, name: str, top: Any) -> None:
         """Keep one top-k list; None is that of two equal slots: no shift anywhere, so the smallest ids."""

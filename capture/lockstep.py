@@ -180,7 +180,9 @@ class Pair:
 
     def _jobs(self, layer: int) -> tuple[list[tuple[Owner, list[int]]], dict[str, int]]:
         """What to run at this layer: (model, its input slots) in the order of the output slots; and passes' new slots."""
-        inputs = {o: list(dict.fromkeys(self.slot_of[p.name] for p in self.passes if p.model == o)) for o in self.owners}
+        inputs = {
+            o: list(dict.fromkeys(self.slot_of[p.name] for p in self.passes if p.model == o)) for o in self.owners
+        }
         shared = False
         if len(inputs) == 2 and set(inputs["base"]) == set(inputs["sft"]) and self.same_config:
             shared = layers_equal(self.models["base"], self.models["sft"], [("layer", layer)])
@@ -224,5 +226,13 @@ def _heads_equal(base: StreamedModel, sft: StreamedModel) -> bool:
 
 def _numerics(config: dict[str, object]) -> dict[str, object]:
     """A config without the keys that cannot change a number."""
-    names = {"_name_or_path", "transformers_version", "architectures", "bos_token_id", "eos_token_id", "pad_token_id", "use_cache"}
+    names = {
+        "_name_or_path",
+        "transformers_version",
+        "architectures",
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+        "use_cache",
+    }
     return {k: v for k, v in config.items() if k not in names}

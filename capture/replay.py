@@ -32,7 +32,7 @@ class Recording:
 
 
 @contextmanager
-def stubbed(layers: Sequence[nn.Module], recording: list[Any]) -> Iterator[None]:
+def stubbed(layers: nn.ModuleList, recording: list[Any]) -> Iterator[None]:
     """Replace each layer's forward by one that records its arguments and returns the residual unchanged."""
 
     def stub(index: int) -> Any:
@@ -48,7 +48,7 @@ def stubbed(layers: Sequence[nn.Module], recording: list[Any]) -> Iterator[None]
         return forward
 
     for index, layer in enumerate(layers):
-        layer.forward = stub(index)  # type: ignore[method-assign]
+        layer.forward = stub(index)
     try:
         yield
     finally:
@@ -57,7 +57,9 @@ def stubbed(layers: Sequence[nn.Module], recording: list[Any]) -> Iterator[None]
 
 
 @contextmanager
-def tail_modules(base: nn.Module, layers: Sequence[nn.Module], recording: list[Any], found: list[nn.Module]) -> Iterator[None]:
+def tail_modules(
+    base: nn.Module, layers: nn.ModuleList, recording: list[Any], found: list[nn.Module]
+) -> Iterator[None]:
     """Collect the outermost modules that run after the last layer, in order."""
     inside = {id(m) for layer in layers for m in layer.modules()} | {id(base)}
     open_modules: list[nn.Module] = []

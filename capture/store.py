@@ -83,7 +83,9 @@ class CaptureWriter:
                 _sync_directory(self.path)
             self._json(MARKER, {"schema_version": SCHEMA_VERSION, "pair": self.pair, "capture": self.capture,
                                 "finished": now(), "files": self.files})  # fmt: skip
-            stale = [i for i in self.run.list_dir(self.path) if i.base_name.endswith(".parquet") and i.base_name not in names]
+            stale = [
+                i for i in self.run.list_dir(self.path) if i.base_name.endswith(".parquet") and i.base_name not in names
+            ]
             for info in stale:  # parts of an earlier capture with the same id
                 self.run.fs.delete_file(info.path)
         self.discard()
@@ -131,7 +133,9 @@ class storing:
             why = {errno.ENOSPC: "the disk is full", errno.EACCES: "no permission", errno.EROFS: "read-only"}.get(
                 error.errno or 0, str(error)
             )
-            raise StoreError(f"cannot write '{self.path}': {why}. Choose another --out, or make room and run again") from error
+            raise StoreError(
+                f"cannot write '{self.path}': {why}. Choose another --out, or make room and run again"
+            ) from error
 
 
 def _array(values: Any, field: pa.Field) -> pa.Array:

@@ -74,7 +74,9 @@ class Rows:
             columns = {}
             for name, (ids, values) in names.items():
                 for column, which in ((ids, 0), (values, 1)):
-                    columns[column] = pick(_LayerStack([self.collector.topk[int(x)][(kind, name)][which] for x in layers]))
+                    columns[column] = pick(
+                        _LayerStack([self.collector.topk[int(x)][(kind, name)][which] for x in layers])
+                    )
             yield keys | columns
 
     def _cells(self, kind: str, layers: Any) -> Iterator[tuple[Columns, Any]]:

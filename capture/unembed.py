@@ -74,10 +74,10 @@ def own_logits(model: StreamedModel, rows_RD: Tensor, *, n_vocab: int | None = N
     n_vocab: only the first n rows of the unembedding. The rows are in the model's dtype; the product is in float32.
     """
     head = model.head
-    weight = head.weight if n_vocab is None else head.weight[:n_vocab]
+    weight = model.head_weight if n_vocab is None else model.head_weight[:n_vocab]
     bias = getattr(head, "bias", None)
     bias = bias if bias is None or n_vocab is None else bias[:n_vocab]
-    with _precision(head.weight.dtype):
+    with _precision(model.head_weight.dtype):
         return _through(model, rows_RD, lambda x: _product(x, weight, bias))
 
 

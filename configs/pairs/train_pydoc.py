@@ -1,9 +1,9 @@
-"""Make the embedded pair: a small Llama trained on Python's help, and its fine-tune on the standard library's docstrings.
+"""Make the embedded pair: a small Llama trained on Python's help, and its fine-tune on the library's docstrings.
 
     python configs/pairs/train_pydoc.py --out configs/pairs/pydoc
 
-Writes OUT/base, OUT/sft (float32 safetensors), OUT/tokenizer and the card OUT/README.md with the losses measured. Seeds and
-thread count are fixed: the same Python, torch and kind of CPU give the same files. Some 7 minutes on one core.
+Writes OUT/base, OUT/sft (float32 safetensors), OUT/tokenizer and the card OUT/README.md with the losses measured. Seeds
+and thread count are fixed: the same Python, torch and kind of CPU give the same files. Some 6 minutes on one free core.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ SEED = 0
 CARD = """\
 # pydoc: a pair that we tuned ourselves
 
-A base model and its fine-tune, both with real, trained weights, and far too small to say anything sensible: for demos and
-tests. What a capture of it shows is true of these two models and of nothing else.
+A base model and its fine-tune, both with real, trained weights, and far too small to say anything sensible: for demos
+and tests. What a capture of it shows is true of these two models and of nothing else.
 
 | folder | what it is |
 |---|---|
@@ -37,9 +37,9 @@ tests. What a capture of it shows is true of these two models and of nothing els
 | `sft/` | the same, all weights fine-tuned on the docstrings of Python's standard library |
 | `tokenizer/` | the tokenizer of both: a byte-level BPE of 512 tokens, trained on the help |
 
-Both checkpoints are float32 safetensors: 5 layers, hidden size 64, 4 heads on 2 key-value heads, embeddings and unembedding
-untied. They accept 512 positions and were trained on windows of 128 tokens. The tokenizer adds no BOS, and any text comes
-back from it as it was; its one special token, `<|endoftext|>`, stood between texts and is BOS, EOS and padding.
+Both checkpoints are float32 safetensors: 5 layers, hidden size 64, 4 heads on 2 key-value heads, embeddings and
+unembedding untied. They accept 512 positions and were trained on windows of 128 tokens. The tokenizer adds no BOS, and any
+text comes back from it as it was; its one special token, `<|endoftext|>`, stood between texts and is BOS, EOS and padding.
 
 ## How they were made
 `python configs/pairs/train_pydoc.py --out configs/pairs/pydoc` with Python {python}, torch {torch}, transformers
@@ -61,7 +61,8 @@ library's files were held out of training.
 | sft | {sft_topics} | {sft_docstrings} |
 
 ## Licence
-Apache-2.0, as the rest of the project. Trained on Python's documentation and docstrings, which are under the PSF licence.
+Apache-2.0, as the rest of the project. Trained on Python's documentation and docstrings, which are under the PSF
+licence.
 """
 
 

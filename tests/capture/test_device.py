@@ -66,7 +66,7 @@ def test_a_named_device_is_taken() -> None:
 def test_asking_for_cuda_without_it_is_an_error_and_no_fallback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     with pytest.raises(
-        DeviceError, match="device: cuda: there is no CUDA: .*CUDA_VISIBLE_DEVICES is ''.*set device: cpu"
+        DeviceError, match=r"device: cuda: there is no CUDA: .*CUDA_VISIBLE_DEVICES is ''.*set device: cpu"
     ):
         choose_device(entry(device="cuda"))
     with pytest.raises(DeviceError, match=r"local_run\.enabled: there is no CUDA"):

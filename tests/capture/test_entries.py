@@ -68,7 +68,7 @@ def test_an_entry_survives_pickling_and_cannot_be_changed(tmp_path: Path) -> Non
     (entry,) = load(tmp_path, PAIR).entries()
     assert pickle.loads(pickle.dumps(entry)) == entry
     with pytest.raises(ValueError, match="frozen"):
-        entry.top_k = 3  # type: ignore[misc]
+        entry.top_k = 3
 
 
 # -- paths -----------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
@@ -75,6 +75,7 @@ def test_shuffling_is_drawn_from_the_seed_and_loses_nothing() -> None:
     assert make_variant(text, "shuffle_sentences", {}) == orders[0]  # the default seed is 0
 
 
+@settings(max_examples=50, deadline=None)
 @given(st.text(max_size=80))
 def test_no_variant_fails_or_drops_a_visible_character(text: str) -> None:
     for variant in VARIANTS:
@@ -148,7 +149,7 @@ def test_an_id_at_or_above_a_model_s_rows_names_token_id_and_model() -> None:
 
 def test_a_tracked_id_that_a_model_lacks_is_an_error_too() -> None:
     made = tokenize(entry("x"), byte_tokenizer())
-    with pytest.raises(PromptError, match="tracked token 'pair' .*id 257, but the base model has 257 embedding rows"):
+    with pytest.raises(PromptError, match=r"tracked token 'pair' .*id 257, but the base model has 257 embedding rows"):
         check_ids(made, {"base": 257, "sft": 300}, [(257, "ab", "pair")])
 
 

@@ -1,8 +1,7 @@
-"""One local Ray for all tests of this folder that need one, and entries for fake work."""
+"""One local Ray for all tests of this folder that need one."""
 
 from __future__ import annotations
 
-import io
 import logging
 import os
 from collections.abc import Iterator
@@ -10,9 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from capture.config import Entry
-from capture.show import Show
 
 
 @pytest.fixture(scope="session")
@@ -33,16 +29,3 @@ def start(ray: Any) -> None:
         address="local", num_cpus=2, num_gpus=2, include_dashboard=False, log_to_driver=False,
         logging_level=logging.ERROR, object_store_memory=100 * 1024**2,
     )  # fmt: skip
-
-
-def make_entry(name: str = "complete", **fields: Any) -> Entry:
-    here = str(Path(__file__).parent)
-    return Entry(
-        **{"name": name, "base_model": here, "sft_model": here, "tokenizer": here, "prompts": ("one", "two"),
-           "device": "cpu"} | fields
-    )  # fmt: skip
-
-
-def quiet() -> tuple[Show, io.StringIO]:
-    stream = io.StringIO()
-    return Show(stream=stream, live=False), stream

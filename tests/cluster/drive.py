@@ -8,7 +8,7 @@ from pathlib import Path
 
 os.environ["PYTHONPATH"] = str(Path(__file__).parent)  # for the workers
 
-from conftest import make_entry
+from fake_work import make_entry
 
 import cluster.loop
 from cluster.sweep import run_sweep

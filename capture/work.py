@@ -1,0 +1,224 @@
+"""The work of one capture, in order: open both models, check them, walk them in lockstep, write the tables."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from capture.batches import make_batches
+from capture.checkpoint import Ledger, StreamedModel, free_memory
+from capture.collector import CELLS_IN_CACHE, TILE_BYTES, Collector, LensPlan, plan_lens_layers
+from capture.config import Entry
+from capture.device import DeviceChoice
+from capture.document import document
+from capture.errors import DeviceMemoryError, SelfCheckError, UnsupportedModelError
+from capture.files import ModelFiles
+from capture.layout import RunDir
+from capture.lockstep import Pair
+from capture.memory import ModeChoice, choose_mode
+from capture.progress import Progress
+from capture.prompts import Prompts, check_ids, load_tokenizer, tracked_tokens
+from capture.replay import run_tail
+from capture.run import Resolved
+from capture.selfcheck import replay_check
+from capture.store import CaptureWriter
+from capture.tables import Rows
+from capture.unembed import check_against_model
+
+log = logging.getLogger(__name__)
+
+TOPK_BUDGET = 512 << 20  # bytes of top-k lists kept before they are written as a part of their own
+
+
+class Work:
+    """One capture from its resolved files to its tables; what it found stays readable for the record of it."""
+
+    def __init__(
+        self,
+        entry: Entry,
+        resolved: Resolved,
+        run: RunDir,
+        device: DeviceChoice,
+        prompts: Prompts,
+        *,
+        report: Callable[[Progress], None],
+        tile_divisor: int = 1,
+        stop: Callable[[], bool] | None = None,
+    ) -> None:
+        self.entry, self.resolved, self.run, self.choice, self.prompts = entry, resolved, run, device, prompts
+        self.report, self.tile_divisor, self.stop = report, tile_divisor, stop
+        self.device = torch.device(device.device)
+        self.ledger = Ledger()
+        self.seconds: dict[str, float] = {}
+        self.mode: ModeChoice
+
+    def capture(self) -> None:
+        """Do it. Raises errors of capture.errors; KeyboardInterrupt where `stop` said so. Leaves no partial tables."""
+        try:
+            self._capture()
+        except torch.OutOfMemoryError as error:
+            raise DeviceMemoryError(f"{self.choice.name} ran out of memory: {str(error).splitlines()[0]}") from error
+
+    def _capture(self) -> None:
+        started = time.monotonic()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        self._open()
+        entry = self.entry
+        self.seconds["open"] = time.monotonic() - started
+        writer = CaptureWriter(
+            self.run, entry.name, self.resolved.capture, compression_level=entry.output.compression_level
+        )
+        try:
+            self._walk(writer)
+            started = time.monotonic()
+            self.report(Progress(entry.name, "write", self.pair.n_layers, self.pair.n_layers))
+            self._check_zeros()
+            self._write(writer)
+            self.seconds["write"] += time.monotonic() - started
+            writer.finish(document(self, writer.files))
+        finally:
+            writer.discard()
+            for model in self.pair.models.values():
+                for group in model.groups():
+                    model.free(group)
+            free_memory()
+
+    def peak_memory(self) -> int:
+        """Bytes: peak of the allocator on CUDA, peak of live weights on the CPU (where activations are not counted)."""
+        if self.device.type == "cuda":
+            return int(torch.cuda.max_memory_allocated(self.device))
+        return self.ledger.peak
+
+    # -- opening -------------------------------------------------------------------------------------------------------
+
+    def _open(self) -> None:
+        entry = self.entry
+        self.report(Progress(entry.name, "open", message="opening both models"))
+        tokenizer = load_tokenizer(entry, self.resolved.tokenizer_dir)
+        self.tracked = tracked_tokens(entry, tokenizer)
+        base = self._model("base", self.resolved.base)
+        same = self.resolved.base.revision == self.resolved.sft.revision
+        sft = base if same else self._model("sft", self.resolved.sft)
+        check_comparable(base, sft)
+        sizes = {"base": base.n_embeddings, "sft": sft.n_embeddings}
+        check_ids(self.prompts, sizes, self.tracked)
+        self.mode = choose_mode(entry, base, sft, self.choice)
+        log.info("mode %s: %s", self.mode.mode, self.mode.why)
+        self.ids = [item.ids for item in self.prompts.items]
+        self.batches = make_batches(self.ids, entry.batching, self.device, probe=entry.noise_floor)
+        self.pair = Pair(base, sft, entry.passes)
+        self.pair.begin(self.batches)
+        self.lens = self._lens_plan(base, sft, len(tokenizer))
+        self.checks = self._self_checks()
+
+    def _model(self, label: str, files: ModelFiles) -> StreamedModel:
+        kwargs = {k: v for k, v in self.entry.model_kwargs.items() if k not in ("token", "revision")}
+        return StreamedModel(
+            files.path, label=label, dtype=self.entry.dtype, device=self.device, model_kwargs=kwargs, ledger=self.ledger
+        )
+
+    def _lens_plan(self, base: StreamedModel, sft: StreamedModel, n_tokens: int) -> LensPlan:
+        lens = self.entry.lens
+        n_vocab = min(base.head_weight.shape[0], sft.head_weight.shape[0])
+        cuda = self.device.type == "cuda"
+        return LensPlan(
+            layers=plan_lens_layers(lens.layers, lens.enabled, base.n_layers),
+            final_norm=lens.norm == "final",
+            n_vocab=n_vocab,
+            n_tokens=min(n_vocab, n_tokens),
+            top_k=self.entry.top_k,
+            keep_topk=self.entry.output.topk,
+            tracked=tuple(t[0] for t in self.tracked),
+            tile_bytes=TILE_BYTES["cuda" if cuda else "cpu"] // self.tile_divisor,
+            rows=max(1, CELLS_IN_CACHE * (64 if cuda else 1) // n_vocab),
+        )
+
+    def _self_checks(self) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for owner, model in self.pair.models.items():
+            if owner == "sft" and model is self.pair.models["base"]:
+                continue
+            found[f"{owner}_replay"] = replay_check(model)
+            if owner in self.pair.tails:
+                rows = self.batches[0].rows(self.pair.states[0][0])[:8]
+                error = check_against_model(model, run_tail(self.pair.tails[owner], rows))
+                found[f"{owner}_logits_relative_error"] = error
+        return found
+
+    # -- the walk ------------------------------------------------------------------------------------------------------
+
+    def _walk(self, writer: CaptureWriter) -> None:
+        entry, pair = self.entry, self.pair
+        lengths = [len(i) for i in self.ids]
+        self.collector = Collector(pair, self.batches, lengths, self.ids, entry.passes, entry.comparisons, self.lens)
+        self.rows = Rows(entry.name, self.resolved.capture, self.prompts.items, self.collector)
+        self.parts = 0
+        self.seconds["write"] = 0.0
+        started = time.monotonic()
+        for state in pair.walk(streamed=self.mode.mode == "streamed", stop=self.stop):
+            self.collector.take(state)
+            if state.batch == len(self.batches) - 1:
+                written = time.monotonic()
+                if self.collector.topk_bytes() > TOPK_BUDGET:
+                    self._write_lists(writer)
+                self.seconds["write"] += time.monotonic() - written
+                self._tell(state.layer, started)
+        self.seconds["walk"] = time.monotonic() - started - self.seconds["write"]
+        if self.collector.nonfinite:
+            log.warning("%d rows of logits are not finite: an overflow in %s?", self.collector.nonfinite, entry.dtype)
+
+    def _tell(self, layer: int, started: float) -> None:
+        n_layers = self.pair.n_layers
+        done = min(layer + 1, n_layers)
+        elapsed = time.monotonic() - started
+        speed = self.prompts.n_tokens * done / n_layers / elapsed if done and elapsed else None
+        left = elapsed / done * (n_layers - done) if done else None
+        self.report(Progress(self.entry.name, "layers", done, n_layers, speed, left))
+
+    def _check_zeros(self) -> None:
+        """A checkpoint compared with itself must differ by exactly nothing."""
+        if self.resolved.base.revision != self.resolved.sft.revision:
+            return
+        for metric in ("norm_diff", "cosine_distance", "kl_divergence", "kl_reverse"):
+            worst = float(np.nan_to_num(self.collector.pairwise[metric], nan=0.0).max(initial=0.0))
+            if worst != 0.0:
+                raise SelfCheckError(f"base and sft are the same checkpoint, yet {metric} reaches {worst:.3g}")
+
+    # -- writing -------------------------------------------------------------------------------------------------------
+
+    def _write_lists(self, writer: CaptureWriter) -> None:
+        layers = sorted(self.collector.topk)
+        if layers:
+            for table in ("runs_topk", "pairwise_topk"):
+                writer.table(table, self.rows.lists(table, layers), self.parts)
+            self.parts += 1
+            self.collector.topk.clear()
+
+    def _write(self, writer: CaptureWriter) -> None:
+        self._write_lists(writer)
+        for table in ("runs", "pairwise"):
+            writer.table(table, self.rows.scalars(table))
+        writer.table("prompts", self.rows.prompts())
+        writer.table("tokens", self.rows.tokens(dict(self.prompts.tokens), set(self.prompts.special_ids)))
+        if self.tracked:
+            writer.table("tracked_tokens", self.rows.tracked_tokens(self.tracked))
+
+
+def check_comparable(base: StreamedModel, sft: StreamedModel) -> None:
+    """Raise UnsupportedModelError unless two models can be compared layer by layer."""
+    facts = (
+        ("architecture", type(base.model).__name__, type(sft.model).__name__),
+        ("number of layers", base.n_layers, sft.n_layers),
+        ("hidden size", base.config.hidden_size, sft.config.hidden_size),
+        ("dtype", base.model.dtype, sft.model.dtype),
+    )
+    for what, a, b in facts:
+        if a != b:
+            hint = "; set dtype in the config" if what == "dtype" else ""
+            raise UnsupportedModelError(f"base and sft differ in {what}: {a} against {b}{hint}")

@@ -1,0 +1,99 @@
+"""The sizing arithmetic, without Ray."""
+
+from __future__ import annotations
+
+import pytest
+from fake_work import make_entry
+
+from capture.settings import LocalRun
+from cluster.resources import GIB, Request, cpu_memory, gpus_wanted, refusal, request, sizing
+
+LAPTOP = {"CPU": 2.0, "memory": 16.0 * GIB}
+BIG = {"CPU": 32.0, "GPU": 8.0, "memory": 200.0 * GIB, "accelerator_type:H100": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("device", "gpus", "has_gpus", "wanted"),
+    [
+        ("cpu", None, True, 0),
+        ("cuda", None, False, 1),
+        ("cuda:1", None, True, 1),
+        (None, None, True, 1),
+        (None, None, False, 0),
+        (None, 2, False, 2),
+        ("cuda", 0.5, True, 0.5),
+        (None, 0, True, 0),
+    ],
+)
+def test_gpus_come_from_the_entry_then_from_its_device(
+    device: str | None, gpus: float | None, has_gpus: bool, wanted: float
+) -> None:
+    assert gpus_wanted(make_entry(device=device, gpus=gpus), has_gpus) == wanted
+
+
+def ask(has_gpus: bool = True, visible: str | None = None, **fields: object) -> Request:
+    entry = make_entry(**fields)
+    return request(entry, cluster_has_gpus=has_gpus, threads=2, gpu_threads=4, visible_devices=visible)
+
+
+def test_an_entry_on_the_cpu_hides_the_gpus_and_takes_its_cores() -> None:
+    wanted = ask(device="cpu")
+    assert (wanted.gpus, wanted.cpus, wanted.exclusive) == (0, 2, None)
+    assert wanted.env == {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "2"}
+
+
+def test_an_entry_on_cuda_leaves_the_choice_of_the_card_to_ray() -> None:
+    wanted = ask(device="cuda:0", accelerator_type="H100")
+    assert "CUDA_VISIBLE_DEVICES" not in wanted.env
+    assert wanted.env["OMP_NUM_THREADS"] == "4"
+    assert wanted.options() == {"num_gpus": 1, "num_cpus": 1, "max_restarts": 0, "accelerator_type": "H100"}
+
+
+def test_an_entry_that_numbers_its_card_sees_the_machine_as_the_driver_does() -> None:
+    assert ask(device="cuda:1").env["CUDA_VISIBLE_DEVICES"] is None
+    guarded = ask(visible="3,4", device="cuda:0", local_run=LocalRun(enabled=True))
+    assert (guarded.env["CUDA_VISIBLE_DEVICES"], guarded.exclusive) == ("3,4", "cuda:0")
+
+
+def test_a_refusal_compares_need_with_have() -> None:
+    assert refusal(Request(2, 1), [LAPTOP, BIG]) is None
+    assert refusal(Request(1, 1), [LAPTOP]) == "asks for 1 GPU on one node; the largest node of this Ray has 0"
+    assert refusal(Request(0, 64), [LAPTOP, BIG]) == "asks for 64 CPU on one node; the largest node of this Ray has 32"
+    assert refusal(Request(1, 1, accelerator_type="A100"), [BIG]) == "asks for accelerator type A100; this Ray has H100"
+    assert refusal(Request(1, 1, accelerator_type="H100"), [LAPTOP, BIG]) is None
+
+
+def test_needs_that_only_different_nodes_have_are_refused() -> None:
+    many_cores = {"CPU": 64.0, "memory": 10.0 * GIB}
+    assert refusal(Request(0, 48), [BIG, many_cores]) is None
+    reason = refusal(Request(1, 48), [BIG, many_cores])
+    assert reason == "asks for 1 GPU, 48 CPUs on one node; no node of this Ray has all of that"
+
+
+@pytest.mark.parametrize(
+    ("entries", "jobs", "nodes", "threads"),
+    [
+        (1, None, [LAPTOP], 2),  # alone: all cores
+        (2, None, [LAPTOP], 1),
+        (9, None, [LAPTOP], 1),
+        (3, None, [BIG], 10),
+        (9, 2, [BIG], 16),
+        (9, 1, [LAPTOP, BIG], 32),  # never more than one node has
+        (1, 8, [BIG], 32),  # more jobs than entries: no core lies idle for it
+    ],
+)
+def test_threads_share_the_cores_out(
+    entries: int, jobs: int | None, nodes: list[dict[str, float]], threads: int
+) -> None:
+    assert sizing(entries, jobs, nodes).threads == threads
+
+
+def test_threads_beside_a_gpu_are_its_share_of_the_node() -> None:
+    assert sizing(4, None, [BIG]).gpu_threads == 4
+
+
+def test_memory_is_reserved_for_weights_up_to_what_the_largest_node_has() -> None:
+    assert cpu_memory(None, [LAPTOP], None) == 0
+    assert cpu_memory(10 * GIB, [LAPTOP], None) == 13 * GIB
+    assert cpu_memory(100 * GIB, [LAPTOP], None) == int(0.95 * 16 * GIB)
+    assert cpu_memory(10 * GIB, [LAPTOP], jobs=2) == 0

@@ -1,0 +1,140 @@
+"""The sweep verb: what it takes, prints and returns. Ray and the work are left out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from click.testing import CliRunner, Result
+
+import cluster.sweep
+from capture.errors import ConfigError, StoreError
+from cluster.cli import sweep
+from cluster.sweep import Item, Summary
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    (tmp_path / "model").mkdir()
+    pairs = [{"name": n, "base_model": "./model", "sft_model": "./model"} for n in ("a", "b", "c")]
+    path = tmp_path / "three.yaml"
+    path.write_text(yaml.safe_dump({"residual_compare": {"prompts": ["one"], "model_sweep": pairs}}))
+    return path
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What the verb asked for, and the summary that it gets (`asked["summary"]`)."""
+    found: dict[str, Any] = {"summary": Summary("OUT", (Item("a", state="skipped"),), 0)}
+
+    def fake(checked: list[Any], out: str, **options: Any) -> Summary:
+        found.update(entries=[name for name, _ in checked], out=out, **options)
+        summary: Summary = found["summary"]
+        return summary
+
+    monkeypatch.setattr(cluster.sweep, "run_sweep", fake)
+    return found
+
+
+def call(*args: object) -> Result:
+    return CliRunner().invoke(sweep, [str(a) for a in args], catch_exceptions=True)
+
+
+def test_all_entries_go_to_a_directory_named_after_the_config(config: Path, asked: dict[str, Any]) -> None:
+    assert call(config).exit_code == 0
+    assert (asked["entries"], asked["out"]) == (["a", "b", "c"], "out/three")
+    assert (asked["force"], asked["jobs"]) == (False, None)
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("{}", "--entries", "c", "a", "--jobs", "2"),
+        ("{}", "--entries", "c", "--entries", "a", "--jobs", "2"),
+        ("--jobs", "2", "--entries", "a", "c", "{}"),
+        ("{}", "--entries=a", "--entries", "c", "--jobs=2"),
+    ],
+)
+def test_entries_can_be_listed_in_any_way(config: Path, asked: dict[str, Any], args: tuple[str, ...]) -> None:
+    result = call(*(a.format(config) for a in args))
+    assert result.exit_code == 0, result.output
+    assert (asked["entries"], asked["jobs"]) == (["a", "c"], 2)
+
+
+def test_an_unknown_entry_is_an_error_that_lists_the_known(config: Path, asked: dict[str, Any]) -> None:
+    error = call(config, "--entries", "a", "x").exception
+    assert isinstance(error, ConfigError)
+    assert "no entry 'x'" in str(error)
+    assert "a, b, c" in str(error)
+    assert "entries" not in asked
+
+
+def test_entries_without_a_name_is_a_wrong_call(config: Path) -> None:
+    assert call(config, "--entries").exit_code == 2
+
+
+def test_a_failure_is_named_on_stderr_with_its_log_and_exits_1(config: Path, asked: dict[str, Any]) -> None:
+    row = {"seconds": 2.0, "error_class": "CheckpointError", "error": "gated", "log": "logs/a/1.log"}
+    asked["summary"] = Summary(
+        "OUT", (Item("a", state="failed", row=row), Item("b", state="complete")), 1, ray_used=True
+    )
+    result = call(config)
+    assert result.exit_code == 1
+    assert result.stderr.strip() == "pairscope: a failed: CheckpointError, log: OUT/logs/a/1.log"
+    assert "1 of 2 complete" in result.stdout
+    assert "CheckpointError: gated" in result.stdout
+    assert f"pairscope sweep {config} --out OUT" in result.stdout
+
+
+def test_a_bug_is_named_as_one(config: Path, asked: dict[str, Any]) -> None:
+    row = {"error_class": "KeyError", "error": "'x'", "log": "logs/a/1.log"}
+    asked["summary"] = Summary("OUT", (Item("a", state="failed", row=row, bug=True),), 1, ray_used=True)
+    assert "a failed: a bug (KeyError), its traceback is in OUT/logs/a/1.log" in call(config).stderr
+
+
+def test_nothing_left_to_do_says_so(config: Path, asked: dict[str, Any]) -> None:
+    assert "nothing left to do: 1 of 1 complete in OUT" in call(config).stdout
+
+
+def test_json_gives_one_object_an_entry_and_nothing_else(config: Path, asked: dict[str, Any]) -> None:
+    items = (Item("a", capture="1f", state="complete", row={"n_tokens": 5}), Item("b", state="not started"))
+    asked["summary"] = Summary("OUT", items, 130, ray_used=True)
+    result = call(config, "--json")
+    assert result.exit_code == 130
+    first, second = [json.loads(line) for line in result.stdout.splitlines()]
+    assert (first["entry"], first["state"], first["capture"], first["n_tokens"]) == ("a", "complete", "1f", 5)
+    assert (second["entry"], second["state"], second["n_tokens"]) == ("b", "not started", None)
+
+
+def test_a_dry_run_shows_ids_and_writes_nothing(
+    config: Path, tmp_path: Path, asked: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def plan(checked: list[Any], run: Any, *, force: bool, record: bool) -> list[Item]:
+        assert not record
+        return [Item("a", capture="1f"), Item("b", capture="2f", state="skipped")]
+
+    monkeypatch.setattr(cluster.sweep, "plan", plan)
+    result = call(config, "--out", tmp_path / "new", "--dry-run")
+    assert result.exit_code == 0
+    assert [line.split() for line in result.stdout.splitlines()[2:4]] == [
+        ["a", "to", "do", "1f"],
+        ["b", "complete", "2f"],
+    ]
+    assert "1 of 2 entries to do" in result.stdout
+    assert not (tmp_path / "new").exists()
+    assert "entries" not in asked
+
+
+def test_a_dry_run_refuses_an_output_of_another_schema_version(config: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "old" / "captures" / "pair=a" / "capture=1"
+    folder.mkdir(parents=True)
+    (folder / "_COMPLETE").write_text('{"schema_version": 99, "files": []}')
+    assert isinstance(call(config, "--out", tmp_path / "old", "--dry-run").exception, StoreError)
+
+
+def test_help_ends_in_an_example() -> None:
+    assert call("--help").stdout.rstrip().splitlines()[-1] != ""
+    assert "pairscope sweep configs/demo.yaml --out out/demo" in call("--help").stdout
