@@ -14,21 +14,22 @@ from capture.layout import MARKER, CaptureDir, RunDir
 if TYPE_CHECKING:
     import pyarrow
 
-# column of `captures` -> where capture.json may say it, first found wins; a dot goes into a block
+# column of `captures` -> where capture.json says it
 _WHERE = {
-    "base_model": ("base_model", "base.model", "config.base_model", "entry.base_model"),
-    "sft_model": ("sft_model", "sft.model", "config.sft_model", "entry.sft_model"),
-    "base_revision": ("base_revision", "base.revision", "revisions.base"),
-    "sft_revision": ("sft_revision", "sft.revision", "revisions.sft"),
-    "tokenizer": ("tokenizer.name", "tokenizer", "config.tokenizer", "entry.tokenizer"),
-    "dtype": ("dtype", "numerics.dtype", "config.dtype", "entry.dtype"),
-    "mode": ("mode",),
-    "device": ("device",),
-    "gpu": ("gpu",),
-    "n_layers": ("n_layers",),
-    "n_prompts": ("n_prompts",),
-    "n_tokens": ("n_tokens",),
-    "peak_memory_bytes": ("peak_memory_bytes",),
+    "base_model": "models.base.model",
+    "sft_model": "models.sft.model",
+    "base_revision": "models.base.revision",
+    "sft_revision": "models.sft.revision",
+    "tokenizer": "tokenizer.name",
+    "dtype": "dtype",
+    "lens_norm": "lens.norm",
+    "mode": "mode",
+    "device": "device",
+    "gpu": "gpu",
+    "n_layers": "n_layers",
+    "n_prompts": "n_prompts",
+    "n_tokens": "n_tokens",
+    "peak_memory_bytes": "peak_memory_bytes",
 }
 
 
@@ -61,13 +62,9 @@ def _capture_row(run: RunDir, capture: CaptureDir) -> dict[str, Any]:
     if not isinstance(said, dict):
         return row
     row["json"] = text
-    for column, places in _WHERE.items():
-        row[column] = next((v for v in (_dig(said, p) for p in places) if isinstance(v, str | int | float)), None)
-    seconds = said.get("seconds")
-    if isinstance(seconds, Mapping):
-        stages = {k: v for k, v in seconds.items() if isinstance(v, int | float)}
-        seconds = stages.get("total", sum(stages.values()))
-    row["seconds"] = seconds if isinstance(seconds, int | float) else None
+    row |= {column: _dig(said, place) for column, place in _WHERE.items()}
+    if isinstance(seconds := said.get("seconds"), Mapping):
+        row["seconds"] = sum(v for v in seconds.values() if isinstance(v, int | float))
     return row
 
 

@@ -193,6 +193,7 @@ CAPTURES = View(
         Column("sft_revision", "string", "its resolved revision", "", True),
         Column("tokenizer", "string", "the tokenizer of both", "", True),
         Column("dtype", "string", "dtype of the weights while running", "", True),
+        Column("lens_norm", "string", "lens.norm of the config: final or none", "", True),
         Column("mode", "string", "resident or streamed", "", True),
         Column("device", "string", "device of the run", "", True),
         Column("gpu", "string", "its name", "", True),

@@ -151,7 +151,8 @@ class StreamedModel:
         self.layers_name, self.layers = _find_layers(self.model)
         self._name_groups()
         self._map_keys()
-        self.loaded: dict[Any, int] = {}  # group -> bytes
+        self.loaded: dict[Any, int] = {}  # group -> bytes, from the moment that its reading may begin
+        self._ready: set[Any] = set()
 
     # -- structure ---------------------------------------------------------------------------------------------------
 
@@ -258,10 +259,17 @@ class StreamedModel:
 
     # -- loading -----------------------------------------------------------------------------------------------------
 
+    def reserve(self, group: Any) -> None:
+        """Count a group's bytes as alive from now on: reading may begin at any moment."""
+        if group not in self.loaded:
+            self.loaded[group] = self.group_bytes(group)
+            self.ledger.add(self.loaded[group])
+
     def load(self, group: Any) -> None:
         """Read one group from its files. Raises CheckpointError where a weight is missing, misshapen or unreadable."""
-        if group in self.loaded:
+        if group in self._ready:
             return
+        self.reserve(group)
         handles: dict[str, Any] = {}
         state: dict[str, Any] = {}
         try:
@@ -281,15 +289,17 @@ class StreamedModel:
                 handle.__exit__(None, None, None)
         self._apply_ties(group)
         self._require(group)
-        self.loaded[group] = self._live_bytes(group)
-        self.ledger.add(self.loaded[group])
+        nbytes = self._live_bytes(group)
+        self.ledger.add(nbytes - self.loaded[group])
+        self.loaded[group] = nbytes
+        self._ready.add(group)
 
     def _check(self, group: Any, info: Any) -> None:
         if info.conversion_errors or info.error_msgs:
             first = next(iter(info.conversion_errors.values()), None) or info.error_msgs[0]
             raise CheckpointError(f"{self.label} model '{self.directory}', {_name(group)}: {first}")
         if info.mismatched_keys:
-            name, got, expected = next(iter(info.mismatched_keys))
+            name, got, expected = min(info.mismatched_keys, key=str)
             raise CheckpointError(
                 f"{self.label} model '{self.directory}': '{name}' has shape {tuple(got)} in the checkpoint, the config says "
                 f"{tuple(expected)}"
@@ -338,6 +348,7 @@ class StreamedModel:
         """Put the group's weights back on meta."""
         if group not in self.loaded:
             return
+        self._ready.discard(group)
         for name in self._tensors[group]:
             self._set(name, self._meta[name])
         self.ledger.add(-self.loaded.pop(group))

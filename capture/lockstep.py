@@ -56,6 +56,8 @@ class Loader:
         else:
             future.result()
         if layer + 1 < self.models[0].n_layers:
+            for model in self.models:
+                model.reserve(("layer", layer + 1))
             self.ahead[layer + 1] = self.thread.submit(self._load, layer + 1)
 
     def done(self, layer: int) -> None:

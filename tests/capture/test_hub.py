@@ -91,7 +91,7 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeHub:
 
 
 def http_error(kind: type[errors.HfHubHTTPError], text: str = "no") -> errors.HfHubHTTPError:
-    return kind(text, response=SimpleNamespace(headers={}, request=None))  # type: ignore[arg-type]
+    return kind(text, response=SimpleNamespace(headers={}, request=None))
 
 
 def refused(error: type[Exception] = CheckpointError, **options: Any) -> str:

@@ -1,0 +1,90 @@
+"""The lens statistics against float64, over five orders of magnitude of shift, and ties by smaller id."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from capture.lens import block_view, lens_tile, top_k
+
+PAIRS = [(a, b) for a in range(4) for b in range(a + 1, 4)]
+NEXT = torch.tensor([3, 0, -1, 7, 1])
+TRACKED = torch.tensor([5, 1])
+
+
+def logits(vocab, scale):
+    """Three shifted copies of random logits, and an equal one."""
+    generator = torch.Generator().manual_seed(vocab)
+    first = torch.randn(5, vocab, generator=generator) * 4
+    return [first, *(first + scale * torch.randn(5, vocab, generator=generator) for _ in range(2)), first.clone()]
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1e-2, 0.1, 1, 10, 60, 300])
+@pytest.mark.parametrize("vocab", [40, 64, 307, 20011])
+def test_statistics_agree_with_float64(vocab, scale):
+    x = logits(vocab, scale)
+    n = vocab - 3
+    slots, pairs = lens_tile(x, PAIRS, NEXT, TRACKED, n=n, k=10, rows=2)
+    exact = [one.double().log_softmax(1) for one in x]
+    for one, log_p, stats in zip(x, exact, slots, strict=True):
+        entropy = -(log_p.exp() * log_p).sum(1)
+        assert (entropy - stats.entropy).abs().max() < 1e-5
+        want = log_p.gather(1, NEXT.clamp(min=0)[:, None])[:, 0]
+        assert torch.allclose(stats.next_logprob[[0, 1, 3, 4]], want[[0, 1, 3, 4]], atol=1e-5)
+        assert stats.next_logprob[2].isnan()
+        assert torch.equal(stats.tracked, one[:, TRACKED])
+        ranked = one[:, :n].sort(dim=1, descending=True, stable=True)
+        assert torch.equal(stats.top.ids, ranked.indices[:, :10])
+        assert torch.equal(stats.top.values, ranked.values[:, :10])
+    for (a, b), stats in pairs.items():
+        p, q = exact[a], exact[b]
+        for want, got in (((q.exp() * (q - p)).sum(1), stats.kl_ba), ((p.exp() * (p - q)).sum(1), stats.kl_ab)):
+            seen = want > 1e-6
+            assert (((got - want).abs() / want)[seen] < 1e-3).all()
+            assert (got >= 0).all()
+        shift = x[b] - x[a]
+        up = shift[:, :n].sort(dim=1, descending=True, stable=True)
+        down = shift[:, :n].sort(dim=1, stable=True)
+        assert torch.equal(stats.increased.ids, up.indices[:, :10])
+        assert torch.equal(stats.increased.values, up.values[:, :10])
+        assert torch.equal(stats.decreased.ids, down.indices[:, :10])
+        assert torch.equal(stats.decreased.values, down.values[:, :10])
+
+
+def test_equal_slots_differ_by_exactly_nothing():
+    _, pairs = lens_tile(logits(307, 1.0), PAIRS, NEXT, TRACKED, n=307, k=3, rows=5)
+    assert (pairs[(0, 3)].kl_ba == 0).all()
+    assert (pairs[(0, 3)].kl_ab == 0).all()
+    assert torch.equal(pairs[(0, 3)].increased.ids[0], torch.arange(3))
+
+
+def test_how_many_rows_are_worked_on_at_a_time_changes_no_bit():
+    x = logits(307, 1.0)
+    one, five = (lens_tile(x, PAIRS, NEXT, TRACKED, n=300, k=5, rows=rows) for rows in (1, 5))
+    for a, b in zip(one[0], five[0], strict=True):
+        assert torch.equal(a.entropy, b.entropy)
+    for pair in PAIRS:
+        assert torch.equal(one[1][pair].kl_ba, five[1][pair].kl_ba)
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.data())
+def test_ties_are_broken_by_the_smaller_id(data):
+    vocab = data.draw(st.sampled_from([5, 63, 64, 130, 200]))
+    n = data.draw(st.integers(1, vocab))
+    values = data.draw(st.lists(st.integers(-2, 2), min_size=vocab, max_size=vocab))
+    k = data.draw(st.integers(1, 12))
+    x = torch.tensor([values], dtype=torch.float32)
+    blocks = block_view(x, n)
+    highest = top_k(x, n, k, blocks.amax(1))
+    lowest = top_k(x, n, k, blocks.amin(1), lowest=True)
+    assert highest.ids[0].tolist() == sorted(range(n), key=lambda i: (-values[i], i))[:k]
+    assert lowest.ids[0].tolist() == sorted(range(n), key=lambda i: (values[i], i))[:k]
+
+
+def test_an_overflow_shows_as_not_finite_instead_of_a_number():
+    x = logits(307, 1.0)
+    x[1][2, 9] = float("inf")
+    slots, _ = lens_tile(x, PAIRS, NEXT, TRACKED, n=307, k=3, rows=5)
+    assert not slots[1].logsumexp[2].isfinite()
+    assert slots[1].entropy[[0, 1, 3, 4]].isfinite().all()

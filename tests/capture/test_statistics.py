@@ -1,0 +1,34 @@
+import torch
+
+from capture.statistics import cosine_distance, norm, norm_of_difference
+
+GENERATOR = torch.Generator().manual_seed(0)
+A = torch.randn(6, 512, generator=GENERATOR)
+
+
+def test_norm_is_that_of_float64():
+    assert torch.allclose(norm(A), A.double().square().sum(1).sqrt(), rtol=1e-12)
+
+
+def test_norm_of_a_small_difference_keeps_its_digits():
+    b = A + torch.full_like(A, 1e-3)
+    exact = (b.double() - A.double()).square().sum(1).sqrt()
+    assert torch.allclose(norm_of_difference(A, b), exact, rtol=1e-12)
+    assert (norm_of_difference(A, A) == 0).all()
+
+
+def test_cosine_distance_keeps_its_digits_near_zero():
+    direction = torch.zeros(512, dtype=torch.float64)
+    direction[3] = 1.0
+    other = direction.clone()
+    other[4] = 1e-5  # an angle of atan(1e-5): 1 - cos = 5e-11
+    exact = 1e-10 / 2 * (1 - 3 / 4 * 1e-10)
+    assert abs(cosine_distance(direction[None], other[None]).item() / exact - 1) < 1e-9
+    assert (cosine_distance(A, A) == 0).all()
+    assert torch.allclose(cosine_distance(A, -A), torch.tensor(2.0, dtype=torch.float64))
+
+
+def test_a_zero_vector_is_at_distance_one_from_others_and_zero_from_itself():
+    zero = torch.zeros(1, 512)
+    assert cosine_distance(zero, A[:1]).item() == 1
+    assert cosine_distance(zero, zero).item() == 0
