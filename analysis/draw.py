@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,20 +26,19 @@ DIVERGING: tuple[RGB, ...] = ((40, 90, 190), (140, 170, 215), (225, 225, 225), (
 
 
 def short_number(value: float, columns: int = CELL) -> str:
-    """The most digits of a number that fit: 0.012, 12.35, -1.2, 3e-7, 1e12."""
+    """The text of so many columns that is nearest to a number: 0.012, 12.35, -1.2, 3e-7, 1e12; NaN is a dot."""
     if math.isnan(value):
         return "."
     if math.isinf(value):
         return "inf" if value > 0 else "-inf"
-    best = ""
+    candidates = [f"{value:.{digits}f}" for digits in range(columns)]
     for digits in range(1, columns + 1):
-        text = f"{value:.{digits}g}"
-        if "e" in text:
-            mantissa, exponent = text.split("e")
-            text = f"{mantissa}e{int(exponent)}"
-        if len(text) <= columns:
-            best = text
-    return best or f"{value:.0e}"[:columns]
+        mantissa, _, exponent = f"{value:.{digits - 1}e}".partition("e")
+        candidates.append(f"{mantissa}e{int(exponent)}")
+    fitting = [text for text in candidates if len(text) <= columns]
+    if not fitting:  # a huge negative number: its sign leaves no room for the exponent
+        return "<-1e9"
+    return min(fitting, key=lambda text: (abs(float(text) - value), len(text)))
 
 
 def token_label(token: str, columns: int = CELL) -> str:
@@ -144,7 +144,9 @@ def write_png(grid: Grid, file: str | Path) -> Path:
         axes.set_ylabel("layer")
         axes.set_title(grid.title.replace("$", r"\$"))
         figure.colorbar(image, ax=axes, extend="both", label=grid.unit if grid.unit not in ("", "1") else grid.metric)
-        figure.savefig(path, dpi=130, format="png")
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph .* missing")  # a token of another script shows as a box
+            figure.savefig(path, dpi=130, format="png")
     except OSError as error:
         raise StoreError(f"cannot write '{path}': {error.strerror or error}") from error
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,9 @@ def overview_lines(con: duckdb.DuckDBPyConnection, question: Question) -> Iterat
     rows = [{**b, metric.label: b["label"]} for b in boxes]
     columns = (*keys[:-1], metric.label, "n", "min", "q1", "median", "q3", "max", "mean", "std")
     yield from table_lines(rows, columns)
+    if len(boxes) == 1 and question.filters.prompt is not None:
+        yield ""  # one section will follow, with the same cells
+        return
     yield f"  largest |{metric.name}| of all"
     rows = [{**h, metric.label: h["label"]} for h in top_rows(con, metric, question.top_n, question.filters)]
     yield from table_lines(rows, ("pair", "prompt_idx", metric.label, "layer", "position", "token", "value"))
@@ -54,8 +58,15 @@ def section_lines(section: Section, axis: Axis, columns: int) -> Iterator[str]:
     of = f", trimmed from {section.n_tokens_before_trimming}" if trimmed else ""
     yield f"== {section.pair}, prompt {section.prompt_idx}{variant}, {section.label}: {section.n_tokens} tokens{of} =="
     yield fit(f'  "{escape(section.text)}"', columns)
-    known = ", ".join(f"{k} {v}" for k, v in section.metadata.items() if v is not True)
-    yield f"  capture {section.capture}{f', {known}' if known else ''}"
+    known = [f"{k} {v}" for k, v in {"capture": section.capture, **section.metadata}.items() if v is not True]
+    yield from textwrap.wrap(
+        ", ".join(known),
+        columns,
+        initial_indent="  ",
+        subsequent_indent="  ",
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
     for part in section.metrics:
         yield from _part_lines(part, axis)
     if len(section.metrics) > 1 and section.correlation is not None:

@@ -18,6 +18,7 @@ from analysis.views import (
     STORED_VIEWS,
     VIEWS,
     comments_sql,
+    quote,
     stored_sql,
     view_sql,
 )
@@ -51,13 +52,13 @@ def open_run(out: str, include_partial: bool = False) -> duckdb.DuckDBPyConnecti
     run = open_run_dir(out)
     con = duckdb.connect()
     # an in-memory database would spill to .tmp in the working directory
-    con.execute(f"SET temp_directory = '{tempfile.gettempdir()}/pairscope-{os.getpid()}'")
+    con.execute(f"SET temp_directory = {quote(f'{tempfile.gettempdir()}/pairscope-{os.getpid()}')}")
     create_views(con, run, include_partial)
     return con
 
 
 def write_catalog(out: str, file: str | None = None, include_partial: bool = False) -> Path:
-    """Write a .duckdb file with the views over `out`, by absolute paths; any DuckDB client can open it.
+    """Write a .duckdb file with the views over `out`, by absolute paths; any DuckDB client can open it and sees the docs.
 
     file: default OUT/catalog.duckdb. An existing file is replaced at once. Like open_run it is a picture of now.
     """
@@ -72,7 +73,12 @@ def write_catalog(out: str, file: str | None = None, include_partial: bool = Fal
     tmp = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         with duckdb.connect(str(tmp)) as con:
+            con.begin()  # one write to disk, not one for each comment
             create_views(con, run, include_partial)
+            for view in VIEWS:
+                for statement in comments_sql(view):
+                    con.execute(statement)
+            con.commit()
         os.replace(tmp, path)
     except (OSError, duckdb.IOException) as error:
         raise StoreError(f"cannot write the catalog '{path}': {str(error).splitlines()[0]}") from error
@@ -83,7 +89,7 @@ def write_catalog(out: str, file: str | None = None, include_partial: bool = Fal
 
 
 def create_views(con: duckdb.DuckDBPyConnection, run: RunDir, include_partial: bool = False) -> None:
-    """Create the two small tables, the views over stored tables and those built on them, with their docs."""
+    """Create the two small tables, the views over stored tables and those built on them."""
     captures = list(run.captures(include_partial))
     for view, table in ((CAPTURES, captures_table(run, captures)), (MANIFEST_VIEW, manifest_table(run))):
         con.register("_arrow", table)
@@ -93,9 +99,6 @@ def create_views(con: duckdb.DuckDBPyConnection, run: RunDir, include_partial: b
         _create_stored(con, run, captures, view.name)
     for view in SQL_VIEWS:
         con.execute(f"CREATE VIEW {view.name} AS\n{view_sql(view.name)}")
-    for view in VIEWS:
-        for statement in comments_sql(view):
-            con.execute(statement)
 
 
 def _create_stored(con: duckdb.DuckDBPyConnection, run: RunDir, captures: list[CaptureDir], name: str) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 from capture.layout import RunDir
 from capture.schema import MANIFEST
 
-COLUMNS = ("entry", "state", "seconds", "tokens", "mode", "gpu", "peak_gib", "error")
+COLUMNS = ("entry", "state", "seconds", "tokens", "mode", "gpu", "peak memory", "error")
 
 
 def status_rows(run: RunDir, every_attempt: bool = False) -> list[dict[str, Any]]:
@@ -50,6 +50,15 @@ def failed(rows: list[dict[str, Any]]) -> list[str]:
     return [entry for entry, state in last.items() if state == "failed"]
 
 
+def memory_text(count: float) -> str:
+    """Bytes for people: 880.8 KiB, 1.7 MiB, 38.2 GiB."""
+    for unit in ("bytes", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} bytes" if unit == "bytes" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} GiB"
+
+
 def table_row(row: dict[str, Any]) -> list[Any]:
     """A row for people, columns as COLUMNS; the error with its class before it."""
     error = ": ".join(str(x) for x in (row.get("error_class"), row.get("error")) if x)
@@ -57,11 +66,11 @@ def table_row(row: dict[str, Any]) -> list[Any]:
     values = {
         "entry": row["entry"],
         "state": row["state"],
-        "seconds": row.get("seconds"),
+        "seconds": None if row.get("seconds") is None else round(row["seconds"], 1),
         "tokens": row.get("n_tokens"),
         "mode": row.get("mode"),
         "gpu": row.get("gpu"),
-        "peak_gib": None if peak is None else round(peak / 2**30, 3),
+        "peak memory": None if peak is None else memory_text(peak),
         "error": " ".join(error.split()),
     }
     return ["" if values[c] is None else values[c] for c in COLUMNS]

@@ -68,7 +68,10 @@ DERIVED: dict[str, tuple[tuple[Column, str], ...]] = {
     "pairwise": (
         (COMPARISON, "base_run || '-' || sft_run"),
         (Column("cosine_sim", "float64", "1 - cosine_distance", "1"), "1 - cosine_distance::DOUBLE"),
-        (Column("kl_div", "float32", "another name of kl_divergence", "nats", True), "kl_divergence"),
+        (
+            Column("kl_div", "float32", "KL(sft_run || base_run), another name of kl_divergence", "nats", True),
+            "kl_divergence",
+        ),
     ),
 }
 

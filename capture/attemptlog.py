@@ -14,6 +14,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 from capture.config import Entry
 from capture.layout import RunDir
@@ -65,32 +66,41 @@ def attempt_log(run: RunDir, path: str, first_lines: str, *, own_process: bool) 
         handle, name = tempfile.mkstemp(suffix=".log")
         os.close(handle)
         local = Path(name)
-    with local.open("a", encoding="utf-8", errors="replace", buffering=1) as stream:
-        stream.write(first_lines)
-        handler = logging.StreamHandler(stream)
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-        handler.addFilter(_OursAndWarnings())
-        # transformers stops its records from reaching the root logger, so it gets the handler as well
-        loggers = [logging.getLogger(), logging.getLogger("transformers")]
-        ours = logging.getLogger("capture")
-        level = ours.level
-        ours.setLevel(logging.INFO)
+    try:
+        with local.open("a", encoding="utf-8", errors="replace", buffering=1) as stream:
+            stream.write(first_lines)
+            if own_process:
+                _redirect(stream.fileno())
+            with _records_go_to(stream):
+                yield
+    finally:
+        if not run.is_local:
+            with contextlib.suppress(Exception):  # a lost log must not hide how the attempt ended
+                run.write_bytes(path, local.read_bytes())
+            local.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _records_go_to(stream: TextIO) -> Iterator[None]:
+    """Add a handler for the length of the block: our records from INFO up, everyone's from WARNING up, Python's warnings."""
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.addFilter(_OursAndWarnings())
+    # transformers stops its records from reaching the root logger, so it gets the handler as well
+    loggers = [logging.getLogger(), logging.getLogger("transformers")]
+    ours = logging.getLogger("capture")
+    level = ours.level
+    ours.setLevel(logging.INFO)
+    for logger in loggers:
+        logger.addHandler(handler)
+    logging.captureWarnings(True)
+    try:
+        yield
+    finally:
+        logging.captureWarnings(False)
         for logger in loggers:
-            logger.addHandler(handler)
-        logging.captureWarnings(True)
-        if own_process:
-            _redirect(stream.fileno())
-        try:
-            yield
-        finally:
-            logging.captureWarnings(False)
-            for logger in loggers:
-                logger.removeHandler(handler)
-            ours.setLevel(level)
-    if not run.is_local:
-        with contextlib.suppress(Exception):  # a lost log must not hide how the attempt ended
-            run.write_bytes(path, local.read_bytes())
-        local.unlink(missing_ok=True)
+            logger.removeHandler(handler)
+        ours.setLevel(level)
 
 
 def _redirect(fd: int) -> None:

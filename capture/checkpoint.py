@@ -16,7 +16,7 @@ import dataclasses
 import gc
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ import transformers
 from safetensors import safe_open
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, core_model_loading
+from transformers.utils import logging as hf_logging
 
 from capture.errors import CheckpointError, UnsupportedModelError
 
@@ -126,33 +127,39 @@ class StreamedModel:
         device: torch.device,
         model_kwargs: dict[str, Any],
         ledger: Ledger,
+        whole: bool = False,
     ) -> None:
+        """whole: load everything at once by the library's own means and free nothing: for pickled checkpoints."""
         check_version()
         self.label, self.device, self.ledger, self.directory = label, device, ledger, directory
+        self.whole = whole
+        self.loaded: dict[Any, int] = {}  # group -> bytes, from the moment that its reading may begin
+        self._ready: set[Any] = set()
         record: dict[str, Any] = {}
-        from transformers.utils import logging as hf_logging
-
         hf_logging.disable_progress_bar()  # else one bar per group
         try:
-            with _recording(record):
+            with nullcontext() if whole else _recording(record):
                 self.model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, **model_kwargs)
         except (OSError, ValueError, KeyError, AttributeError, TypeError, ImportError) as error:
             raise CheckpointError(f"{label} model '{directory}' cannot be opened: {error}") from error
+        self.ignored_keys: list[str] = []
+        self.layers_name, self.layers = _find_layers(self.model)
+        if whole:
+            self.model.to(device)
+            self._name_groups()
+            for group in self.groups():
+                self.reserve(group)
+                self._ready.add(group)
+            return
         if not record.get("files"):
             raise CheckpointError(f"{label} model '{directory}': transformers found no weight files in it")
         self.load_config = dataclasses.replace(record["load_config"], device_map={"": device})
         self.files: list[str] = record["files"]
         if not all(f.endswith(".safetensors") for f in self.files):
-            raise CheckpointError(
-                f"{label} model '{directory}' has no safetensors weights; layers of '{Path(self.files[0]).name}' cannot be "
-                "read one at a time. Convert it once: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR)"
-            )
+            raise CheckpointError(f"{label} model '{directory}': '{Path(self.files[0]).name}' is not a safetensors file")
         self._move_buffers()
-        self.layers_name, self.layers = _find_layers(self.model)
         self._name_groups()
         self._map_keys()
-        self.loaded: dict[Any, int] = {}  # group -> bytes, from the moment that its reading may begin
-        self._ready: set[Any] = set()
 
     # -- structure ---------------------------------------------------------------------------------------------------
 
@@ -196,6 +203,7 @@ class StreamedModel:
                 self.model.get_submodule(owner)._buffers[leaf] = buffer.to(self.device)
 
     def _name_groups(self) -> None:
+        self.ties: dict[str, str] = {}  # target -> source
         if self.embedding is None or self.head is None:
             raise UnsupportedModelError(f"{type(self.model).__name__} has no input embedding or no unembedding")
         names = {id(m): n for n, m in self.model.named_modules(remove_duplicate=False)}
@@ -229,7 +237,6 @@ class StreamedModel:
         converters = [m for m in mapping if isinstance(m, core_model_loading.WeightConverter)]
         prefix = self.model.base_model_prefix
         self._keys: dict[Any, list[tuple[str, str]]] = {g: [] for g in self.groups()}
-        self.ignored_keys: list[str] = []
         found: set[str] = set()
         for file in self.files:
             try:
@@ -250,7 +257,6 @@ class StreamedModel:
 
     def _tie(self, found: set[str]) -> None:
         """Which parameter stands in for which. As in the library: whichever of the two the checkpoint holds is the source."""
-        self.ties: dict[str, str] = {}  # target -> source
         for target, source in self.model.all_tied_weights_keys.items():
             if target in found and source not in found:
                 target, source = source, target
@@ -346,7 +352,7 @@ class StreamedModel:
 
     def free(self, group: Any) -> None:
         """Put the group's weights back on meta."""
-        if group not in self.loaded:
+        if group not in self.loaded or self.whole:
             return
         self._ready.discard(group)
         for name in self._tensors[group]:
@@ -359,7 +365,8 @@ class StreamedModel:
 
     def group_bytes(self, group: Any) -> int:
         """Bytes of one group when loaded; a tied tensor counts once."""
-        return sum(self._meta[n].nbytes for n in self._tensors[group] if n not in self.ties)
+        tensors = {id(t): t for t in (self._meta[n] for n in self._tensors[group] if n not in self.ties)}
+        return sum(t.nbytes for t in tensors.values())
 
 
 def _name(group: Any) -> str:

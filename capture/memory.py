@@ -47,7 +47,9 @@ def choose_mode(entry: Entry, base: StreamedModel, sft: StreamedModel, device: D
     need = weight_needs(base, sft)
     gib = {mode: f"{size / 2**30:.2f} GiB" for mode, size in need.items()}
     free = f"{device.free_bytes / 2**30:.2f} GiB"
-    if entry.mode != "auto":
+    if base.whole or sft.whole:
+        mode, why = "resident", f"pickled weights cannot be read layer by layer; both models take {gib['resident']}"
+    elif entry.mode != "auto":
         mode, why = entry.mode, f"asked for; {gib[entry.mode]} of weights at most"
     elif need["resident"] <= RESIDENT_SHARE * device.free_bytes:
         mode, why = "resident", f"both models take {gib['resident']} of {free} free"

@@ -23,7 +23,7 @@ class Show:
         self.live = self.stream.isatty() if live is None else live
         self.every = every
         self.moving: dict[str, tuple[Progress | str, float]] = {}  # what each entry does now, and since when
-        self._said: dict[str, float] = {}
+        self._said: dict[str, tuple[float, str]] = {}
         self._live: Any = None
 
     def __enter__(self) -> Show:
@@ -32,7 +32,7 @@ class Show:
             from rich.live import Live
 
             self._live = Live(
-                console=Console(file=self.stream), get_renderable=self._render, refresh_per_second=4, transient=True,
+                console=Console(file=self.stream, force_terminal=True), get_renderable=self._render, refresh_per_second=4, transient=True,
                 redirect_stdout=False, redirect_stderr=False,
             )  # fmt: skip
             self._live.__enter__()
@@ -61,9 +61,13 @@ class Show:
     def progress(self, progress: Progress) -> None:
         now = time.monotonic()
         self.moving[progress.entry] = (progress, now)
-        if not self.live and now - self._said.get(progress.entry, -self.every) >= self.every:
-            self._said[progress.entry] = now
-            self.note(f"{progress.entry}: {progress_line(progress)}")
+        if self.live:
+            return
+        said, line = self._said.get(progress.entry, (-self.every, ""))
+        new = progress_line(progress)
+        if now - said >= self.every and new != line:
+            self._said[progress.entry] = (now, new)
+            self.note(f"{progress.entry}: {new}")
 
     def end(self, entry: str) -> None:
         self.moving.pop(entry, None)
@@ -82,7 +86,8 @@ class Show:
                 # the estimate is as old as the report, so the seconds since then are taken off
                 left = what.seconds_left
                 passed = time.monotonic() - since
-                table.add_row(entry, what.stage, layer, speed, f"{max(0, left - passed):,.0f} s left" if left else "")
+                stage = f"{what.stage}, {what.message}" if what.message else what.stage
+                table.add_row(entry, stage, layer, speed, f"{max(0, left - passed):,.0f} s left" if left else "")
             else:
                 table.add_row(entry, what, "", "", "")
         if waiting:

@@ -120,7 +120,13 @@ class Work:
     def _model(self, label: str, files: ModelFiles) -> StreamedModel:
         kwargs = {k: v for k, v in self.entry.model_kwargs.items() if k not in ("token", "revision")}
         return StreamedModel(
-            files.path, label=label, dtype=self.entry.dtype, device=self.device, model_kwargs=kwargs, ledger=self.ledger
+            files.path,
+            label=label,
+            dtype=self.entry.dtype,
+            device=self.device,
+            model_kwargs=kwargs,
+            ledger=self.ledger,
+            whole=files.format == "pickle",
         )
 
     def _lens_plan(self, base: StreamedModel, sft: StreamedModel, n_tokens: int) -> LensPlan:

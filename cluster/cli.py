@@ -116,10 +116,10 @@ def _print_summary(summary: Summary, config: str | None) -> None:
     else:
         rows = [
             [i.name, i.state, _number(i.row.get("seconds"), ".1f"), _number(i.row.get("n_tokens"), ",d"), i.row.get("mode") or "",
-             _gib(i.row.get("peak_memory_bytes")), _error(i)]
+             _size(i.row.get("peak_memory_bytes")), _error(i)]
             for i in summary.items
         ]  # fmt: skip
-        _print_table(["entry", "state", "seconds", "tokens", "mode", "peak GiB", "error"], rows)
+        _print_table(["entry", "state", "seconds", "tokens", "mode", "peak memory", "error"], rows)
         click.echo(f"{summary.complete} of {n} complete in {summary.out}")
     click.echo("\nnext:")
     if summary.complete < n:
@@ -142,8 +142,15 @@ def _number(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
 
 
-def _gib(value: int | None) -> str:
-    return "" if value is None else f"{value / 1024**3:.2f}"
+def _size(value: float | None) -> str:
+    """Bytes in the unit that keeps one to three digits before the point."""
+    if value is None:
+        return ""
+    for unit in ("B", "KiB", "MiB"):
+        if value < 1000:
+            return f"{value:.1f} {unit}" if unit != "B" else f"{value:.0f} B"
+        value /= 1024
+    return f"{value:.2f} GiB"
 
 
 def _print_table(columns: list[str], rows: list[list[str]]) -> None:
@@ -151,7 +158,7 @@ def _print_table(columns: list[str], rows: list[list[str]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    right = ("seconds", "tokens", "peak GiB")
+    right = ("seconds", "tokens", "peak memory")
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     empty = {c for i, c in enumerate(columns) if not any(row[i] for row in rows)}
     for column in columns:

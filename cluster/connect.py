@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import socket
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -80,7 +81,18 @@ def _start(ray: Any, address: str, local: bool, cpus: int | None) -> None:
             address="local", num_cpus=cpus, include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **quiet
         )
     else:
+        _knock(address)
         ray.init(address=address, **quiet)
+
+
+def _knock(address: str) -> None:
+    """Raise ConnectionError at once where nobody listens at host:port; Ray itself would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+        except OSError as error:
+            raise ConnectionError(f"nobody listens there ({error.strerror or error})") from error
 
 
 def _look(*, local: bool) -> Cluster:

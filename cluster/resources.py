@@ -136,10 +136,10 @@ def sizing(n_entries: int, jobs: int | None, nodes: Sequence[dict[str, float]]) 
 def cpu_memory(weight_bytes: int | None, nodes: Sequence[dict[str, float]], jobs: int | None) -> int:
     """Main memory to reserve for an entry on the CPU, in bytes; 0 reserves none.
 
-    weight_bytes: both checkpoints together, where known. With an explicit `jobs` the user has done the sizing. What is
+    weight_bytes: both checkpoints together; None where that is not known yet. With an explicit `jobs` the user has done the sizing. What is
     asked for never exceeds the largest node: an entry that is too large for it is streamed there, alone.
     """
-    if jobs is not None or not weight_bytes:
+    if jobs is not None:
         return 0
     largest = max((n.get("memory", 0.0) for n in nodes), default=0.0)
-    return int(min(WORKER_BYTES + 1.2 * weight_bytes, 0.95 * largest))
+    return int(min(WORKER_BYTES + 1.2 * (weight_bytes or 0), 0.95 * largest))

@@ -230,10 +230,14 @@ def _requests(todo: list[Item], cluster: Cluster, jobs: int | None, show: Show) 
         if item.entry is not None
     ]
     total = {name: sum(n.get(name, 0.0) for n in cluster.nodes) for name in ("CPU", "GPU", "memory")}
-    kind = "a local Ray" if cluster.local else f"a Ray cluster of {len(cluster.nodes)} nodes"
+    kind = "a local Ray" if cluster.local else f"a Ray cluster of {_count(len(cluster.nodes), 'node')}"
     each = sorted({r.text for r in requests})
     show.note(
-        f"{len(todo)} entries on {kind} with {total['CPU']:g} cores, {total['GPU']:g} GPUs, "
-        f"{total['memory'] / 1024**3:.1f} GiB; each asks for {' or '.join(each)}"
+        f"{_count(len(todo), 'entry', 'entries')} on {kind} with {_count(int(total['CPU']), 'core')}, "
+        f"{_count(int(total['GPU']), 'GPU')}, {total['memory'] / 1024**3:.1f} GiB; each asks for {' or '.join(each)}"
     )
     return requests
+
+
+def _count(n: int, one: str, many: str | None = None) -> str:
+    return f"{n} {one if n == 1 else many or one + 's'}"

@@ -45,7 +45,7 @@ text comes back from it as it was; its one special token, `<|endoftext|>`, stood
 `python configs/pairs/train_pydoc.py --out configs/pairs/pydoc` with Python {python}, torch {torch}, transformers
 {transformers}, one thread, fixed seeds, AdamW with a warm-up and a cosine, 16 windows of 128 tokens a step.
 
-| | data to train on | tokens | steps | seconds |
+| | data to train on | tokens | steps | CPU seconds |
 |---|---|---|---|---|
 | base | help topics | {topics_tokens} | {base_steps} | {base_seconds} |
 | sft | docstrings | {docstrings_tokens} | {sft_steps} | {sft_seconds} |
@@ -191,9 +191,9 @@ def main() -> None:
         ("sft", "docstrings", arguments.sft_steps, 2e-3),
     ):
         print(f"{name}: {steps} steps on the {kind}")
-        began = time.monotonic()
+        began = time.process_time()
         train(model, ids[kind], steps=steps, peak_lr=peak_lr, held_out=held_out)
-        seconds[name] = time.monotonic() - began
+        seconds[name] = time.process_time() - began
         losses[name] = {kind: loss_on(model, rows) for kind, rows in held_out.items()}
         model.save_pretrained(out / name)
 

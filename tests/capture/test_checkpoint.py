@@ -150,3 +150,22 @@ def test_groups_hold_every_tensor_once(pairs):
     assert model.group_of("lm_head.weight") == EMBEDDING  # tied
     names = [n for g in model.groups() for n in model._tensors[g]]
     assert sorted(names) == sorted(model.model.state_dict())
+
+
+def test_a_pickled_checkpoint_is_loaded_whole_and_never_freed(tmp_path, pairs):
+    paths = tiny.make_pair("llama", tmp_path)
+    torch.save(load_file(paths.base / "model.safetensors"), paths.base / "pytorch_model.bin")
+    (paths.base / "model.safetensors").unlink()
+    ledger = Ledger()
+    model = StreamedModel(
+        str(paths.base), label="base", dtype="auto", device=CPU, model_kwargs={}, ledger=ledger, whole=True
+    )
+    safe = opened(pairs("llama").base)
+    for group in safe.groups():
+        safe.load(group)
+        model.load(group)
+    assert layers_equal(model, safe, safe.groups())
+    for group in model.groups():
+        model.free(group)
+    assert not any(p.is_meta for p in model.model.parameters())
+    assert ledger.live == sum(model.group_bytes(g) for g in model.groups())

@@ -1,16 +1,13 @@
-"""Write docs/tables.md from the declared tables and views: `python -m analysis.docs docs/tables.md`."""
+"""The page docs/tables.md, made from the declared tables and views: `python -m analysis.tables_page > docs/tables.md`."""
 
 from __future__ import annotations
-
-import sys
-from pathlib import Path
 
 from analysis.views import CAPTURES, DUCKDB_TYPES, MANIFEST_VIEW, SQL_VIEWS, STORED_VIEWS, View
 
 _INTRO = """\
 # Tables and views
 
-Generated from `capture/schema.py` and `analysis/views.py` by `python -m analysis.docs docs/tables.md`; do not edit.
+Generated from `capture/schema.py` and `analysis/views.py` by `python -m analysis.tables_page > docs/tables.md`; do not edit.
 
 `pairscope sql OUT "SELECT ..."` asks them; `pairscope catalog OUT` writes them into a `.duckdb` file for any client.
 Only complete captures are in them; `--include-partial` adds the others, for which `captures.complete` is false.
@@ -48,4 +45,4 @@ def _section(view: View) -> str:
 
 
 if __name__ == "__main__":
-    Path(sys.argv[1]).write_text(tables_page(), encoding="utf-8")
+    print(tables_page(), end="")

@@ -1,0 +1,133 @@
+"""Grids drawn in a terminal and as PNG."""
+
+from __future__ import annotations
+
+import builtins
+import io
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.cells import cell_len
+from rich.console import Console
+
+from analysis import QueryError, build_residual_grid, build_run_grid
+from analysis.draw import DIVERGING, SEQUENTIAL, colour, colour_scale, draw, short_number, token_label, write_png
+from analysis.grids import Grid
+
+
+@pytest.fixture
+def grid(con: Any) -> Grid:
+    return build_residual_grid(con, "kl_divergence", pair="alpha", prompt=0)
+
+
+def wide(grid: Grid, n: int) -> Grid:
+    """The same grid with more tokens."""
+    values = np.resize(grid.values, (len(grid.layers), n))
+    return replace(grid, values=values, positions=np.arange(n), tokens=tuple(f"tok{i}" for i in range(n)))
+
+
+def test_the_drawing_has_every_layer_token_and_number(grid: Grid) -> None:
+    lines = draw(grid).plain.splitlines()
+    assert lines[0] == "kl_divergence of BB-SS, pair alpha, prompt 0 [nats]"
+    assert lines[1].split() == ["layer", "0", "1", "2", "3", "4"]
+    assert lines[2].split() == ["<s>", "·a", "\\n", "·lon…", "界"]
+    for layer, line in zip(grid.layers, lines[3:7], strict=True):
+        head, *numbers = line.split()
+        assert int(head) == layer
+        assert np.allclose([float(n) for n in numbers], grid.values[layer + 1], rtol=0.05, atol=5e-4)
+
+
+@pytest.mark.parametrize("columns", [40, 80, 120])
+def test_no_line_is_wider_than_the_terminal_and_the_rest_is_announced(grid: Grid, columns: int) -> None:
+    lines = draw(wide(grid, 300), columns).plain.splitlines()
+    assert max(cell_len(line) for line in lines) <= columns
+    n = (columns - 5) // 6
+    assert any(line.startswith(f"tokens 0..{n - 1} of 0..299 fit") for line in lines)
+    assert lines[1].split()[-1] == str(n - 1)
+
+
+def test_colours_show_only_where_the_terminal_has_them(grid: Grid) -> None:
+    for terminal, expected in ((True, True), (False, False)):
+        console = Console(
+            file=io.StringIO(), force_terminal=terminal, color_system="truecolor" if terminal else None, width=80
+        )
+        console.print(draw(grid))
+        assert ("\x1b[" in console.file.getvalue()) is expected  # type: ignore[attr-defined]
+
+
+def test_the_verb_draws_without_colours_into_a_pipe(synthetic: Any, call: Callable[..., Any]) -> None:
+    out = call("grid", synthetic.out).out
+    assert "\x1b" not in out
+    assert out.startswith("kl_divergence of BB-SS")
+    assert max(cell_len(line) for line in out.splitlines()) <= 80
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0.0, "0"), (1.0, "1"), (0.0123, "0.012"), (12.346, "12.35"), (-1.26, "-1.26"), (-0.0123, "-0.01"), (99999.0, "99999"),
+        (123456.0, "1.2e5"), (0.00012, "1e-4"), (-0.00012, "-1e-4"), (-1e-12, "-0"), (1e300, "1e300"), (-1e300, "<-1e9"),
+        (float("nan"), "."), (float("inf"), "inf"), (float("-inf"), "-inf"),
+    ],
+)  # fmt: skip
+def test_numbers_are_the_nearest_that_fits_in_five_columns(value: float, text: str) -> None:
+    assert short_number(value) == text
+
+
+def test_five_columns_always_do() -> None:
+    rng = np.random.default_rng(0)
+    for value in np.concatenate(
+        [rng.normal(size=500) * 10.0 ** rng.integers(-40, 40, 500), [-1e300, -1e-300, 0.1, -0.0999996]]
+    ):
+        assert len(short_number(float(value))) <= 5
+
+
+def test_token_labels_show_spaces_and_controls_and_keep_their_width() -> None:
+    assert token_label(" the") == "·the"
+    assert token_label("\t") == "\\t"
+    assert token_label("\x1b[2J") == "\\x1b…"
+    assert cell_len(token_label("界界界")) <= 5
+    assert token_label("") == ""
+
+
+def test_the_scale_is_around_zero_where_there_are_negative_numbers() -> None:
+    low, high, ramp = colour_scale(np.array([[-1.0, 0.5, 3.0, np.nan]]))
+    assert (low, ramp) == (-high, DIVERGING)
+    assert colour(0.0, low, high, ramp) == DIVERGING[2]
+    low, high, ramp = colour_scale(np.concatenate([np.linspace(0, 1, 99), [1000.0]]))
+    assert ramp is SEQUENTIAL
+    assert high < 2, "one huge cell does not set the scale"
+    assert colour(1000.0, low, high, ramp) == SEQUENTIAL[-1]
+    assert colour_scale(np.array([np.nan]))[:2] == (0.0, 1.0)
+
+
+def test_a_grid_of_one_value_is_drawn(grid: Grid) -> None:
+    assert draw(replace(grid, values=np.zeros_like(grid.values))).plain.splitlines()[3].split() == ["-1", *["0"] * 5]
+
+
+def test_a_png_is_written(synthetic: Any, call: Callable[..., Any], tmp_path: Path, con: Any) -> None:
+    pytest.importorskip("matplotlib")
+    file = tmp_path / "g.png"
+    assert call("grid", synthetic.out, "-o", file).code == 0
+    assert file.read_bytes().startswith(b"\x89PNG")
+    price = replace(build_run_grid(con, "norm_delta", pair="alpha", prompt=0), tokens=("$x", "$", "_{", "\\frac", "^"))
+    write_png(price, tmp_path / "dollars.png")
+
+
+def test_without_matplotlib_the_error_says_what_to_install(
+    grid: Grid, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    real = builtins.__import__
+
+    def no_matplotlib(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name.startswith("matplotlib"):
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", no_matplotlib)
+    with pytest.raises(QueryError, match=r"pip install 'pairscope\[plots\]'"):
+        write_png(grid, tmp_path / "g.png")

@@ -1,0 +1,149 @@
+"""`pairscope sql`: rows as a table, JSON or CSV; nothing is written; errors say what is near."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from analysis.views import VIEWS
+
+COUNT = "SELECT pair, count(*) AS n FROM runs GROUP BY pair ORDER BY pair"
+
+
+def test_a_table_is_whole_and_aligned_when_piped(synthetic: Any, call: Callable[..., Any]) -> None:
+    assert call("sql", synthetic.out, COUNT).out == "pair     n\nalpha  128\nbeta    24\n"
+    lines = call("sql", synthetic.out, "SELECT * FROM runs").out.splitlines()
+    assert len(lines) == 1 + 128 + 24
+    assert "tracked_logits" in lines[0]
+
+
+def test_json_gives_one_object_a_row(synthetic: Any, call: Callable[..., Any]) -> None:
+    assert call("sql", synthetic.out, COUNT, "--json").rows == [{"pair": "alpha", "n": 128}, {"pair": "beta", "n": 24}]
+
+
+def test_json_says_null_for_what_is_no_number_and_keeps_float32_short(synthetic: Any, call: Callable[..., Any]) -> None:
+    sql = "SELECT 'nan'::DOUBLE AS a, 0.1::FLOAT AS b, [0.1::FLOAT] AS c, 0.1::DOUBLE AS d, TIMESTAMP '2025-01-02' AS e"
+    assert call("sql", synthetic.out, sql, "--json").rows == [
+        {"a": None, "b": 0.1, "c": [0.1], "d": 0.1, "e": "2025-01-02T00:00:00"}
+    ]
+
+
+def test_float32_in_json_and_csv_reads_back_as_the_same_float32(synthetic: Any, call: Callable[..., Any]) -> None:
+    import numpy as np
+
+    stored = np.sort(synthetic.alpha.cells[0, "identity", "BB"]["norm"].ravel())
+    sql = "SELECT norm FROM runs WHERE pair = 'alpha' AND prompt_idx = 0 AND run = 'BB' ORDER BY norm"
+    rows = call("sql", synthetic.out, sql, "--json").rows
+    assert np.array_equal(np.float32([r["norm"] for r in rows]), stored)
+    lines = call("sql", synthetic.out, sql, "--csv").out.splitlines()[1:]
+    assert np.array_equal(np.float32(lines), stored)
+
+
+def test_csv_reads_back(synthetic: Any, call: Callable[..., Any]) -> None:
+    sql = "SELECT position, token, NULL AS nothing, [1, 2] AS list, true AS yes FROM tokens WHERE pair = 'alpha' AND prompt_idx = 0"
+    rows = list(csv.DictReader(io.StringIO(call("sql", synthetic.out, sql + " ORDER BY position", "--csv").out)))
+    assert [r["token"] for r in rows] == ["<s>", " a", "\n", " long-token", "界"]
+    assert rows[0] == {"position": "0", "token": "<s>", "nothing": "", "list": "[1, 2]", "yes": "true"}
+
+
+def test_a_dash_reads_the_query_from_stdin(synthetic: Any, call: Callable[..., Any]) -> None:
+    assert call("sql", synthetic.out, "-", "--json", stdin=COUNT + ";\n").rows[0] == {"pair": "alpha", "n": 128}
+
+
+def test_without_a_query_all_views_and_columns_are_listed(synthetic: Any, call: Callable[..., Any]) -> None:
+    out = call("sql", synthetic.out).out
+    for view in VIEWS:
+        assert f"\n{view.name}: " in "\n" + out
+        for column in view.columns:
+            assert f"  {column.name} " in out
+            assert column.doc in out
+    rows = call("sql", synthetic.out, "--json").rows
+    assert {"view": "pairwise", "column": "norm_diff"}.items() <= next(
+        r for r in rows if r["column"] == "norm_diff"
+    ).items()
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "COPY runs TO '/nonexistent/x.csv'",
+        "CREATE TABLE t (a INT)",
+        "DROP VIEW runs",
+        "INSTALL httpfs",
+        "SET threads = 1",
+    ],
+)
+def test_what_is_not_a_query_is_refused(synthetic: Any, call: Callable[..., Any], query: str) -> None:
+    answer = call("sql", synthetic.out, query)
+    assert answer.code == 2
+    assert "is not a query" in answer.err
+
+
+def test_two_queries_or_none_are_refused(synthetic: Any, call: Callable[..., Any]) -> None:
+    assert "expected one query, got 2" in call("sql", synthetic.out, "SELECT 1; DROP VIEW runs").err
+    assert "expected one query, got 0" in call("sql", synthetic.out, "-", stdin="").err
+
+
+@pytest.mark.parametrize(
+    "query", ["DESCRIBE runs", "SUMMARIZE prompts", "FROM captures", "WITH a AS (SELECT 1) FROM a", "EXPLAIN SELECT 1"]
+)
+def test_all_that_only_reads_is_allowed(synthetic: Any, call: Callable[..., Any], query: str) -> None:
+    assert call("sql", synthetic.out, query).code == 0
+
+
+@pytest.mark.parametrize(
+    ("query", "said"),
+    [
+        ("SELECT kl_dvergence FROM pairwise", "'kl_divergence'"),
+        ("SELECT norm_base FROM pairwise", "'norm_base' is a column of: pairwise_full."),
+        ("SELECT p.entropy_delta FROM pairwise p", "'entropy_delta' is a column of: pairwise_full."),
+        ("SELECT 1 FROM pairwis", "pairwise"),
+        ("SELEC 1", "syntax error"),
+        ("SELECT token::INT FROM tokens", "Could not convert"),
+    ],
+)
+def test_a_wrong_query_is_a_users_error_with_what_is_near(
+    synthetic: Any, call: Callable[..., Any], query: str, said: str
+) -> None:
+    answer = call("sql", synthetic.out, query)
+    assert answer.code == 2
+    assert said in answer.err
+
+
+def test_json_and_csv_exclude_each_other(synthetic: Any, call: Callable[..., Any]) -> None:
+    assert call("sql", synthetic.out, COUNT, "--json", "--csv").code == 2
+
+
+def test_partial_captures_only_on_request(synthetic: Any, call: Callable[..., Any]) -> None:
+    sql = "SELECT pair FROM captures ORDER BY pair"
+    assert [r["pair"] for r in call("sql", synthetic.out, sql, "--json").rows] == ["alpha", "beta"]
+    rows = call("sql", synthetic.out, sql, "--json", "--include-partial").rows
+    assert [r["pair"] for r in rows] == ["alpha", "beta", "gamma"]
+
+
+def test_on_a_terminal_the_table_is_cut_and_says_what_is_left_out(monkeypatch: Any, capsys: Any) -> None:
+    from analysis.tables import show_table
+
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "40")
+    columns = ["pair", "layer", "metric_one", "metric_two", "metric_three"]
+    show_table(columns, [["p", i, 0.5 * i, 0.25 * i, 2.0 * i] for i in range(3)], more=True)
+    out = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
+    assert all(len(line) <= 40 for line in out.splitlines())
+    note = " ".join(out.split())
+    assert "the first 3 rows" in note
+    assert "in each row pair p" in note
+    assert "without metric_three" in note
+    assert "metric_two" in out.splitlines()[0]
+
+
+def test_control_characters_never_reach_the_terminal(synthetic: Any, call: Callable[..., Any]) -> None:
+    out = call("sql", synthetic.out, "SELECT 'a' || chr(27) || '[31m' || chr(10) AS x").out
+    assert out == "x\na\\x1b[31m\\n\n"
+    assert json.dumps("\u001b")[1:-1] in call("sql", synthetic.out, "SELECT chr(27) AS x", "--json").out

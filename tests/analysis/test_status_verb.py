@@ -1,0 +1,76 @@
+"""`pairscope status`: every entry, its state, its error in one line."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from synthetic import ALPHA, alpha, beta, gamma, write_attempt, write_capture
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    """alpha failed and then succeeded, beta has no attempt, gamma is partial."""
+    write_capture(tmp_path, alpha())
+    write_capture(tmp_path, beta())
+    write_capture(tmp_path, gamma(), marker=False)
+    write_attempt(tmp_path, "1", entry="alpha", state="failed", started="2025-01-01T00:00:01.000", error_class="DeviceError",
+                  error="no\n  CUDA")  # fmt: skip
+    write_attempt(tmp_path, "2", entry="alpha", capture=ALPHA, state="complete", started="2025-01-01T00:00:02.000",
+                  seconds=3.5, n_tokens=8, mode="streamed", gpu="cpu", peak_memory_bytes=2**30)  # fmt: skip
+    return tmp_path
+
+
+def states(rows: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    return [(r["entry"], r["state"]) for r in rows]
+
+
+def test_the_last_attempt_of_each_entry_counts(out: Path, call: Callable[..., Any]) -> None:
+    answer = call("status", out, "--json")
+    assert answer.code == 0
+    assert states(answer.rows) == [("alpha", "complete"), ("beta", "complete"), ("gamma", "partial")]
+    assert answer.rows[0]["peak_memory_bytes"] == 2**30
+
+
+def test_all_attempts_show_on_request(out: Path, call: Callable[..., Any]) -> None:
+    answer = call("status", out, "--all", "--json")
+    assert answer.code == 0, "the last attempt succeeded"
+    assert states(answer.rows)[:2] == [("alpha", "failed"), ("alpha", "complete")]
+
+
+def test_the_table_has_one_line_an_entry(out: Path, call: Callable[..., Any]) -> None:
+    lines = call("status", out, "--all").out.splitlines()
+    assert lines[0].split() == ["entry", "state", "seconds", "tokens", "mode", "gpu", "peak", "memory", "error"]
+    assert lines[1].split() == ["alpha", "failed", "DeviceError:", "no", "CUDA"]
+    assert lines[2].split() == ["alpha", "complete", "3.5", "8", "streamed", "cpu", "1.0", "GiB"]
+    assert len(lines) == 1 + 4
+
+
+def test_a_failed_entry_gives_exit_code_1_and_its_name(out: Path, call: Callable[..., Any]) -> None:
+    write_attempt(out, "3", entry="delta", state="failed", started="2025-01-01T00:00:03.000", error="gone")
+    answer = call("status", out)
+    assert answer.code == 1
+    assert answer.err.strip() == "failed: delta"
+
+
+def test_a_complete_capture_that_is_gone_is_missing(out: Path, call: Callable[..., Any]) -> None:
+    shutil.rmtree(out / "captures" / "pair=alpha")
+    row = call("status", out, "--json").rows[0]
+    assert (row["state"], ALPHA in row["error"]) == ("missing", True)
+
+
+def test_a_running_entry_is_shown_once(tmp_path: Path, call: Callable[..., Any]) -> None:
+    write_capture(tmp_path, gamma(), marker=False)
+    write_attempt(tmp_path, "1", entry="gamma", state="running", started="2025-01-01T00:00:01.000")
+    assert states(call("status", tmp_path, "--json").rows) == [("gamma", "running")]
+
+
+def test_nothing_there_is_an_error_that_exits_with_2(tmp_path: Path, call: Callable[..., Any]) -> None:
+    assert call("status", tmp_path / "none").code == 2
+    assert call("status", tmp_path).code == 2
+    (tmp_path / "captures").mkdir()
+    answer = call("status", tmp_path)
+    assert (answer.code, "no attempt and no capture yet" in answer.err) == (2, True)

@@ -1,0 +1,46 @@
+"""Fixtures of the capture tests: tiny pairs, made once for each architecture and set of options."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may ask the network
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
+    """`pairs(arch, **options)`: PairPaths of tiny.make_pair with these options. Do not write into these directories."""
+    made: dict[str, Any] = {}
+
+    def get(arch: str, **options: Any) -> Any:
+        from tiny import make_pair
+
+        key = f"{arch} {sorted(options.items())}"
+        if key not in made:
+            made[key] = make_pair(arch, tmp_path_factory.mktemp(arch), **options)
+        return made[key]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def loaded(pairs: Callable[..., Any]) -> Callable[..., Any]:
+    """`loaded(arch, **options)`: the same pair opened whole by plain transformers, a reference.LoadedPair."""
+    opened: dict[str, Any] = {}
+
+    def get(arch: str, **options: Any) -> Any:
+        import torch
+        from reference import load_pair
+
+        torch.set_num_threads(min(2, torch.get_num_threads()))
+        key = f"{arch} {sorted(options.items())}"
+        if key not in opened:
+            opened[key] = load_pair(pairs(arch, **options))
+        return opened[key]
+
+    return get
