@@ -28,11 +28,11 @@ class Cluster:
     local: bool
     nodes: tuple[dict[str, float], ...]
     growing: bool
-    grows_gpus: bool = False
 
     @property
     def has_gpus(self) -> bool:
-        return self.grows_gpus or any(n.get("GPU", 0) > 0 for n in self.nodes)
+        """A cluster that can grow is one that rents machines, and those are rented for their GPUs."""
+        return self.growing or any(n.get("GPU", 0) > 0 for n in self.nodes)
 
 
 def running_elsewhere() -> str | None:
@@ -99,17 +99,29 @@ def _look(*, local: bool) -> Cluster:
     import ray
 
     nodes = tuple(dict(n["Resources"]) for n in ray.nodes() if n["Alive"])
-    types = _autoscaler_node_types()
-    return Cluster(local, nodes, bool(types), any(t.get("GPU", 0) > 0 for t in types))
+    return Cluster(local, nodes, growing=not local and _has_autoscaler())
 
 
-def _autoscaler_node_types() -> list[dict[str, float]]:
-    """Resources of the node types that an autoscaler may add; none without an autoscaler."""
-    from ray._private.state import state
+def _has_autoscaler() -> bool:
+    """True where Ray's autoscaler (version 2, the one that `ray up` starts) looks after the cluster."""
+    try:  # not a public module: without it a request is only checked against the nodes that are there
+        from ray.autoscaler.v2.utils import is_autoscaler_v2
 
-    try:  # not a public function: without it a request is only checked against the nodes that are there
-        config = state.get_cluster_config()
-        return [dict(group.resources) for group in config.node_group_configs] if config is not None else []
+        return bool(is_autoscaler_v2(fetch_from_server=True))
+    except Exception:
+        return False
+
+
+def never_to_come() -> list[dict[str, float]]:
+    """The waiting requests that the autoscaler says none of its node types can hold; resources of each."""
+    try:  # nor is this; without it such a request waits, and the screen says for what
+        import ray
+        from ray._raylet import GcsClient
+        from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
+
+        answer = GcsClient(address=ray.get_runtime_context().gcs_address).get_cluster_status(timeout_s=5)
+        reply = answer if isinstance(answer, GetClusterStatusReply) else GetClusterStatusReply.FromString(answer)
+        return [dict(r.resources_bundle) for r in reply.autoscaling_state.infeasible_resource_requests]
     except Exception:
         return []
 

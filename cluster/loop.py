@@ -12,19 +12,21 @@ from typing import Any
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from capture.attempt import INTERRUPTED, Outcome, Try, complete_line, finish, next_try
+from capture.attempt import INTERRUPTED, Outcome, Try, complete_line, failure, finish, next_try
 from capture.attemptlog import append_log
 from capture.config import Entry
-from capture.errors import PairscopeError, StoreError
+from capture.errors import DeviceError, PairscopeError, StoreError
 from capture.layout import RunDir
 from capture.manifest import Attempt
 from capture.show import WAITING, Show
 from capture.stop import Stop
 from cluster.actor import CaptureActor
+from cluster.connect import never_to_come
 from cluster.resources import Request
 
 WATCH_EVERY = 0.5  # seconds between two looks at an actor's progress
 GRACE = 5.0  # seconds that running work gets to end by itself after a first Ctrl-C
+ASK_EVERY = 5.0  # seconds between two questions to the autoscaler about what waits
 WAITING_LONG = 15.0  # seconds without a place after which the screen says what an entry waits for
 
 
@@ -67,11 +69,13 @@ class Loop:
         jobs: int | None,
         show: Show,
         stop: Stop,
+        growing: bool = False,
     ) -> None:
         self.runs_dir, self.out, self.force, self.work = run, out, force, work
         self.limit, self.show, self.stop = jobs, show, stop
         self.waiting: list[Job] = []
         self.active: list[Job] = []
+        self.growing, self.asked = growing, time.monotonic()
         self.kill_at: float | None = None
         self.actor_class = ray.remote(concurrency_groups={"control": 1})(CaptureActor)
 
@@ -107,13 +111,28 @@ class Loop:
             else:
                 self._end(job)
         now = time.monotonic()
+        self._look_at_the_waiting(now)
         for job in self.active:
-            if job.attempt is None and now > job.since + WAITING_LONG and not any(j.attempt for j in self.active):
-                job.since = math.inf
-                self.show.event(job.name, f"waiting for a place with {job.request.text}")
             if job.attempt is not None and job.watch is None and now - job.watched > WATCH_EVERY:
                 job.watched = now
                 job.watch = job.actor.watch.options(concurrency_group="control").remote()
+
+    def _look_at_the_waiting(self, now: float) -> None:
+        """Say what entries wait for while nothing runs, and fail those that the autoscaler can do nothing for."""
+        waiting = [job for job in self.active if job.attempt is None]
+        if self.growing and waiting and now > self.asked + ASK_EVERY:
+            self.asked = now
+            never = never_to_come()
+            for job in waiting:
+                if any(job.request.is_asked_by(resources) for resources in never):
+                    job.attempt = Attempt(self.runs_dir, job.name)
+                    job.attempt.row |= {"capture": job.capture, "node": None}
+                    text = f"asks for {job.request.text} on one node; no node type of this cluster has that"
+                    self._settle(job, failure(DeviceError(f"entry '{job.name}' {text}")))
+        for job in waiting:
+            if now > job.since + WAITING_LONG and not any(j.attempt for j in self.active):
+                job.since = math.inf
+                self.show.event(job.name, f"waiting for a place with {job.request.text}")
 
     def _start_some(self) -> None:
         for job in list(self.waiting):

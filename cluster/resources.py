@@ -36,6 +36,13 @@ class Request:
             options["accelerator_type"] = self.accelerator_type
         return options
 
+    def is_asked_by(self, resources: dict[str, float]) -> bool:
+        """True if this request is what Ray lists as `resources` among what waits."""
+        asked = {"GPU": self.gpus, "CPU": self.cpus, "memory": float(self.memory_bytes)}
+        return all(resources.get(name, 0.0) == need for name, need in asked.items()) and (
+            self.accelerator_type is None or f"accelerator_type:{self.accelerator_type}" in resources
+        )
+
     @property
     def text(self) -> str:
         parts = [f"{self.gpus:g} GPU{'s' if self.gpus != 1 else ''}"] if self.gpus else []

@@ -203,7 +203,7 @@ def _through_ray(
             out = run.root if run.is_local else run.out
             if run.is_local and len(cluster.nodes) > 1:
                 show.note(f"{out} is a local path: each of the {len(cluster.nodes)} nodes writes to its own disk")
-            loop = Loop(run, out, force=force, work=work, jobs=jobs, show=show, stop=stop)
+            loop = Loop(run, out, force=force, work=work, jobs=jobs, show=show, stop=stop, growing=cluster.growing)
             loop.run([job for _, job in ready])
             for item, job in ready:
                 if job.outcome is not None and job.row is not None:

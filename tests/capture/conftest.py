@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may ask the network
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+# Read when torch and transformers are first imported, which is after this file.
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test may ask the network
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # more threads only slow models this small down
 
 
 @pytest.fixture(scope="session")
@@ -34,10 +35,8 @@ def loaded(pairs: Callable[..., Any]) -> Callable[..., Any]:
     opened: dict[str, Any] = {}
 
     def get(arch: str, **options: Any) -> Any:
-        import torch
         from reference import load_pair
 
-        torch.set_num_threads(min(2, torch.get_num_threads()))
         key = f"{arch} {sorted(options.items())}"
         if key not in opened:
             opened[key] = load_pair(pairs(arch, **options))

@@ -108,15 +108,25 @@ def run_states(model: PreTrainedModel, mask: Tensor, **inputs: Tensor) -> tuple[
 
 @torch.no_grad()
 def residuals(
-    pair: LoadedPair, ids: Tensor, passes: Mapping[str, Way] = FOUR, *, attention_mask: Tensor | None = None
+    pair: LoadedPair,
+    ids: Tensor,
+    passes: Mapping[str, Way] = FOUR,
+    *,
+    attention_mask: Tensor | None = None,
+    halve: bool = False,
 ) -> States:
     """States [P, T, H] of every pass and layer, where passes that share blocks run as one batch.
 
     ids [P, T]. The base blocks' batch is [BB's prompts, SB's prompts], the sft blocks' is [BS's, SS's]: passes in the
-    order given, prompts within them. Embeddings are the outputs of the owners' embedding modules.
+    order given, prompts within them. Embeddings are the outputs of the owners' embedding modules. halve: if both owners
+    give the same embeddings, every pass takes base's and each model runs one batch of P prompts for all its passes.
     """
     mask = torch.ones_like(ids) if attention_mask is None else attention_mask
-    found: States = {}
+    if halve and torch.equal(*(owner.get_input_embeddings()(ids) for owner in (pair.base, pair.sft))):
+        one = {way.blocks: way._replace(embeddings="base") for way in passes.values()}
+        found = residuals(pair, ids, one, attention_mask=mask)
+        return {name: found[way.blocks] for name, way in passes.items()}
+    found = {}
     for blocks in ("base", "sft"):
         names = [name for name, way in passes.items() if way.blocks == blocks]
         if not names:

@@ -1,0 +1,289 @@
+"""A whole capture against the oracle: what is in the Parquet files is what float64 says, on every architecture."""
+
+import json
+
+import agree
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import reference
+import tiny
+import torch
+from reference_statistics import statistics
+
+from capture.config import Batching, Comparison, Entry, Lens, Output, Pass
+from capture.errors import CheckpointError, DeviceMemoryError, PromptError, SelfCheckError, UnsupportedModelError
+from capture.layout import RunDir
+from capture.progress import Progress
+from capture.run import capture_pair, resolve
+
+TRACKED = (5, 11, 290)
+
+
+def entry_of(paths, **changes):
+    settings = {
+        "name": "tiny",
+        "base_model": str(paths.base),
+        "sft_model": str(paths.sft),
+        "tokenizer": str(paths.tokenizer),
+        "dtype": "auto",
+        "device": "cpu",
+        "prompts": tiny.PROMPTS,
+        "top_k": 6,
+        "tracked_token_ids": TRACKED,
+    }
+    return Entry(**(settings | changes))
+
+
+def expected(pair, prompts, passes=reference.FOUR, **options):
+    """The oracle's tables, from states at the engine's batch shapes: one prompt, passes of the same blocks together."""
+    states = []
+    for ids in prompts:
+        found = reference.residuals(pair, torch.tensor([ids]), passes)
+        states.append({name: {layer: s[0] for layer, s in by_layer.items()} for name, by_layer in found.items()})
+    settings = {"top_k": 6, "tracked": TRACKED, "n_tokens": tiny.TOKENIZER_SIZE} | options
+    return statistics(pair, prompts, states, passes=passes, **settings)
+
+
+def captured(entry, out):
+    result = capture_pair(entry, str(out))
+    return result, json.loads((out / f"captures/pair=tiny/capture={result.capture}/capture.json").read_text())
+
+
+@pytest.mark.parametrize("arch", tiny.ARCHS)
+def test_every_statistic_agrees_with_float64(arch, pairs, loaded, tmp_path):
+    result, document = captured(entry_of(pairs(arch)), tmp_path)
+    want = expected(loaded(arch), tiny.encode(tiny.PROMPTS))
+    assert agree.disagreements(want, agree.read_tables(result.path)) == []
+    assert document["self_checks"]["base_replay"] == "bitwise"
+    assert document["self_checks"]["sft_logits_relative_error"] < 1e-5
+
+
+@pytest.mark.parametrize("arch", ["llama", "gemma2"])
+def test_the_raw_lens_leaves_the_final_norm_out(arch, pairs, loaded, tmp_path):
+    result, _ = captured(entry_of(pairs(arch), lens=Lens(norm="none")), tmp_path)
+    want = expected(loaded(arch), tiny.encode(tiny.PROMPTS), norm="none")
+    assert agree.disagreements(want, agree.read_tables(result.path)) == []
+
+
+@pytest.mark.parametrize(("layers", "read"), [(2, [0, 2, 4]), ((-1, 1), [-1, 1])])
+def test_only_the_chosen_layers_are_read_by_the_lens(layers, read, pairs, loaded, tmp_path):
+    result, document = captured(entry_of(pairs("llama"), lens=Lens(layers=layers)), tmp_path)
+    want = expected(loaded("llama"), tiny.encode(tiny.PROMPTS), lens_layers=read)
+    assert agree.disagreements(want, agree.read_tables(result.path)) == []
+    assert document["lens"]["layers"] == read
+
+
+def test_without_a_lens_no_logits_are_made(pairs, loaded, tmp_path, monkeypatch):
+    from capture import collector
+
+    monkeypatch.setattr(collector, "own_logits", lambda *_: pytest.fail("the lens was to be left out"))
+    result, _ = captured(entry_of(pairs("llama"), lens=Lens(enabled=False)), tmp_path)
+    want = expected(loaded("llama"), tiny.encode(tiny.PROMPTS), lens_layers=())
+    assert agree.disagreements(want, agree.read_tables(result.path)) == []
+
+
+def test_single_comparisons_with_swapped_unembeddings(pairs, loaded, tmp_path):
+    ways = {
+        "BB": reference.Way("base", "base", "base"),
+        "SS": reference.Way("sft", "sft", "sft"),
+        "BBS": reference.Way("base", "base", "sft"),
+        "SB": reference.Way("sft", "base", "base"),
+    }
+    passes = tuple(
+        Pass(name=n, model=w.blocks, embedding_source=w.embeddings, unembedding_source=w.head) for n, w in ways.items()
+    )
+    sides = (("BB", "SS"), ("BBS", "SS"), ("SB", "SS"), ("BB", "BBS"))
+    comparisons = tuple(Comparison(base_run=a, sft_run=b) for a, b in sides)
+    result, document = captured(entry_of(pairs("llama"), passes=passes, comparisons=comparisons), tmp_path)
+    assert document["passes_share_a_batch"] is False  # base has two states and sft one: each runs alone, at equal shapes
+    prompts = tiny.encode(tiny.PROMPTS)
+    states = reference.residuals_one_by_one(loaded("llama"), prompts, ways)
+    want = statistics(
+        loaded("llama"), prompts, states, passes=ways, comparisons=sides, top_k=6, tracked=TRACKED,
+        n_tokens=tiny.TOKENIZER_SIZE,
+    )  # fmt: skip
+    assert agree.disagreements(want, agree.read_tables(result.path)) == []
+
+
+def test_different_vocabularies_are_compared_on_their_common_rows(pairs, loaded, tmp_path):
+    result, document = captured(entry_of(pairs("llama", sft_vocab=320)), tmp_path)
+    want = expected(loaded("llama", sft_vocab=320), tiny.encode(tiny.PROMPTS))
+    assert agree.disagreements(want, agree.read_tables(result.path)) == []
+    assert document["lens"]["left_out_mass"]["base"] == 0
+    assert 0 < document["lens"]["left_out_mass"]["sft"] < 1
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_logits_are_products_of_upcast_operands(dtype, pairs, loaded, tmp_path):
+    made = {"dtype": getattr(torch, dtype)}
+    result, document = captured(entry_of(pairs("qwen2", **made)), tmp_path)
+    want = expected(loaded("qwen2", **made), tiny.encode(tiny.PROMPTS))
+    assert agree.disagreements(want, agree.read_tables(result.path)) == []
+    assert document["dtype"] == dtype
+
+
+def test_a_model_against_itself_differs_by_exactly_nothing(pairs, tmp_path):
+    base = pairs("llama").base
+    copy = pairs("llama", identical=True)
+    for number, sft in enumerate((base, copy.sft)):  # the same directory; and another one with the same weights
+        result, document = captured(entry_of(pairs("llama"), sft_model=str(sft)), tmp_path / str(number))
+        rows = pq.read_table(result.path + "/pairwise.parquet")
+        for metric in ("norm_diff", "cosine_distance", "kl_divergence", "kl_reverse"):
+            assert not rows[metric].to_numpy().any(), metric
+        assert all(rows["top1_agree"].to_pylist())
+        lists = pq.read_table(result.path + "/pairwise_topk-00000.parquet")
+        assert not np.concatenate(lists["increased"].to_numpy()).any()
+        assert document["halvings"]["same_embeddings"] is True
+
+
+def test_streamed_and_resident_write_the_same_bytes(pairs, tmp_path):
+    markers = []
+    for mode in ("streamed", "resident"):
+        result, document = captured(entry_of(pairs("mixtral"), mode=mode), tmp_path / mode)
+        assert document["mode"] == result.mode == mode
+        markers.append(RunDir(str(tmp_path / mode)).marker(result.path)["files"])
+    assert markers[0] == markers[1]
+
+
+def test_smaller_tiles_and_parts_of_layers_change_no_number(pairs, tmp_path, monkeypatch):
+    from capture import work
+
+    whole = capture_pair(entry_of(pairs("llama")), str(tmp_path / "whole"))
+    monkeypatch.setattr(work, "TOPK_BUDGET", 1)
+    monkeypatch.setitem(work.TILE_BYTES, "cpu", 4 * 307 * 4 * 8)
+    parts = capture_pair(entry_of(pairs("llama")), str(tmp_path / "parts"), tile_divisor=2)
+    a, b = agree.read_tables(whole.path), agree.read_tables(parts.path)
+    assert len(list((tmp_path / "parts").glob("captures/*/*/runs_topk-*.parquet"))) == 6
+    for table, rows in a.items():
+        order = [(c, "ascending") for c in agree.KEYS[table]]
+        x, y = rows.sort_by(order), b[table].sort_by(order)
+        assert x.num_rows == y.num_rows
+        for column in x.column_names:
+            if column.startswith(("norm", "cosine")) or "ids" in column:
+                assert x[column].equals(y[column]), (table, column)
+
+
+def test_rows_are_sorted_by_the_keys_and_tokens_spell_the_prompt(pairs, tmp_path):
+    prompts = (*tiny.PROMPTS[:2],)
+    entry = entry_of(pairs("llama"), prompts=prompts, prompt_variants=("identity", "mirror_halves"))
+    result, document = captured(entry, tmp_path)
+    rows = pq.read_table(result.path + "/runs.parquet")
+    runs, variants = ("BB", "BS", "SB", "SS"), ("identity", "mirror_halves")
+    keys = [
+        (p, variants.index(v), runs.index(r), layer, position)
+        for p, v, r, layer, position in zip(
+            *(rows[c].to_pylist() for c in ("prompt_idx", "variant", "run", "layer", "position")), strict=True
+        )
+    ]
+    assert keys == sorted(keys)
+    lengths = dict(enumerate(pq.read_table(result.path + "/prompts.parquet")["n_tokens"].to_pylist()))
+    assert len(keys) == sum(lengths.values()) * 4 * (document["n_layers"] + 2)
+    tokens = pq.read_table(result.path + "/tokens.parquet").to_pylist()
+    first = [t for t in tokens if t["prompt_idx"] == 0 and t["variant"] == "identity"]
+    assert "".join(t["token"] for t in first if not t["is_special"]) == prompts[0]
+    assert [t["position"] for t in first] == list(range(len(first)))
+
+
+def test_tracked_tokens_are_named(pairs, tmp_path):
+    entry = entry_of(pairs("llama"), interesting_token_map={"the": "Ġthe"})
+    result, _ = captured(entry, tmp_path)
+    named = pq.read_table(result.path + "/tracked_tokens.parquet").to_pylist()
+    assert [t["token_id"] for t in named[:3]] == list(TRACKED)
+    assert named[3]["label"] == "the"
+
+
+def test_the_noise_floor_is_what_batching_alone_changes(pairs, tmp_path):
+    prompts = ("the same length", "the same lengtH", "the same lengTh")
+    result, document = captured(entry_of(pairs("llama", dtype=torch.bfloat16), prompts=prompts), tmp_path)
+    floor = document["noise_floor"]
+    assert floor["measured"] is True
+    assert set(floor["by_run_and_layer"]) == {"BB", "BS", "SB", "SS"}
+    assert len(floor["by_run_and_layer"]["BB"]["norm_diff"]) == document["n_layers"] + 2
+    rows = pq.read_table(result.path + "/runs.parquet")
+    assert floor["largest"]["norm_diff"] < max(rows["norm"].to_pylist())
+    alone = captured(entry_of(pairs("llama"), prompts=prompts[:1]), tmp_path / "alone")[1]
+    assert alone["noise_floor"]["measured"] is False
+
+
+@pytest.mark.parametrize("padding", ["left", "right"])
+def test_padded_batches_write_what_equal_length_batches_write(padding, pairs, tmp_path):
+    plain = agree.read_tables(captured(entry_of(pairs("gpt2")), tmp_path / "plain")[0].path)
+    padded, document = captured(entry_of(pairs("gpt2"), batching=Batching(padding=padding)), tmp_path / "padded")
+    assert document["batches"][0]["padded"] is True
+    got = agree.read_tables(padded.path)
+    for column in ("norm", "entropy"):
+        a, b = (np.array(t["runs"][column].to_pylist()) for t in (plain, got))
+        assert np.abs(a - b).max() <= 1e-5 * np.abs(a).max()
+
+
+def test_what_is_complete_is_skipped_and_force_writes_it_again(pairs, tmp_path):
+    entry = entry_of(pairs("llama"))
+    first = capture_pair(entry, str(tmp_path))
+    again = capture_pair(entry, str(tmp_path))
+    assert (first.state, again.state) == ("complete", "skipped")
+    before = (tmp_path / f"captures/pair=tiny/capture={first.capture}/_COMPLETE").stat().st_mtime_ns
+    assert capture_pair(entry, str(tmp_path), force=True).state == "complete"
+    assert (tmp_path / f"captures/pair=tiny/capture={first.capture}/_COMPLETE").stat().st_mtime_ns > before
+
+
+def test_a_capture_that_is_stopped_leaves_no_tables_and_a_complete_one_stays(pairs, tmp_path):
+    entry = entry_of(pairs("llama"))
+    with pytest.raises(KeyboardInterrupt):
+        capture_pair(entry, str(tmp_path), stop=lambda: True)
+    assert not list(tmp_path.rglob("*.parquet"))
+    capture_pair(entry, str(tmp_path))
+    with pytest.raises(KeyboardInterrupt):
+        capture_pair(entry, str(tmp_path), force=True, stop=lambda: True)
+    assert RunDir(str(tmp_path)).is_complete("tiny", resolve(entry).capture)
+    assert not list(tmp_path.rglob(".tmp-*"))
+
+
+def test_progress_goes_from_files_to_layers_to_tables(pairs, tmp_path):
+    seen: list[Progress] = []
+    capture_pair(entry_of(pairs("llama")), str(tmp_path), progress=seen.append)
+    assert [p.stage for p in seen][0] == "open"
+    assert seen[-1].stage == "write"
+    layers = [p.layer for p in seen if p.stage == "layers"]
+    assert layers == sorted(layers)
+    assert layers[-1] == 4
+    assert seen[-2].seconds_left == 0
+
+
+def test_top_k_tables_can_be_left_out(pairs, tmp_path):
+    result, _ = captured(entry_of(pairs("llama"), output=Output(topk=False)), tmp_path)
+    tables = agree.read_tables(result.path)
+    assert set(tables) == {"runs", "pairwise"}
+    assert None not in tables["pairwise"]["top1_agree"].to_pylist()
+
+
+# -- bad input: one clear error, and nothing is written -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "says"),
+    [
+        (lambda p: {"sft_model": str(p("qwen2").sft)}, UnsupportedModelError, "differ in architecture: Llama.*Qwen2"),
+        (lambda p: {"sft_model": str(p("llama", hidden_size=64).sft)}, UnsupportedModelError, "hidden size: 48 against 64"),
+        (lambda p: {"sft_model": str(p("llama", num_hidden_layers=3).sft)}, UnsupportedModelError, "layers: 4 against 3"),
+        (lambda p: {"sft_model": str(p("llama", dtype=torch.bfloat16).sft)}, UnsupportedModelError, "set dtype"),
+        (lambda p: {"sft_model": str(p("llama", vocab=80).sft)}, PromptError, "sft model has 80 embedding rows"),
+        (lambda p: {"device_memory_gib": 1e-5}, DeviceMemoryError, "for weights alone"),
+        (lambda p: {"base_model": "/nowhere/at/all"}, CheckpointError, "/nowhere/at/all"),
+    ],
+    ids=["architecture", "hidden size", "layers", "dtype", "vocabulary", "memory", "missing"],
+)
+def test_a_pair_that_cannot_be_compared_is_refused(change, error, says, pairs, tmp_path):
+    with pytest.raises(error, match=says):
+        capture_pair(entry_of(pairs("llama"), **change(pairs)), str(tmp_path))
+    assert not list(tmp_path.rglob("*.parquet"))
+    assert not list(tmp_path.rglob("_COMPLETE"))
+
+
+def test_a_replay_that_differs_from_the_models_own_forward_stops_the_capture(pairs, tmp_path, monkeypatch):
+    from capture import selfcheck
+
+    monkeypatch.setattr(selfcheck, "run_tail", lambda tail, hidden: hidden + 1e-7)
+    with pytest.raises(SelfCheckError, match="differs from the model's own forward"):
+        capture_pair(entry_of(pairs("llama")), str(tmp_path))
+    assert not list(tmp_path.rglob("*.parquet"))
