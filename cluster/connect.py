@@ -116,7 +116,7 @@ def never_to_come() -> list[dict[str, float]]:
     """The waiting requests that the autoscaler says none of its node types can hold; resources of each."""
     try:  # nor is this; without it such a request waits, and the screen says for what
         import ray
-        from ray._raylet import GcsClient
+        from ray._raylet import GcsClient  # type: ignore[attr-defined]
         from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
 
         answer = GcsClient(address=ray.get_runtime_context().gcs_address).get_cluster_status(timeout_s=5)
@@ -131,6 +131,11 @@ def _explained(error: Exception, address: str, local: bool) -> ClusterError:
     if local:
         return ClusterError(f"Ray did not start on this machine: {type(error).__name__}: {line}")
     remedy = "unset RAY_ADDRESS to run on this machine, or check the cluster with `ray status`"
-    if "uthenticat" in line:
-        remedy = "put the cluster's token into ~/.ray/auth_token or RAY_AUTH_TOKEN_PATH"
+    cause: BaseException | None = error
+    while cause is not None:  # what Ray raises at last does not say that it was the token
+        if "uthenticat" in str(cause):
+            line = "the cluster refused the token"
+            remedy = "set RAY_AUTH_MODE=token, and put the cluster's token into ~/.ray/auth_token"
+            break
+        cause = cause.__cause__ or cause.__context__
     return ClusterError(f"no Ray cluster at RAY_ADDRESS={address}: {type(error).__name__}: {line}; {remedy}")

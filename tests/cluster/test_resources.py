@@ -97,3 +97,10 @@ def test_memory_is_reserved_for_weights_up_to_what_the_largest_node_has() -> Non
     assert cpu_memory(10 * GIB, [LAPTOP], None) == 13 * GIB
     assert cpu_memory(100 * GIB, [LAPTOP], None) == int(0.95 * 16 * GIB)
     assert cpu_memory(10 * GIB, [LAPTOP], jobs=2) == 0
+
+
+def test_a_waiting_request_is_known_again_in_rays_list() -> None:
+    wanted = Request(8, 1, accelerator_type="H100")
+    assert wanted.is_asked_by({"GPU": 8.0, "CPU": 1.0, "accelerator_type:H100": 0.001})
+    assert not wanted.is_asked_by({"GPU": 8.0, "CPU": 1.0})
+    assert not wanted.is_asked_by({"GPU": 4.0, "CPU": 1.0, "accelerator_type:H100": 0.001})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,12 @@ import fake_work
 import pytest
 from fake_work import make_entry, quiet
 
+import cluster.loop
 import cluster.sweep
 from capture.config import Entry
 from capture.errors import ConfigError, StoreError
 from capture.layout import RunDir
+from cluster.connect import Cluster
 from cluster.sweep import Summary, run_sweep
 
 
@@ -157,6 +160,18 @@ class TestThroughRay:
         assert states(summary) == {"complete": "failed", "complete-2": "complete"}
         assert summary.items[0].row["error_class"] == "DeviceError"
         assert "asks for 4 GPU on one node; the largest node of this Ray has 2" in summary.items[0].row["error"]
+
+    def test_a_request_that_the_autoscaler_can_do_nothing_for_is_refused(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        grows = Cluster(local=False, nodes=({"CPU": 2.0},), growing=True)
+        monkeypatch.setattr(cluster.sweep, "connected", lambda cpus: nullcontext(grows))
+        monkeypatch.setattr(cluster.loop, "ASK_EVERY", 0.1)
+        monkeypatch.setattr(cluster.loop, "never_to_come", lambda: [{"GPU": 8.0, "CPU": 1.0}])
+        summary = sweep(tmp_path, make_entry("complete", gpus=8), make_entry("complete-2"), jobs=2)
+        assert states(summary) == {"complete": "failed", "complete-2": "complete"}
+        assert "no node type of this cluster has that" in summary.items[0].row["error"]
+        assert [r["state"] for r in RunDir(str(tmp_path)).manifest_rows() if r["entry"] == "complete"] == ["failed"]
 
     def test_progress_reaches_the_driver_as_plain_lines(self, tmp_path: Path) -> None:
         show, said = quiet()

@@ -1,0 +1,35 @@
+"""Write the generated pages of docs/: `make docs`. tests/test_docs.py fails when one of them is out of date."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+import pairscope
+from analysis.tables_page import tables_page
+from capture.config_page import config_page
+
+HERE = Path(__file__).parent
+
+
+def commands_page() -> str:
+    """Every verb's --help, as a terminal of 80 columns shows it."""
+    parts = ["# Commands", "", "Made by `make docs` from `pairscope VERB --help`.", ""]
+    root = pairscope.cli
+    context = click.Context(root, info_name="pairscope", terminal_width=80, max_content_width=80)
+    parts += ["```text", root.get_help(context), "```", ""]
+    for verb in pairscope.VERBS:
+        command = root.get_command(context, verb)
+        assert command is not None, verb
+        child = click.Context(command, info_name=verb, parent=context, terminal_width=80, max_content_width=80)
+        parts += [f"## {verb}", "", "```text", command.get_help(child), "```", ""]
+    return "\n".join(parts)
+
+
+PAGES = {"commands.md": commands_page, "config.md": config_page, "tables.md": tables_page}
+
+if __name__ == "__main__":
+    for name, page in PAGES.items():
+        (HERE / name).write_text(page(), encoding="utf-8")
+        print(f"docs/{name}")
