@@ -217,8 +217,11 @@ def complete_line(row: dict[str, Any]) -> str:
 
 def check_output(run: RunDir, *, write: bool = True) -> None:
     """Raise StoreError if the output holds captures of another schema version or, with `write`, cannot be written."""
-    for _ in run.captures():
-        pass
+    try:
+        for _ in run.captures():
+            pass
+    except OSError as error:
+        raise StoreError(f"cannot read the output '{run.out}': {' '.join(str(error).split())}") from error
     if not write:
         return
     probe = f"{run.root}/manifest/.writable"

@@ -156,7 +156,9 @@ class StreamedModel:
         self.load_config = dataclasses.replace(record["load_config"], device_map={"": device})
         self.files: list[str] = record["files"]
         if not all(f.endswith(".safetensors") for f in self.files):
-            raise CheckpointError(f"{label} model '{directory}': '{Path(self.files[0]).name}' is not a safetensors file")
+            raise CheckpointError(
+                f"{label} model '{directory}': '{Path(self.files[0]).name}' is not a safetensors file"
+            )
         self._move_buffers()
         self._name_groups()
         self._map_keys()

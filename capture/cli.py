@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from capture.config import Config, Entry
 
 
-@click.command()
+@click.command(epilog="\b\nExample:\n  pairscope capture configs/demo.yaml --pair pydoc --out out/demo")
 @click.argument("config", required=False)
 @click.option("--pair", help="The entry to capture.  [default: the config's own pair, or its only entry]")
 @click.option("--out", help="Run directory: a path or a URI such as s3://bucket/run.  [default: out/<name of CONFIG>]")
@@ -24,10 +24,6 @@ def capture(config: str | None, pair: str | None, out: str | None, force: bool, 
 
     Without CONFIG, DEV_MODE chooses configs/dev_config.yaml or configs/prod_config.yaml. Exit code: 0 complete, 1 failed,
     2 the call or the config is wrong, 130 after Ctrl-C.
-
-    \b
-    Example:
-      pairscope capture configs/demo.yaml --pair pydoc --out out/demo
     """
     from capture.attempt import check_output, complete_line, run_entry
     from capture.config import load_config
@@ -70,16 +66,12 @@ def the_entry(config: Config, name: str | None) -> Entry:
     return config.entry(names[0])
 
 
-@click.command()
+@click.command(epilog="\b\nExample:\n  pairscope doctor")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
 def doctor(as_json: bool) -> None:
     """Show what this machine has, and what to do about what it lacks.
 
     Logins and keys are shown as present or not, never their values.
-
-    \b
-    Example:
-      pairscope doctor
     """
     from capture.machine import checks
 

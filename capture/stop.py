@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import threading
 from collections.abc import Callable
@@ -47,4 +48,5 @@ class Stop:
         if self.signal is not None:
             raise KeyboardInterrupt
         self.signal = number
-        self.said("stopping; what is complete stays complete. Once more to stop at once")
+        with contextlib.suppress(RuntimeError):  # the signal came in the middle of a line that is being written
+            self.said("stopping; what is complete stays complete. Once more to stop at once")

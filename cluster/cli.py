@@ -33,7 +33,7 @@ class ListsEntries(click.Command):
         return super().parse_args(ctx, spread)
 
 
-@click.command(cls=ListsEntries)
+@click.command(cls=ListsEntries, epilog="\b\nExample:\n  pairscope sweep configs/demo.yaml --out out/demo")
 @click.argument("config", required=False)
 @click.option("--out", help="Run directory: a path or a URI such as s3://bucket/run.  [default: out/<name of CONFIG>]")
 @click.option("--entries", multiple=True, metavar="NAME...", help="Only these entries of the config.")
@@ -56,10 +56,6 @@ def sweep(
     An entry that fails is reported and the others go on. Without CONFIG, DEV_MODE chooses configs/dev_config.yaml or
     configs/prod_config.yaml. Exit code: 0 all complete, 1 some entry failed, 2 the call or the config is wrong, 130 after
     Ctrl-C.
-
-    \b
-    Example:
-      pairscope sweep configs/demo.yaml --out out/demo
     """
     from capture.config import load_config
     from cluster.sweep import choose, run_sweep

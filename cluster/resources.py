@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -52,6 +53,15 @@ class Request:
         return ", ".join(parts)
 
 
+@dataclass(frozen=True)
+class Sizing:
+    """Threads and Ray's CPUs of an entry on the CPU, and threads of an entry with a GPU."""
+
+    threads: int
+    cpus: float
+    gpu_threads: int
+
+
 def gpus_wanted(entry: Entry, cluster_has_gpus: bool) -> float:
     """The entry's own `gpus`, else 1 where its device is CUDA or is left open on a Ray that has GPUs, else 0."""
     if entry.gpus is not None:
@@ -64,23 +74,21 @@ def request(
     entry: Entry,
     *,
     cluster_has_gpus: bool,
-    threads: int,
-    gpu_threads: int,
+    sized: Sizing,
     memory_bytes: int = 0,
     visible_devices: str | None = None,
 ) -> Request:
     """The request of one entry.
 
-    threads, gpu_threads: CPU threads of an entry without and with a GPU. memory_bytes: main memory that a CPU entry is
-    expected to need. visible_devices: the driver's own CUDA_VISIBLE_DEVICES, for entries that number devices themselves.
+    memory_bytes: main memory that an entry on the CPU is expected to need. visible_devices: the driver's own CUDA_VISIBLE_DEVICES, for entries that number devices themselves.
     """
     gpus = gpus_wanted(entry, cluster_has_gpus)
     accelerator = entry.accelerator_type
     if gpus == 0:
         # Ray leaves all GPUs visible to an actor that asked for none; an entry for the CPU must not take one
-        env: dict[str, str | None] = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(threads)}
-        return Request(0, threads, memory_bytes, accelerator, env)
-    env = {"OMP_NUM_THREADS": str(gpu_threads)}
+        env: dict[str, str | None] = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(sized.threads)}
+        return Request(0, sized.cpus, memory_bytes, accelerator, env)
+    env = {"OMP_NUM_THREADS": str(sized.gpu_threads)}
     own = re.fullmatch(r"cuda:(\d+)", entry.device or "")
     index = int(own.group(1)) if own else entry.local_run.cuda_device_index
     if entry.local_run.enabled or index > 0:
@@ -90,11 +98,16 @@ def request(
     return Request(gpus, 1, 0, accelerator, env)
 
 
-def refusal(wanted: Request, nodes: Sequence[dict[str, float]]) -> str | None:
+def refusal(wanted: Request, nodes: Sequence[dict[str, float]], *, growing: bool = False) -> str | None:
     """Why no node could ever hold this request, comparing need with have; None where one could.
 
-    nodes: total resources of each node, as Ray names them (CPU, GPU, memory, accelerator_type:H100).
+    nodes: total resources of each node, as Ray names them (CPU, GPU, memory, accelerator_type:H100). growing: an
+    autoscaler may add others, so that what these lack says nothing.
     """
+    if wanted.gpus > 1 and wanted.gpus != int(wanted.gpus):
+        return f"asks for {wanted.gpus:g} GPUs; more than one must be a whole number"
+    if growing:
+        return None
     if wanted.accelerator_type:
         kind = f"accelerator_type:{wanted.accelerator_type}"
         having = [n for n in nodes if kind in n]
@@ -116,28 +129,20 @@ def refusal(wanted: Request, nodes: Sequence[dict[str, float]]) -> str | None:
     return None
 
 
-@dataclass(frozen=True)
-class Sizing:
-    """How many entries run at a time at most (None: as many as Ray places), and threads per entry without and with a GPU."""
-
-    jobs: int | None
-    threads: int
-    gpu_threads: int
-
-
 def sizing(n_entries: int, jobs: int | None, nodes: Sequence[dict[str, float]]) -> Sizing:
-    """Share the cores out so that all threads together never outnumber them.
+    """Share the cores out so that all threads together do not outnumber them.
 
-    Without `jobs`, entries on the CPU get one core each while there are at least as many entries as cores: a few threads
-    on one small model are slower than one thread on each of a few, and layers of a large one still use all cores when
-    entries are few.
+    n_entries: those on the CPU. Without `jobs`, each gets one core while there are at least as many entries as cores: a few
+    threads on one small model are slower than one thread on each of a few; where entries are few, each gets more. With more
+    `jobs` than cores each entry counts as a part of a core, so that Ray places as many as were asked for.
     """
     cores = [max(1, int(n.get("CPU", 1))) for n in nodes] or [1]
     at_a_time = max(1, min(n_entries, jobs or sum(cores)))
     threads = max(1, min(max(cores), sum(cores) // at_a_time))
+    cpus = min(float(threads), sum(cores) / at_a_time)
     gpu_nodes = [n for n in nodes if n.get("GPU", 0) > 0]
     gpu_threads = min((max(1, int(n.get("CPU", 1) // max(1.0, n["GPU"]))) for n in gpu_nodes), default=max(cores))
-    return Sizing(jobs, threads, gpu_threads)
+    return Sizing(threads, math.floor(cpus * 100) / 100, gpu_threads)
 
 
 def cpu_memory(weight_bytes: int | None, nodes: Sequence[dict[str, float]], jobs: int | None) -> int:

@@ -157,7 +157,10 @@ def run_sweep(
     check_output(run)
     show = show or Show()
     with show, Stop(show.note) as stop:
-        items = plan(checked, run, force=force, resolve=resolve, stop=stop.requested)
+        try:
+            items = plan(checked, run, force=force, resolve=resolve, stop=stop.requested)
+        except KeyboardInterrupt:  # the second Ctrl-C, while files were being hashed
+            items = [Item(name, state="not started") for name, _ in checked]
         for item in items:
             if item.state == "failed":
                 show.event(item.name, f"failed: {item.row['error_class']}: {item.row['error']}")
@@ -192,7 +195,7 @@ def _through_ray(
             ready: list[tuple[Item, Job]] = []
             for item, wanted in zip(todo, _requests(todo, cluster, jobs, show), strict=True):
                 assert item.entry is not None
-                reason = None if cluster.growing else refusal(wanted, cluster.nodes)
+                reason = refusal(wanted, cluster.nodes, growing=cluster.growing)
                 if reason is None:
                     ready.append((item, Job(item.entry, wanted, item.capture)))
                 else:
@@ -221,8 +224,7 @@ def _requests(todo: list[Item], cluster: Cluster, jobs: int | None, show: Show) 
         request(
             item.entry,
             cluster_has_gpus=cluster.has_gpus,
-            threads=sized.threads,
-            gpu_threads=sized.gpu_threads,
+            sized=sized,
             memory_bytes=cpu_memory(item.weight_bytes, cluster.nodes, jobs),
             visible_devices=os.environ.get("CUDA_VISIBLE_DEVICES") if cluster.local else None,
         )

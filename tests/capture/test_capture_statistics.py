@@ -8,7 +8,7 @@ import tiny
 import torch
 
 from capture.config import Entry
-from capture.passes import Pass, single_comparisons
+from capture.passes import EmbeddingVariant, Pass, single_comparisons
 from capture.run import capture_pair
 
 TEXTS = (*tiny.PROMPTS, tiny.PROMPTS[0][::-1])  # unequal lengths
@@ -41,11 +41,12 @@ def reference_of(paths, *, passes=reference.FOUR, comparisons=rs.SIX, padding="n
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("mode", ["streamed", "resident"])
-@pytest.mark.parametrize("arch", (*tiny.ARCHS, "phi3_longrope"))
+@pytest.mark.parametrize(
+    ("arch", "mode"),
+    [(arch, "streamed") for arch in (*tiny.ARCHS, "phi3_longrope")]
+    + [(arch, "resident") for arch in ("gpt2", "gemma2", "mixtral")],  # the states are the same bits in both modes
+)
 def test_all_statistics_agree_with_the_float64_reference(arch, mode, pairs, tmp_path):
-    if mode == "resident" and arch not in ("gpt2", "gemma2", "mixtral"):
-        pytest.skip("the states are the same bits in both modes; three architectures are enough here")
     assert agree.disagreements(reference_of(pairs(arch)), capture(pairs(arch), tmp_path, mode=mode)) == []
 
 
@@ -62,7 +63,7 @@ def test_padding_leaves_no_trace_in_the_tables(arch, padding, pairs, tmp_path):
     assert agree.disagreements(reference_of(pairs(arch), padding=padding), found) == []
 
 
-@pytest.mark.parametrize(("seed", "perturb"), [(0, 0.01), (1, 0.3), (2, 3.0)])
+@pytest.mark.parametrize(("seed", "perturb"), [(0, 0.01), (1, 0.3), (2, 1.0)])
 def test_small_and_large_differences_are_as_exact(seed, perturb, pairs, tmp_path):
     paths = pairs("llama", seed=seed, perturb=perturb)
     assert agree.disagreements(reference_of(paths), capture(paths, tmp_path)) == []
@@ -121,8 +122,6 @@ def test_passes_may_take_the_other_models_unembedding(pairs, tmp_path):
 
 
 def test_the_single_comparison_is_base_against_sft(pairs, tmp_path):
-    from capture.passes import EmbeddingVariant
-
     passes, comparisons, _ = single_comparisons((EmbeddingVariant(name="default"),))
     ways = {name: reference.FOUR[name] for name in ("BB", "SS")}
     found = capture(pairs("llama"), tmp_path, passes=passes, comparisons=comparisons)

@@ -81,7 +81,9 @@ def test_a_head_stored_beside_a_tied_embedding_is_tied_only_where_both_are_equal
     model = opened(paths.base)
     model.load(EMBEDDING)
     assert torch.equal(model.head_weight, other)
-    save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, file, metadata={"format": "pt"})
+    save_file(
+        tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, file, metadata={"format": "pt"}
+    )
     model = opened(paths.base)
     model.load(EMBEDDING)
     assert model.head.weight is model.embedding.weight

@@ -159,7 +159,9 @@ def test_the_lens_of_the_last_layers_is_the_models_own_logits(arch, loaded):
 
 def test_formulas_agree_with_closed_forms():
     p, q = torch.tensor([[0.75, 0.25]], dtype=torch.float64), torch.tensor([[0.5, 0.5]], dtype=torch.float64)
-    assert rs.kl(p.log() + 3, q.log() - 1).item() == pytest.approx(0.75 * math.log(1.5) + 0.25 * math.log(0.5), rel=1e-12)
+    assert rs.kl(p.log() + 3, q.log() - 1).item() == pytest.approx(
+        0.75 * math.log(1.5) + 0.25 * math.log(0.5), rel=1e-12
+    )
     a, b = torch.tensor([[3.0, 4.0]]), torch.tensor([[-8.0, 6.0]])
     assert rs.cosine_distance(a, b).item() == pytest.approx(1)
     assert rs.cosine_distance(a, 7 * a).item() < 1e-15

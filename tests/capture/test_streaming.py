@@ -41,7 +41,9 @@ def test_each_checkpoint_byte_is_read_once_however_many_prompts(streamed, n_prom
     pair = open_pair(pairs("llama"))
     walk(pair, tiny.random_ids(n_prompts, 9).tolist(), streamed=streamed, batching=Batching(max_tokens=90))
     ledger = pair.models["base"].ledger
-    stored = sum(f.stat().st_size for owner in ("base", "sft") for f in getattr(pairs("llama"), owner).glob("*.safetensors"))
+    stored = sum(
+        f.stat().st_size for owner in ("base", "sft") for f in getattr(pairs("llama"), owner).glob("*.safetensors")
+    )
     assert len(ledger.reads) == sum(len(m.model.state_dict()) for m in pair.models.values())
     assert 0.95 * stored < ledger.read_bytes <= stored  # the rest is the files' headers
     assert max(n for n in ledger.reads.values()) == pair.models["base"].head_weight.nbytes  # no key twice

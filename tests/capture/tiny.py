@@ -151,6 +151,7 @@ def make_pair(
     frozen_layers: Collection[int] = (),
     vocab: int = VOCAB,
     sft_vocab: int | None = None,
+    tokenizer_size: int = TOKENIZER_SIZE,
     sharded: bool = False,
     dtype: torch.dtype = torch.float32,
     perturb: float = 0.05,
@@ -161,7 +162,7 @@ def make_pair(
     tie: embeddings and head are one matrix; None leaves it to the architecture. identical: sft has base's weights.
     same_embeddings: the input embeddings (and a head tied to them) are equal. frozen_layers: blocks with equal weights.
     vocab, sft_vocab: rows of the embeddings; sft_vocab adds rows to sft, or cuts them off, after what both share.
-    sharded: several files per checkpoint. dtype: of the files; the random numbers are drawn in float32 and rounded.
+    tokenizer_size: ids of the tokenizer. sharded: several files per checkpoint. dtype: of the files; the random numbers are drawn in float32 and rounded.
     perturb: size of sft minus base, relative to each tensor's root mean square. overrides: further config keys.
     """
     model_type, shape = _SHAPES[arch]
@@ -171,7 +172,7 @@ def make_pair(
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **settings), dtype=torch.float32).eval()
     transformers_logging.disable_progress_bar()
     paths = PairPaths(directory / "base", directory / "sft", directory / "tokenizer")
-    make_tokenizer().save_pretrained(paths.tokenizer)
+    make_tokenizer(tokenizer_size).save_pretrained(paths.tokenizer)
     same = _untouched(model, same_embeddings, frozen_layers)
     with torch.no_grad():
         for name, tensor in _tensors(model):
@@ -180,7 +181,7 @@ def make_pair(
         if sft_vocab is not None:
             model.resize_token_embeddings(sft_vocab, mean_resizing=False)
             for table in (model.get_input_embeddings().weight, model.get_output_embeddings().weight):
-                table[vocab:] = 0.4 * _noise("new rows", table[vocab:].shape, seed)
+                table[vocab:] = _random("lm_head of new rows", table[vocab:], seed)
         for name, tensor in _tensors(model):
             if not identical and not name.startswith(same):
                 size = perturb * tensor.square().mean().sqrt()
@@ -189,12 +190,13 @@ def make_pair(
     return paths
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE of TOKENIZER_SIZE ids that puts `<s>` (id 1) first; any text round-trips."""
+def make_tokenizer(size: int = TOKENIZER_SIZE) -> PreTrainedTokenizerFast:
+    """A byte-level BPE that puts `<s>` (id 1) first; any text round-trips. Ids from TOKENIZER_SIZE on are never used."""
     merges = [(left, right) for left, right in (m.split() for m in _MERGES.split("|"))]
     pieces = ["<pad>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet()), *("".join(m) for m in merges)]
     if len(set(pieces)) != TOKENIZER_SIZE:
         raise AssertionError(f"the tiny tokenizer has {len(set(pieces))} ids")
+    pieces += [f"<unused{i}>" for i in range(size - TOKENIZER_SIZE)]
     core = Tokenizer(models.BPE(vocab={piece: i for i, piece in enumerate(pieces)}, merges=merges))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
@@ -232,8 +234,10 @@ def _random(name: str, tensor: torch.Tensor, seed: int) -> torch.Tensor:
     if tensor.ndim == 1:  # norms, biases and corrections, around what the library starts them with; post-norms smaller,
         # or olmo2's blocks outweigh its embeddings and blow rounding up
         return tensor * (0.4 if "post_" in name else 1.0) + 0.2 * noise
-    if any(part in name for part in ("embed_tokens", "wte", "wpe", "lm_head")):  # embeddings and heads: spread lenses, but not one-token ones
-        return 0.4 * noise
+    if any(
+        part in name for part in ("embed_tokens", "wte", "wpe", "lm_head")
+    ):  # embeddings and heads: spread lenses, but not one-token ones
+        return 2.8 * noise / math.sqrt(tensor.shape[-1])
     return 0.5 * noise / math.sqrt(tensor.shape[-1])
 
 

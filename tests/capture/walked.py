@@ -16,12 +16,16 @@ CPU = torch.device("cpu")
 Walked = dict[str, dict[int, list[torch.Tensor]]]  # pass -> layer -> states [T, H] by prompt
 
 
-def open_pair(paths: PairPaths, passes: Sequence[Pass] = FOUR_PASSES, *, dtype: str = "auto", **model_kwargs: object) -> Pair:
+def open_pair(
+    paths: PairPaths, passes: Sequence[Pass] = FOUR_PASSES, *, dtype: str = "auto", **model_kwargs: object
+) -> Pair:
     """Both models on meta, with one ledger."""
     ledger = Ledger()
 
     def opened(label: str, path: object) -> StreamedModel:
-        return StreamedModel(str(path), label=label, dtype=dtype, device=CPU, model_kwargs=dict(model_kwargs), ledger=ledger)
+        return StreamedModel(
+            str(path), label=label, dtype=dtype, device=CPU, model_kwargs=dict(model_kwargs), ledger=ledger
+        )
 
     base = opened("base", paths.base)
     return Pair(base, base if paths.sft == paths.base else opened("sft", paths.sft), passes)

@@ -117,6 +117,16 @@ def sleeping(entry: Entry, out: str, *, force: bool, progress: Said, tile_diviso
     return _done(entry, out)
 
 
+def meeting(entry: Entry, out: str, **kwargs: Any) -> Result:
+    """Done once another entry is at work at the same time."""
+    _note(entry, out, kwargs["tile_divisor"])
+    end = time.monotonic() + 30
+    while len(calls(out)) < 2:
+        assert time.monotonic() < end, "alone"
+        time.sleep(0.05)
+    return _done(entry, out)
+
+
 def out_of_memory_once(entry: Entry, out: str, **kwargs: Any) -> Result:
     if _note(entry, out, kwargs["tile_divisor"]) == 0:
         raise DeviceMemoryError("the device is full")

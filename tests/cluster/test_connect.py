@@ -14,6 +14,7 @@ from cluster.connect import ClusterError, connected, running_elsewhere
 @pytest.fixture
 def no_ray_yet(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("ray.shutdown", lambda: None)  # it would end the one that other tests use
 
 
 @pytest.mark.usefixtures("no_ray_yet")
@@ -37,7 +38,6 @@ def test_a_refused_token_is_named_as_the_cause(monkeypatch: pytest.MonkeyPatch) 
             raise ConnectionError("Failed to connect to Ray cluster") from error
 
     monkeypatch.setattr("ray.init", refuse)
-    monkeypatch.setattr("ray.shutdown", lambda: None)
     monkeypatch.setenv("RAY_ADDRESS", "auto")
     with pytest.raises(ClusterError, match="refused the token; set RAY_AUTH_MODE=token"), connected():
         pass

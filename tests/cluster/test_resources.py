@@ -6,7 +6,7 @@ import pytest
 from fake_work import make_entry
 
 from capture.settings import LocalRun
-from cluster.resources import GIB, Request, cpu_memory, gpus_wanted, refusal, request, sizing
+from cluster.resources import GIB, Request, Sizing, cpu_memory, gpus_wanted, refusal, request, sizing
 
 LAPTOP = {"CPU": 2.0, "memory": 16.0 * GIB}
 BIG = {"CPU": 32.0, "GPU": 8.0, "memory": 200.0 * GIB, "accelerator_type:H100": 1.0}
@@ -33,7 +33,7 @@ def test_gpus_come_from_the_entry_then_from_its_device(
 
 def ask(has_gpus: bool = True, visible: str | None = None, **fields: object) -> Request:
     entry = make_entry(**fields)
-    return request(entry, cluster_has_gpus=has_gpus, threads=2, gpu_threads=4, visible_devices=visible)
+    return request(entry, cluster_has_gpus=has_gpus, sized=Sizing(2, 2.0, 4), visible_devices=visible)
 
 
 def test_an_entry_on_the_cpu_hides_the_gpus_and_takes_its_cores() -> None:
@@ -86,6 +86,18 @@ def test_threads_share_the_cores_out(
     entries: int, jobs: int | None, nodes: list[dict[str, float]], threads: int
 ) -> None:
     assert sizing(entries, jobs, nodes).threads == threads
+
+
+def test_more_jobs_than_cores_are_placed_all_the_same() -> None:
+    sized = sizing(8, 6, [LAPTOP])
+    assert sized.threads == 1
+    assert 6 * sized.cpus <= 2.0 < 7 * sized.cpus
+
+
+def test_part_of_a_gpu_must_be_less_than_one() -> None:
+    assert refusal(Request(0.5, 1), [BIG]) is None
+    assert refusal(Request(1.5, 1), [BIG], growing=True) == "asks for 1.5 GPUs; more than one must be a whole number"
+    assert refusal(Request(16, 1), [BIG], growing=True) is None
 
 
 def test_threads_beside_a_gpu_are_its_share_of_the_node() -> None:

@@ -136,10 +136,9 @@ class TestThroughRay:
         assert {n["threads"] for n in notes} == {"2"}
 
     def test_two_entries_share_two_cores_and_see_no_gpu(self, tmp_path: Path) -> None:
-        sweep(tmp_path, make_entry("sleeping-0"), make_entry("sleeping-1"))
+        assert sweep(tmp_path, make_entry("meeting-0"), make_entry("meeting-1")).exit_code == 0
         a, b = fake_work.calls(tmp_path)
         assert (a["threads"], b["threads"]) == ("1", "1")
-        assert b["began"] - a["began"] < 0.4
         assert a["devices"] == ""
 
     def test_an_entry_for_cuda_sees_the_gpu_that_ray_gave_it(self, tmp_path: Path) -> None:

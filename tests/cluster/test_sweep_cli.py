@@ -136,5 +136,7 @@ def test_a_dry_run_refuses_an_output_of_another_schema_version(config: Path, tmp
 
 
 def test_help_ends_in_an_example() -> None:
-    assert call("--help").stdout.rstrip().splitlines()[-1] != ""
-    assert "pairscope sweep configs/demo.yaml --out out/demo" in call("--help").stdout
+    assert call("--help").stdout.splitlines()[-2:] == [
+        "  Example:",
+        "    pairscope sweep configs/demo.yaml --out out/demo",
+    ]
