@@ -79,7 +79,10 @@ class RunDir:
 
     def write_bytes(self, path: str, data: bytes) -> None:
         """Write a small file so that it is there whole or not at all."""
-        self.fs.create_dir(path.rsplit("/", 1)[0], recursive=True)
+        try:
+            self.fs.create_dir(path.rsplit("/", 1)[0], recursive=True)
+        except OSError as error:
+            raise StoreError(f"cannot write '{path}': {error}") from error
         if not self.is_local:  # object stores publish an object only when it is closed
             with self.fs.open_output_stream(path) as stream:
                 stream.write(data)

@@ -13,6 +13,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -101,8 +102,11 @@ class CaptureWriter:
         self.run.write_bytes(f"{self.path}/{name}", (json.dumps(content, indent=1) + "\n").encode())
 
     def discard(self) -> None:
-        """Remove the staging directory, whatever is in it."""
+        """Remove the staging directory, whatever is in it, and the capture's own where nothing was ever written."""
         shutil.rmtree(self.stage, ignore_errors=True)
+        if self.run.is_local:
+            with suppress(OSError):  # not empty: it holds a capture
+                os.rmdir(self.path)
 
 
 def _sync_and_hash(path: Path) -> tuple[str, int]:

@@ -28,7 +28,8 @@ def hub_sizes(model: str, revision: str | None, dtype: str, token: str | bool | 
     try:
         info = api.model_info(model, revision=revision, timeout=TIMEOUT_S, token=token)
         found = api.get_safetensors_metadata(model, revision=info.sha, token=token, timeout=TIMEOUT_S)
-        config = json.loads(Path(api.hf_hub_download(model, "config.json", revision=info.sha, token=token)).read_text())
+        file = api.hf_hub_download(model, "config.json", revision=info.sha, token=token, etag_timeout=TIMEOUT_S)
+        config = json.loads(Path(file).read_text(encoding="utf-8"))
     except NotASafetensorsRepoError as error:
         names = [s.rfilename for s in info.siblings or []]
         raise CheckpointError(f"hub model '{model}': {_instead(names)}") from error

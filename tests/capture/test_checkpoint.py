@@ -8,11 +8,12 @@ import tiny
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from capture import checkpoint
 from capture.checkpoint import EMBEDDING, HEAD, REST, Ledger, StreamedModel, layers_equal
 from capture.errors import CheckpointError, UnsupportedModelError
+from capture.replay import record
 
 CPU = torch.device("cpu")
 
@@ -171,3 +172,29 @@ def test_a_pickled_checkpoint_is_loaded_whole_and_never_freed(tmp_path, pairs):
         model.free(group)
     assert not any(p.is_meta for p in model.model.parameters())
     assert ledger.live == sum(model.group_bytes(g) for g in model.groups())
+
+
+@pytest.mark.parametrize(
+    ("model_type", "more"),
+    [
+        ("gemma3n_text", {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 97, "laurel_rank": 4,
+                          "num_kv_shared_layers": 0, "head_dim": 8}),
+        ("deepseek_v4", {"moe_intermediate_size": 16, "n_routed_experts": 4, "num_experts_per_tok": 2}),
+    ],
+)  # fmt: skip
+def test_several_residual_streams_are_refused(model_type, more, tmp_path):
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "vocab_size": 97,
+    }
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **sizes, **more)).save_pretrained(tmp_path)
+    model = opened(tmp_path)
+    model.load(EMBEDDING)
+    model.load(REST)
+    with pytest.raises(
+        UnsupportedModelError, match=r"residual of shape .* several residual streams cannot be compared"
+    ):
+        record(model, torch.randn(1, 3, 32))

@@ -1,6 +1,7 @@
 """What streaming promises: few weights alive, each checkpoint byte read once, the same numbers as resident."""
 
 import gc
+import threading
 
 import pytest
 import tiny
@@ -67,9 +68,11 @@ def test_planned_weight_bytes_are_the_peak(pairs):
 def test_a_walk_that_is_stopped_ends_and_leaves_its_thread_behind_it(pairs):
     pair = open_pair(pairs("llama"))
     pair.begin(make_batches(tiny.random_ids(2, 9).tolist(), Batching(), CPU, probe=False))
+    walking = pair.walk(streamed=True, stop=lambda: True)
+    assert next(walking).layer == -1
     with pytest.raises(KeyboardInterrupt):
-        for state in pair.walk(streamed=True, stop=lambda: True):
-            assert state.layer == -1
+        next(walking)
+    assert not [t for t in threading.enumerate() if t.name.startswith("prefetch")]
 
 
 @pytest.mark.parametrize("arch", ["llama", "gpt2"])

@@ -31,9 +31,9 @@ def open_pair(
     return Pair(base, base if paths.sft == paths.base else opened("sft", paths.sft), passes)
 
 
-def walk(pair: Pair, prompts: Sequence[Sequence[int]], *, streamed: bool, batching: Batching = Batching()) -> Walked:
+def walk(pair: Pair, prompts: Sequence[Sequence[int]], *, streamed: bool, batching: Batching | None = None) -> Walked:
     """States of every pass, layer and prompt."""
-    batches: list[Batch] = make_batches(prompts, batching, CPU, probe=False)
+    batches: list[Batch] = make_batches(prompts, batching or Batching(), CPU, probe=False)
     pair.begin(batches)
     found: Walked = {p.name: {} for p in pair.passes}
     for state in pair.walk(streamed=streamed):

@@ -1,0 +1,198 @@
+"""Machines that can be rented: assumed ones from configs/prices.yaml, a saved list of Vast's offers, or Vast's live list.
+
+Units: memory in MiB of one GPU, money in dollars, network in Gbit/s, everything else in GB (10^9 bytes) and hours. The price
+is that of the whole machine.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from capture.errors import ConfigError, PairscopeError
+from cluster.plan_facts import CONFIGS
+
+COUNTS = (1, 2, 4, 8)  # GPUs of an assumed machine
+SHARE, CONTEXT_BYTES = 0.97, 1e9  # of a card's memory for tensors; of it for CUDA's context and libraries
+BFLOAT16_FROM = 800
+# On-demand, one machine each; the rest of the filters (verified, rentable) are Vast's own defaults.
+LIVE_QUERY = "reliability>0.98 direct_port_count>=1 cuda_vers>=12.8 inet_down>=500"
+LIVE_LIMIT = 400
+
+
+class OffersError(PairscopeError):
+    """The list of offers cannot be had: no package, no key, no answer."""
+
+
+@dataclass(frozen=True)
+class Tflops:
+    """Speed of products in practice, 10^12 operations a second: 16-bit operands; float32 products of 16-bit operands; float32."""
+
+    half: float
+    tf32: float
+    single: float
+
+
+@dataclass(frozen=True)
+class Offer:
+    """One machine. pcie: GB/s of one GPU; disk_speed: GB/s; usd_per_gb: of traffic; offer_id: Vast's, None for an assumed one."""
+
+    gpu: str
+    gpus: int
+    memory_mib: float
+    usd_per_hour: float
+    gbit: float
+    usd_per_gb: float
+    disk_gb: float
+    disk_speed: float
+    usd_per_gb_month: float
+    pcie: float
+    tflops: Tflops
+    compute_cap: int = 0
+    offer_id: int | None = None
+    place: str = ""
+
+    @property
+    def title(self) -> str:
+        if self.gpu == "CPU":
+            return f"this machine, {self.memory_mib / 1024:.0f} GiB"
+        return f"{self.gpus}x {self.gpu} {self.memory_mib / 1024:.0f}G"
+
+    @property
+    def memory_bytes(self) -> float:
+        """Memory of one GPU as it is sold."""
+        return self.memory_mib * 2**20
+
+    @property
+    def usable_bytes(self) -> float:
+        """What tensors may take on each GPU: 97 % of the memory less 1 GB for CUDA's context and libraries (assumed)."""
+        return SHARE * self.memory_bytes - CONTEXT_BYTES
+
+    @property
+    def bfloat16(self) -> bool:
+        return self.compute_cap == 0 or self.compute_cap >= BFLOAT16_FROM
+
+
+@functools.cache
+def prices() -> dict[str, Any]:
+    """configs/prices.yaml, which comes with the project."""
+    return read_prices(CONFIGS / "prices.yaml")
+
+
+def read_prices(file: Path) -> dict[str, Any]:
+    """The assumptions of a file in the layout of configs/prices.yaml. Raises ConfigError that names what is missing."""
+    try:
+        data = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"cannot read the prices '{file}': {' '.join(str(error).split())}") from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"'{file}' is not a list of prices; see configs/prices.yaml")
+    for block, keys in (("network", ("gbit", "usd_per_gb")), ("disk", ("gb_per_second", "usd_per_gb_month", "gb")),
+                        ("cpu", ("tflops_per_core",))):  # fmt: skip
+        for key in keys:
+            if not isinstance((data.get(block) or {}).get(key), int | float):
+                raise ConfigError(f"'{file}': {block}.{key} is missing or no number; see configs/prices.yaml")
+    if not isinstance(data.get("boot_minutes"), int | float) or not isinstance(data.get("gpus"), list):
+        raise ConfigError(f"'{file}': boot_minutes or gpus is missing; see configs/prices.yaml")
+    for gpu in data["gpus"]:
+        for key in ("name", "memory_mib", "usd_per_hour", "pcie", "tflops", "compute_cap"):
+            if key not in gpu:
+                raise ConfigError(f"'{file}': the GPU '{gpu.get('name', '?')}' has no {key}; see configs/prices.yaml")
+    return data
+
+
+def assumed_offers(data: Mapping[str, Any], gbit: float | None = None) -> list[Offer]:
+    """One machine of each kind of GPU and each count. gbit: the network instead of the file's."""
+    network, disk = data["network"], data["disk"]
+    return [
+        Offer(
+            gpu["name"], n, gpu["memory_mib"], n * gpu["usd_per_hour"], gbit or network["gbit"], network["usd_per_gb"],
+            disk["gb"], disk["gb_per_second"], disk["usd_per_gb_month"], gpu["pcie"], Tflops(**gpu["tflops"]),
+            gpu["compute_cap"],
+        )
+        for gpu in data["gpus"]
+        for n in COUNTS
+    ]  # fmt: skip
+
+
+def read_offers(file: Path, data: Mapping[str, Any], gbit: float | None = None) -> list[Offer]:
+    """Offers from a file: prices in the layout of configs/prices.yaml, or Vast's list as `vastai search offers --raw` prints it."""
+    if file.suffix in (".yaml", ".yml"):
+        return assumed_offers(read_prices(file), gbit)
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--offers: cannot read '{file}': {error}") from error
+    rows = found.get("offers") if isinstance(found, dict) else found
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ConfigError(f"--offers: '{file}' is no list of offers; save one with `vastai search offers ... --raw`")
+    return vast_offers(rows, data, str(file))
+
+
+def live_offers(data: Mapping[str, Any], disk_gb: float) -> list[Offer]:
+    """Vast's present offers. disk_gb: the disk that the price shall include. Raises OffersError. Nothing is rented."""
+    try:
+        import vastai
+    except ImportError as error:
+        raise OffersError("--offers live needs the package vastai; run: pip install 'pairscope[vast]'") from error
+    try:
+        rows = vastai.VastAI(raw=True, quiet=True).search_offers(
+            query=LIVE_QUERY, order="dph_total", limit=LIVE_LIMIT, storage=disk_gb
+        )
+    except Exception as error:  # the package raises what its HTTP library raises
+        raise OffersError(
+            f"Vast's offers cannot be read ({type(error).__name__}: {' '.join(str(error).split())[:200]}); set VAST_API_KEY, or save a list "
+            "and name it with --offers FILE"
+        ) from error
+    return vast_offers(rows, data, "Vast")
+
+
+def vast_offers(rows: Sequence[Mapping[str, Any]], data: Mapping[str, Any], where: str) -> list[Offer]:
+    """Offers in Vast's own fields: gpu_ram in MB of one GPU, inet_down in Mb/s, disk_bw in MB/s, dph_base for the whole machine.
+
+    Speeds of a card that the prices do not know are half of Vast's `total_flops`. Raises ConfigError for a row that lacks what
+    a plan cannot do without.
+    """
+    offers = []
+    for i, row in enumerate(rows):
+        try:
+            n = int(row["num_gpus"])
+            memory = float(row["gpu_ram"])
+            known = _known(str(row["gpu_name"]), memory, data)
+            flops = 0.5 * float(row.get("total_flops") or 0) / n
+            speed = Tflops(**known["tflops"]) if known else Tflops(flops, flops, flops)
+            price = row["dph_base"] if row.get("dph_base") is not None else row["dph_total"]
+            offers.append(
+                Offer(
+                    str(row["gpu_name"]), n, memory, float(price), float(row["inet_down"]) / 1000,
+                    float(row.get("inet_down_cost") or 0), float(row.get("disk_space") or 0),
+                    float(row.get("disk_bw") or 1000 * data["disk"]["gb_per_second"]) / 1000,
+                    float(row.get("storage_cost") or 0), float(row.get("pcie_bw") or (known or {}).get("pcie", 10)), speed,
+                    int(row.get("compute_cap") or 0), row.get("id"), str(row.get("geolocation") or ""),
+                )
+            )  # fmt: skip
+        except (KeyError, TypeError, ValueError) as error:
+            raise ConfigError(f"--offers: {where}: offer {i} lacks {error}, or it is no number") from error
+    return [o for o in offers if o.gbit > 0 and o.tflops.half > 0 and o.gpus > 0]
+
+
+def _known(name: str, memory_mib: float, data: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The card of that name in the prices; of two sizes of a card the one nearer in memory."""
+    same = [g for g in data["gpus"] if name in (g["name"], *g.get("also", ()))]
+    return min(same, key=lambda g: abs(g["memory_mib"] - memory_mib), default=None)
+
+
+def this_machine(data: Mapping[str, Any], gbit: float, cores: int, memory_bytes: int) -> Offer:
+    """The machine that the plan is made on, for entries with `device: cpu`. It costs nothing."""
+    speed = cores * data["cpu"]["tflops_per_core"]
+    # all of the free memory is for tensors: there is no context to leave room for
+    memory = (memory_bytes + CONTEXT_BYTES) / SHARE / 2**20
+    disk = data["disk"]
+    return Offer("CPU", 1, memory, 0.0, gbit, 0.0, float("inf"), disk["gb_per_second"], 0.0, float("inf"),
+                 Tflops(speed / 2, speed, speed))  # fmt: skip

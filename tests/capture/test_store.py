@@ -1,0 +1,131 @@
+"""Tables are there whole or not at all, the marker comes last, and what was complete stays complete."""
+
+import errno
+import json
+import os
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from capture import store
+from capture.errors import StoreError
+from capture.layout import RunDir
+from capture.schema import arrow_schema
+from capture.store import CaptureWriter, category
+
+
+def tracked(n):
+    zeros = np.zeros(n)
+    yield {
+        "pair": category(zeros, ["p"]),
+        "capture": category(zeros, ["c"]),
+        "slot": np.arange(n, dtype=np.int16),
+        "token_id": np.arange(n, dtype=np.int32),
+        "token": np.array(["t"] * n, object),
+        "label": np.array(["l"] * n, object),
+    }
+
+
+def written(out, n=3, part=None):
+    writer = CaptureWriter(RunDir(str(out)), "p", "c")
+    writer.table("tracked_tokens", tracked(n), part)
+    return writer
+
+
+def test_nothing_exists_before_the_marker(tmp_path):
+    writer = written(tmp_path)
+    assert list(RunDir(str(tmp_path)).captures()) == []
+    assert not list(tmp_path.glob("captures/*/*/*.parquet"))
+    writer.finish({})
+    assert RunDir(str(tmp_path)).is_complete("p", "c")
+    (found,) = RunDir(str(tmp_path)).captures()
+    assert [f["rows"] for f in found.marker["files"]] == [3]
+    assert not list(tmp_path.rglob(".tmp-*"))
+
+
+def test_a_new_capture_takes_the_place_of_the_old_at_the_end_and_leaves_none_of_its_parts(tmp_path):
+    for part in (None, 0):
+        writer = written(tmp_path, part=part)
+        assert RunDir(str(tmp_path)).is_complete("p", "c") == (part == 0)
+        writer.finish({})
+    assert [p.name for p in tmp_path.glob("captures/*/*/*.parquet")] == ["tracked_tokens-00000.parquet"]
+    assert RunDir(str(tmp_path)).is_complete("p", "c")
+
+
+def test_two_writers_of_the_same_capture_do_not_harm_each_other(tmp_path):
+    first, second = written(tmp_path), written(tmp_path)
+    first.finish({"by": 1})
+    second.finish({"by": 2})
+    assert RunDir(str(tmp_path)).is_complete("p", "c")
+    assert pq.read_table(next(tmp_path.rglob("tracked_tokens.parquet"))).num_rows == 3
+
+
+def test_a_discarded_capture_leaves_nothing_but_not_less_than_was_there(tmp_path):
+    written(tmp_path).discard()
+    assert not list(tmp_path.rglob("capture=*"))
+    written(tmp_path).finish({})
+    written(tmp_path).discard()
+    assert RunDir(str(tmp_path)).is_complete("p", "c")
+
+
+def test_a_file_that_lost_bytes_is_not_complete(tmp_path):
+    written(tmp_path).finish({})
+    file = next(tmp_path.rglob("tracked_tokens.parquet"))
+    file.write_bytes(file.read_bytes()[:-1])
+    assert not RunDir(str(tmp_path)).is_complete("p", "c")
+
+
+def test_a_full_disk_is_one_clear_error_and_no_capture(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(store, "_sync_and_hash", full)
+    with pytest.raises(StoreError, match=r"captures/pair=p/capture=c/tracked_tokens\.parquet': the disk is full"):
+        written(tmp_path)
+    assert list(RunDir(str(tmp_path)).captures()) == []
+
+
+def test_an_output_that_is_a_file_is_named(tmp_path):
+    (tmp_path / "out").write_text("a file")
+    with pytest.raises(StoreError, match="out"):
+        written(tmp_path / "out")
+
+
+def test_a_marker_of_another_schema_version_is_an_error_that_names_it(tmp_path):
+    written(tmp_path).finish({})
+    marker = next(tmp_path.rglob("_COMPLETE"))
+    marker.write_text(json.dumps(json.loads(marker.read_text()) | {"schema_version": 99}))
+    with pytest.raises(StoreError, match="schema version 99, this pairscope reads version 1"):
+        list(RunDir(str(tmp_path)).captures())
+
+
+def test_values_survive_with_nan_as_null(tmp_path):
+    schema = arrow_schema("runs")
+    n = 4
+    columns = {
+        "pair": category(np.zeros(n), ["p"]),
+        "capture": category(np.zeros(n), ["c"]),
+        "prompt_idx": np.zeros(n, np.int32),
+        "variant": category(np.zeros(n), ["identity"]),
+        "run": category([0, 0, 1, 1], ["BB", "SS"]),
+        "layer": np.array([-1, 0, -1, 0], np.int16),
+        "position": np.zeros(n, np.int32),
+        "norm": np.array([1.5, 2.5, 1e-30, 3e38], np.float32),
+        "norm_delta": np.array([np.nan, 1, np.nan, 2], np.float32),
+        "cosine_distance_prev": np.array([np.nan, 1e-9, np.nan, 2], np.float32),
+        "entropy": np.full(n, np.nan, np.float32),
+        "next_token_logprob": np.array([-1, -2, -3, np.nan], np.float32),
+        "tracked_logits": np.array([[1, 2], [3, 4], [np.nan, np.nan], [5, 6]], np.float32),
+    }
+    writer = CaptureWriter(RunDir(str(tmp_path)), "p", "c")
+    writer.table("runs", [columns])
+    writer.finish({})
+    table = pq.read_table(next(tmp_path.rglob("runs.parquet")), partitioning=None)
+    assert table.schema.names == schema.names
+    assert table["run"].to_pylist() == ["BB", "BB", "SS", "SS"]
+    assert table["norm"].to_pylist() == columns["norm"].tolist()
+    assert table["norm_delta"].to_pylist() == [None, 1, None, 2]
+    assert table["entropy"].to_pylist() == [None] * n
+    assert table["tracked_logits"].to_pylist() == [[1, 2], [3, 4], None, [5, 6]]
+    assert table.schema.field("norm").nullable is False
