@@ -11,6 +11,7 @@ import click
 VERBS: dict[str, tuple[str, str]] = {
     "capture": ("capture.cli:capture", "Capture one pair in this process, without Ray."),
     "sweep": ("cluster.cli:sweep", "Capture all pairs of a config through Ray; skips what is complete."),
+    "plan": ("cluster.plan_cli:plan", "Memory, GPUs, hours and dollars of each pair and of the sweep; rents nothing."),
     "status": ("analysis.cli:status", "Show every entry of a run directory, its state and its error."),
     "sql": ("analysis.cli:sql", "Ask a run directory in SQL."),
     "catalog": ("analysis.cli:catalog", "Write a .duckdb file of views over a run directory."),
@@ -33,7 +34,9 @@ class Verbs(click.Group):
         command: click.Command = getattr(importlib.import_module(module), function)
         return command
 
-    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
         if args and args[0] not in VERBS:
             import difflib
 

@@ -25,9 +25,11 @@ import transformers
 from safetensors import safe_open
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, core_model_loading
+from transformers.distributed import DistributedConfig
 from transformers.utils import logging as hf_logging
 
 from capture.errors import CheckpointError, UnsupportedModelError
+from capture.group import ALONE, Group, local, vocabulary_shard
 
 SUPPORTED = ("5.23.0", "5.24")
 EMBEDDING, HEAD, REST = "embedding", "head", "rest"
@@ -128,11 +130,16 @@ class StreamedModel:
         model_kwargs: dict[str, Any],
         ledger: Ledger,
         whole: bool = False,
+        group: Group | None = None,
     ) -> None:
-        """whole: load everything at once by the library's own means and free nothing: for pickled checkpoints."""
+        """group: the ranks that share the model's weights; None is this process alone. whole: load everything at once by the library's own means and free nothing: for pickled checkpoints."""
         check_version()
         self.label, self.device, self.ledger, self.directory = label, device, ledger, directory
-        self.whole = whole
+        self.whole, self.group = whole, group or ALONE
+        if self.group.size > 1:
+            model_kwargs = model_kwargs | {
+                "distributed_config": DistributedConfig(tp_size=self.group.size, tp_plan="auto")
+            }
         self.loaded: dict[Any, int] = {}  # group -> bytes, from the moment that its reading may begin
         self._ready: set[Any] = set()
         record: dict[str, Any] = {}
@@ -187,6 +194,12 @@ class StreamedModel:
         """The unembedding [V, D]."""
         weight: torch.Tensor = self.head.weight  # type: ignore[assignment]
         return weight
+
+    def head_shard(self) -> tuple[int, torch.Tensor, torch.Tensor | None]:
+        """(id of the first row, rows [V, D], bias [V] or None) of the unembedding that this rank holds."""
+        first, weight = vocabulary_shard(self.head_weight)
+        bias = getattr(self.head, "bias", None)
+        return first, weight, None if bias is None else local(bias)
 
     @property
     def n_embeddings(self) -> int:
@@ -316,7 +329,7 @@ class StreamedModel:
     def _live_bytes(self, group: Any) -> int:
         """Bytes of a group's tensors that hold data, a tied tensor once."""
         tensors = {id(t): t for t in map(self._get, self._tensors[group]) if not t.is_meta}
-        return sum(t.nbytes for t in tensors.values())
+        return sum(local(t).nbytes for t in tensors.values())
 
     def _get(self, name: str) -> torch.Tensor:
         owner, _, leaf = name.rpartition(".")
@@ -339,7 +352,8 @@ class StreamedModel:
         for target, source in self.ties.items():
             if self.group_of(target) != group or self._get(source).is_meta:
                 continue
-            if target in self._both and not torch.equal(self._get(target), self._get(source)):
+            both = (local(self._get(target)), local(self._get(source)))
+            if target in self._both and not self.group.all(torch.equal(*both), self.device):
                 continue  # both stored and different: the library does not tie them either
             self._set(target, self._get(source))
 
@@ -368,7 +382,7 @@ class StreamedModel:
     def group_bytes(self, group: Any) -> int:
         """Bytes of one group when loaded; a tied tensor counts once."""
         tensors = {id(t): t for t in (self._meta[n] for n in self._tensors[group] if n not in self.ties)}
-        return sum(t.nbytes for t in tensors.values())
+        return sum(local(t).nbytes for t in tensors.values())
 
 
 def _name(group: Any) -> str:
@@ -404,9 +418,9 @@ def layers_equal(base: StreamedModel, sft: StreamedModel, groups: Sequence[Any])
         return True
     for group in groups:
         if len(base._tensors[group]) != len(sft._tensors[group]):
-            return False
+            return False  # the same on all ranks
         for a, b in zip(base._tensors[group], sft._tensors[group], strict=True):
-            x, y = base._get(a), sft._get(b)
+            x, y = local(base._get(a)), local(sft._get(b))
             if x.shape != y.shape or x.dtype != y.dtype or not torch.equal(x, y):
-                return False
-    return True
+                return base.group.all(False, base.device)
+    return base.group.all(True, base.device)

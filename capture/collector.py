@@ -16,7 +16,7 @@ from torch import Tensor
 from capture import statistics
 from capture.batches import Batch
 from capture.config import Comparison, Owner, Pass
-from capture.lens import PairStats, SlotStats, join, lens_tile
+from capture.lens import PairStats, SlotStats, Vocabulary, join, lens_tile
 from capture.lockstep import Pair, State
 from capture.replay import run_tail
 from capture.unembed import own_logits
@@ -29,13 +29,17 @@ TILE_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}  # logits of all slots of one t
 
 @dataclass
 class LensPlan:
-    """Which layers the lens reads, and how. layers: -1..L; n_vocab: rows compared; n_tokens: ids that may be in top-k."""
+    """Which layers the lens reads, and how. layers: -1..L; n_vocab: rows compared; n_tokens: ids that may be in top-k lists.
+
+    vocabulary: this rank's share of it. rows: rows whose statistics are worked on at a time.
+    """
 
     layers: frozenset[int]
     final_norm: bool
     n_vocab: int
     n_tokens: int
     top_k: int
+    vocabulary: Vocabulary
     keep_topk: bool
     tracked: tuple[int, ...]
     tile_bytes: int
@@ -163,17 +167,7 @@ class Collector:
         for start in range(0, rows[0].shape[0], tile):
             part = slice(start, start + tile)
             logits = self._logits([r[part] for r in normed], [head for _, _, head in order])
-            parts.append(
-                lens_tile(
-                    logits,
-                    wanted,
-                    following[part],
-                    tracked,
-                    n=self.lens.n_tokens,
-                    k=self.lens.top_k,
-                    rows=self.lens.rows,
-                )
-            )
+            parts.append(lens_tile(logits, wanted, following[part], tracked, self.lens.vocabulary, rows=self.lens.rows))
         slots = [join([p[0][s] for p in parts]) for s in range(len(order))]
         compared = {key: join([p[1][key] for p in parts]) for key in wanted}
         self.nonfinite += sum(int((~torch.isfinite(s.logsumexp)).sum()) for s in slots)
@@ -224,7 +218,7 @@ class Collector:
         """Keep one top-k list; None is that of two equal slots: no shift anywhere, so the smallest ids."""
         if not self.lens.keep_topk:
             return
-        k = min(self.lens.top_k, self.lens.n_tokens)
+        k = self.lens.vocabulary.k
         arrays = self.topk.setdefault(layer, {})
         key = (table, name)
         if key not in arrays:

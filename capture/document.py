@@ -66,6 +66,7 @@ def document(work: Work, files: list[dict[str, Any]]) -> dict[str, Any]:
         ],
         "noise_floor": _noise_floor(work),
         "self_checks": work.checks,
+        "tensor_parallel": work.group.size,
         "mode": work.mode.mode,
         "mode_reason": work.mode.why,
         "device": work.choice.device,

@@ -22,6 +22,8 @@ RUNNABLE = frozenset({"resident", "streamed"})
 RUNNABLE_DEGREES = frozenset({1})  # GPUs that one capture is split over
 RUNNABLE_STORED = frozenset({"float32", "bfloat16", "float16"})  # dtypes of checkpoints
 
+RESIDENT_SHARE = 0.5  # mode auto keeps both models where their weights take less than this share of the free memory
+
 DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "float8": 1}
 
 # Sizes of the engine's work, equal to those of capture/collector.py and capture/unembed.py (a test compares them).

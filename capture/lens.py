@@ -1,6 +1,8 @@
 """The logit lens of a tile of rows: entropies, KL divergences, logit shifts and top-k lists, from logits in float32.
 
 Shapes: S lens slots (distinct pairs of state and unembedding), R rows (tokens of one layer), V vocabulary, K top-k.
+In a tensor-parallel group every rank has the logits of its own shard of the vocabulary: V is then the shard, and maxima, sums
+and top-k candidates are reduced over the ranks; no rank ever holds all logits.
 Reference for all formulas: Cover and Thomas, Elements of Information Theory, 2nd ed., chapter 2. Units: nats; logits raw.
 """
 
@@ -12,8 +14,30 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
+
+from capture.group import ALONE, Group
 
 BLOCK = 64  # elements per block of the top-k search
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What of the vocabulary a rank has, and what may be listed.
+
+    first: id of its first row. n: how many of its rows may be in top-k lists (the tokenizer's ids). k: length of the lists.
+    """
+
+    n: int
+    k: int
+    first: int = 0
+    group: Group = ALONE
+
+    def pick(self, x_RV: Tensor, ids: Tensor) -> Tensor:
+        """x at the given ids [R, N] or [N], wherever in the group they are: [R, N]."""
+        ids = ids.expand(x_RV.shape[0], -1) - self.first
+        mine = (ids >= 0) & (ids < x_RV.shape[1])
+        return self.group.sum(x_RV.gather(1, ids.clamp(0, x_RV.shape[1] - 1)).where(mine, 0.0))
 
 
 @dataclass
@@ -55,7 +79,25 @@ def block_view(x_RV: Tensor, n: int) -> Tensor:
     return x_RV[:, : columns * BLOCK].unflatten(1, (BLOCK, columns))
 
 
-def top_k(x_RV: Tensor, n: int, k: int, maxima_RC: Tensor, *, lowest: bool = False) -> TopK:
+def top_k(x_RV: Tensor, v: Vocabulary, extremes_RC: Tensor, *, lowest: bool = False) -> TopK:
+    """The k largest (or lowest) of the whole vocabulary, best first, ties by smaller id; exact.
+
+    extremes_RC: maxima (minima) of block_view(x, v.n). Each rank sends its own k best; the best of those are the answer.
+    """
+    mine = local_top_k(x_RV, v.n, v.k, extremes_RC, lowest=lowest)
+    if v.group.size == 1:
+        return mine
+    worst = torch.inf if lowest else -torch.inf
+    missing = v.k - mine.ids.shape[1]
+    values = v.group.gather(pad(mine.values, (0, missing), value=worst))
+    ids = v.group.gather(pad(mine.ids + v.first, (0, missing), value=torch.iinfo(torch.int64).max))
+    by_id = ids.sort(dim=1)
+    best = values.gather(1, by_id.indices).sort(dim=1, descending=not lowest, stable=True)
+    k = min(v.k, int(values[0].isfinite().sum()))
+    return TopK(by_id.values.gather(1, best.indices[:, :k]), best.values[:, :k])
+
+
+def local_top_k(x_RV: Tensor, n: int, k: int, maxima_RC: Tensor, *, lowest: bool = False) -> TopK:
     """The k largest (or lowest) of the first n entries of every row, best first, ties by smaller id; exact.
 
     maxima_RC [R, C] are the maxima (minima) of block_view(x, n). The k blocks of largest maxima hold the k largest
@@ -93,31 +135,34 @@ def _smallest_ids(x_V: Tensor, threshold: Tensor, k: int) -> Tensor:
     return torch.cat([above, equal[: k - above.numel()]])
 
 
-def slot_stats(x_RV: Tensor, next_R: Tensor, tracked_N: Tensor, n: int, k: int) -> tuple[SlotStats, Tensor]:
+def slot_stats(x_RV: Tensor, next_R: Tensor, tracked_N: Tensor, v: Vocabulary) -> tuple[SlotStats, Tensor]:
     """Entropy H = log Z - sum(e t) / Z with t = x - max, e = exp(t), Z = sum(e); and the probabilities e / Z [R, V].
 
-    Sums are float32 within a row (pairwise summation), float64 from there on. n: ids at or above n are left out of the
-    top-k only (rows of the unembedding that no token uses); probabilities are over all V. next_R: id of the token that
+    Sums are float32 within a row (pairwise summation), float64 from there on. Ids that no token uses are left out of
+    the top-k only; probabilities are over all V. next_R: id of the token that
     follows, or -1.
     """
-    maxima = block_view(x_RV, n).amax(1)
-    largest = torch.cat([maxima, x_RV[:, maxima.shape[1] * BLOCK :]], dim=1).amax(1, keepdim=True)
-    next_logit = x_RV.gather(1, next_R.clamp(min=0)[:, None])[:, 0].double()
+    maxima = block_view(x_RV, v.n).amax(1)
+    rest = x_RV[:, maxima.shape[1] * BLOCK :]
+    largest = v.group.max(torch.cat([maxima, rest], dim=1).amax(1, keepdim=True))
+    next_logit = v.pick(x_RV, next_R.clamp(min=0)[:, None])[:, 0].double()
+    tracked = v.pick(x_RV, tracked_N)
     t = x_RV - largest
     p = t.exp()
-    z = p.sum(1).double()
-    mean_t = t.mul_(p).sum(1).double() / z
+    z = v.group.sum(p.sum(1).double())
+    mean_t = v.group.sum(t.mul_(p).sum(1).double()) / z
     p.mul_((1 / z).float()[:, None])
     logsumexp = z.log() + largest[:, 0].double()
     next_logprob = torch.where(next_R >= 0, next_logit - logsumexp, torch.nan)
-    top = top_k(x_RV, n, k, maxima)
-    return SlotStats(z.log() - mean_t, logsumexp, next_logprob, x_RV[:, tracked_N], top), p
+    return SlotStats(z.log() - mean_t, logsumexp, next_logprob, tracked, top_k(x_RV, v, maxima)), p
 
 
 FAR = 60.0  # nats: beyond this shift exp() of the fast form may leave the range of float32
 
 
-def kl_both(shift_RV: Tensor, c_R: Tensor, pa_RV: Tensor, pb_RV: Tensor, highest_R: Tensor) -> tuple[Tensor, Tensor]:
+def kl_both(
+    shift_RV: Tensor, c_R: Tensor, pa_RV: Tensor, pb_RV: Tensor, highest_R: Tensor, group: Group
+) -> tuple[Tensor, Tensor]:
     """KL(b || a) and KL(a || b) [R] float64 from the logit shift x_b - x_a; exact zeros for equal slots, never negative.
 
     With d = log p_b - log p_a = shift - c, c = logZ_b - logZ_a and W = expm1(d) = p_b / p_a - 1:
@@ -128,11 +173,13 @@ def kl_both(shift_RV: Tensor, c_R: Tensor, pa_RV: Tensor, pb_RV: Tensor, highest
     """
     d = shift_RV - c_R.float()[:, None]
     if bool((highest_R - c_R > FAR).any()):
-        return _kl_far(d, pa_RV, pb_RV)
-    w = torch.expm1(d)
-    z = w - d
-    y = d.mul_(w).sub_(z)
-    return y.mul_(pa_RV).sum(1).double().clamp_(min=0), z.mul_(pa_RV).sum(1).double().clamp_(min=0)
+        ba, ab = _kl_far(d, pa_RV, pb_RV)
+    else:
+        w = torch.expm1(d)
+        z = w - d
+        y = d.mul_(w).sub_(z)
+        ba, ab = y.mul_(pa_RV).sum(1).double(), z.mul_(pa_RV).sum(1).double()
+    return group.sum(ba).clamp_(min=0), group.sum(ab).clamp_(min=0)
 
 
 def _kl_far(d: Tensor, pa: Tensor, pb: Tensor) -> tuple[Tensor, Tensor]:
@@ -147,18 +194,18 @@ def _kl_far(d: Tensor, pa: Tensor, pb: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(b_leads, down, up).sum(1).double(), torch.where(b_leads, up, down).sum(1).double()
 
 
-def pair_stats(a: tuple[Tensor, SlotStats, Tensor], b: tuple[Tensor, SlotStats, Tensor], n: int, k: int) -> PairStats:
+def pair_stats(a: tuple[Tensor, SlotStats, Tensor], b: tuple[Tensor, SlotStats, Tensor], v: Vocabulary) -> PairStats:
     """KL divergences and logit shifts of slot b against slot a; each slot is (logits [R, V], its stats, its p [R, V])."""
     xa, sa, pa = a
     xb, sb, pb = b
     shift = xb - xa
-    blocks = block_view(shift, n)
+    blocks = block_view(shift, v.n)
     maxima = blocks.amax(1)
     rest = shift[:, maxima.shape[1] * BLOCK :]
-    highest = torch.cat([maxima, rest], dim=1).amax(1).double()
-    increased = top_k(shift, n, k, maxima)
-    decreased = top_k(shift, n, k, blocks.amin(1), lowest=True)
-    ba, ab = kl_both(shift, sb.logsumexp - sa.logsumexp, pa, pb, highest)
+    highest = v.group.max(torch.cat([maxima, rest], dim=1).amax(1)).double()
+    increased = top_k(shift, v, maxima)
+    decreased = top_k(shift, v, blocks.amin(1), lowest=True)
+    ba, ab = kl_both(shift, sb.logsumexp - sa.logsumexp, pa, pb, highest, v.group)
     return PairStats(ba, ab, increased, decreased)
 
 
@@ -167,13 +214,12 @@ def lens_tile(
     pairs: Sequence[tuple[int, int]],
     next_R: Tensor,
     tracked_N: Tensor,
+    vocabulary: Vocabulary,
     *,
-    n: int,
-    k: int,
     rows: int,
 ) -> tuple[list[SlotStats], dict[tuple[int, int], PairStats]]:
-    """All statistics of one tile. logits: S tensors [R, V] float32; pairs: ordered pairs of slots; n, k, next_R: see
-    slot_stats. `rows` only keeps the working set in cache: every row is computed alone.
+    """All statistics of one tile. logits: S tensors [R, V] float32; pairs: ordered pairs of slots; next_R: id of the token
+    that follows each row, or -1; tracked_N: ids. `rows` only keeps the working set in cache: every row is computed alone.
     """
     slots: list[list[SlotStats]] = [[] for _ in logits]
     found: dict[tuple[int, int], list[PairStats]] = {pair: [] for pair in pairs}
@@ -181,11 +227,11 @@ def lens_tile(
         some = slice(start, start + rows)
         part = []
         for s, x in enumerate(logits):
-            stats, p = slot_stats(x[some], next_R[some], tracked_N, n, k)
+            stats, p = slot_stats(x[some], next_R[some], tracked_N, vocabulary)
             slots[s].append(stats)
             part.append((x[some], stats, p))
         for a, b in pairs:
-            found[(a, b)].append(pair_stats(part[a], part[b], n, k))
+            found[(a, b)].append(pair_stats(part[a], part[b], vocabulary))
     return [join(s) for s in slots], {pair: join(parts) for pair, parts in found.items()}
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from capture.batches import Batch
 from capture.checkpoint import EMBEDDING, HEAD, REST, StreamedModel, layers_equal
 from capture.config import Owner, Pass
+from capture.group import local
 from capture.replay import Recording, record, run_layer, run_tail
 
 
@@ -220,10 +221,11 @@ class Pair:
 
 
 def _heads_equal(base: StreamedModel, sft: StreamedModel) -> bool:
-    a, b = base.head.state_dict(), sft.head.state_dict()
-    return base is sft or (
-        a.keys() == b.keys() and all(a[k].shape == b[k].shape and torch.equal(a[k], b[k]) for k in a)
-    )
+    if base is sft:
+        return True
+    a, b = ({k: local(v) for k, v in m.head.state_dict().items()} for m in (base, sft))
+    equal = a.keys() == b.keys() and all(a[k].shape == b[k].shape and torch.equal(a[k], b[k]) for k in a)
+    return base.group.all(equal, base.device)
 
 
 def _numerics(config: dict[str, object]) -> dict[str, object]:

@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from capture.config import Entry
 from capture.device import choose_device
@@ -18,6 +19,9 @@ from capture.identity import capture_id, tokenizer_hash
 from capture.layout import RunDir
 from capture.progress import Progress
 from capture.prompts import load_tokenizer, tokenize
+
+if TYPE_CHECKING:
+    from capture.group import Group
 
 log = logging.getLogger(__name__)
 
@@ -87,11 +91,13 @@ def capture_pair(
     progress: Callable[[Progress], None] | None = None,
     tile_divisor: int = 1,
     stop: Callable[[], bool] | None = None,
+    group: Group | None = None,
 ) -> CaptureResult:
     """Capture one entry into the run directory `out`; skips what is complete unless `force`.
 
     tile_divisor: divides the lens tiles (after an out-of-memory error). stop: asked between batches; when it says True
-    the capture ends with KeyboardInterrupt and leaves nothing behind. Raises errors of capture.errors.
+    the capture ends with KeyboardInterrupt and leaves nothing behind. group: the ranks that share the pair (capture/group.py);
+    all call this with the same arguments, and rank 0 writes. Raises errors of capture.errors.
     """
     began = time.monotonic()
     report = progress or (lambda _: None)
@@ -108,7 +114,7 @@ def capture_pair(
     prompts = tokenize(entry, load_tokenizer(entry, resolved.tokenizer_dir))
     from capture.work import Work  # torch and transformers, from here on
 
-    work = Work(entry, resolved, run, choice, prompts, report=report, tile_divisor=tile_divisor, stop=stop)
+    work = Work(entry, resolved, run, choice, prompts, report=report, tile_divisor=tile_divisor, stop=stop, group=group)
     work.seconds["resolve"] = time.monotonic() - began
     work.capture()
     return CaptureResult(

@@ -6,7 +6,7 @@ Shapes: R rows, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,13 +21,34 @@ HEAD_CHUNK = 16384  # vocabulary rows upcast at a time where the head is not flo
 LOGIT_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 
 
+class _Stand(nn.Module):
+    """Stands in for a module, without its hooks: in a tensor-parallel model a head's own hooks would gather all logits."""
+
+    def __init__(self, answer: Callable[..., Any]) -> None:
+        super().__init__()
+        self.answer = answer
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.answer(*args, **kwargs)
+
+
 @contextmanager
-def _replaced(module: nn.Module, forward: Any) -> Iterator[None]:
-    module.forward = forward
+def _stubbed(model: StreamedModel, hidden: _Hidden, head: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Let the base model answer `hidden`, and `head` stand in the unembedding's place.
+
+    The base model's forward is shadowed and not the module exchanged: the next layer is being loaded into it meanwhile.
+    """
+    base, unembedding = model.base, model.head
+    name = next(n for n, m in model.model.named_modules() if m is unembedding)
+    owner, _, leaf = name.rpartition(".")
+    parent = model.model.get_submodule(owner)
+    base.forward = lambda *_, **__: hidden
+    parent._modules[leaf] = _Stand(head)
     try:
         yield
     finally:
-        del module.forward
+        parent._modules[leaf] = unembedding
+        del base.forward
 
 
 @contextmanager
@@ -68,22 +89,18 @@ class _Hidden(tuple[Tensor]):
 
 
 @torch.no_grad()
-def own_logits(model: StreamedModel, rows_RD: Tensor, *, n_vocab: int | None = None) -> Tensor:
-    """Logits [R, V] float32 of rows that already went through whatever norm they shall have.
+def own_logits(model: StreamedModel, rows_RD: Tensor) -> Tensor:
+    """Logits [R, V] float32 of rows that already went through whatever norm they shall have; V is the rank's own shard.
 
-    n_vocab: only the first n rows of the unembedding. The rows are in the model's dtype; the product is in float32.
+    The rows are in the model's dtype; the product is in float32.
     """
-    head = model.head
-    weight = model.head_weight if n_vocab is None else model.head_weight[:n_vocab]
-    bias = getattr(head, "bias", None)
-    bias = bias if bias is None or n_vocab is None else bias[:n_vocab]
-    with _precision(model.head_weight.dtype):
+    _, weight, bias = model.head_shard()
+    with _precision(weight.dtype):
         return _through(model, rows_RD, lambda x: _product(x, weight, bias))
 
 
-def _through(model: StreamedModel, rows_RD: Tensor, head_forward: Any) -> Tensor:
-    hidden = _Hidden((rows_RD[None],))
-    with _replaced(model.base, lambda *_, **__: hidden), _replaced(model.head, head_forward):
+def _through(model: StreamedModel, rows_RD: Tensor, head: Callable[[Tensor], Tensor]) -> Tensor:
+    with _stubbed(model, _Hidden((rows_RD[None],)), head):
         logits: Tensor = model.model(inputs_embeds=rows_RD[None], use_cache=False).logits[0]
     return logits
 
@@ -94,8 +111,11 @@ def check_against_model(model: StreamedModel, rows_RD: Tensor) -> float:
 
     Raises SelfCheckError where it is beyond what the dtype explains: the head found is then not the model's head.
     """
+    _, weight, bias = model.head_shard()
+    whole = weight.shape == model.head_weight.shape  # else this rank's shard of the product, in the model's dtype
+    own = type(model.head).forward.__get__(model.head) if whole else lambda x: functional.linear(x, weight, bias)
     ours = own_logits(model, rows_RD)
-    theirs = _through(model, rows_RD, type(model.head).forward.__get__(model.head)).float()
+    theirs = _through(model, rows_RD, own).float()
     error = float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-12))
     if error > LOGIT_TOLERANCE[rows_RD.dtype]:
         raise SelfCheckError(

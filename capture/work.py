@@ -18,7 +18,9 @@ from capture.device import DeviceChoice
 from capture.document import document
 from capture.errors import DeviceMemoryError, SelfCheckError, UnsupportedModelError
 from capture.files import ModelFiles
+from capture.group import ALONE, Group
 from capture.layout import RunDir
+from capture.lens import Vocabulary
 from capture.lockstep import Pair
 from capture.memory import ModeChoice, choose_mode
 from capture.progress import Progress
@@ -49,7 +51,9 @@ class Work:
         report: Callable[[Progress], None],
         tile_divisor: int = 1,
         stop: Callable[[], bool] | None = None,
+        group: Group | None = None,
     ) -> None:
+        self.group = group or ALONE
         self.entry, self.resolved, self.run, self.choice, self.prompts = entry, resolved, run, device, prompts
         self.report, self.tile_divisor, self.stop = report, tile_divisor, stop
         self.device = torch.device(device.device)
@@ -71,19 +75,22 @@ class Work:
         self._open()
         entry = self.entry
         self.seconds["open"] = time.monotonic() - started
-        writer = CaptureWriter(
-            self.run, entry.name, self.resolved.capture, compression_level=entry.output.compression_level
-        )
+        writer = None
+        if self.group.rank == 0:  # every rank has the same numbers; one writes them
+            level = entry.output.compression_level
+            writer = CaptureWriter(self.run, entry.name, self.resolved.capture, compression_level=level)
         try:
             self._walk(writer)
-            started = time.monotonic()
-            self.report(Progress(entry.name, "write", self.pair.n_layers, self.pair.n_layers))
             self._check_zeros()
-            self._write(writer)
-            self.seconds["write"] += time.monotonic() - started
-            writer.finish(document(self, writer.files))
+            if writer is not None:
+                started = time.monotonic()
+                self.report(Progress(entry.name, "write", self.pair.n_layers, self.pair.n_layers))
+                self._write(writer)
+                self.seconds["write"] += time.monotonic() - started
+                writer.finish(document(self, writer.files))
         finally:
-            writer.discard()
+            if writer is not None:
+                writer.discard()
             for model in self.pair.models.values():
                 for group in model.groups():
                     model.free(group)
@@ -127,22 +134,32 @@ class Work:
             model_kwargs=kwargs,
             ledger=self.ledger,
             whole=files.format == "pickle",
+            group=self.group,
         )
 
     def _lens_plan(self, base: StreamedModel, sft: StreamedModel, n_tokens: int) -> LensPlan:
         lens = self.entry.lens
-        n_vocab = min(base.head_weight.shape[0], sft.head_weight.shape[0])
+        sizes = [m.head_weight.shape[0] for m in (base, sft)]
+        n_vocab, n_tokens = min(sizes), min(*sizes, n_tokens)
+        first, shard, _ = base.head_shard()
+        if sizes[0] != sizes[1] and self.group.size > 1:
+            raise UnsupportedModelError(
+                f"the vocabularies have {sizes[0]} and {sizes[1]} rows; ranks of a tensor-parallel group would hold different "
+                "shards of them: set tensor_parallel: 1"
+            )
+        mine = max(0, min(n_tokens - first, shard.shape[0]))
         cuda = self.device.type == "cuda"
         return LensPlan(
             layers=plan_lens_layers(lens.layers, lens.enabled, base.n_layers),
             final_norm=lens.norm == "final",
             n_vocab=n_vocab,
-            n_tokens=min(n_vocab, n_tokens),
+            n_tokens=n_tokens,
             top_k=self.entry.top_k,
+            vocabulary=Vocabulary(mine, min(self.entry.top_k, n_tokens), first, self.group),
             keep_topk=self.entry.output.topk,
             tracked=tuple(t[0] for t in self.tracked),
             tile_bytes=TILE_BYTES["cuda" if cuda else "cpu"] // self.tile_divisor,
-            rows=max(1, CELLS_IN_CACHE * (64 if cuda else 1) // n_vocab),
+            rows=max(1, CELLS_IN_CACHE * (64 if cuda else 1) // shard.shape[0]),
         )
 
     def _self_checks(self) -> dict[str, Any]:
@@ -159,7 +176,7 @@ class Work:
 
     # -- the walk ------------------------------------------------------------------------------------------------------
 
-    def _walk(self, writer: CaptureWriter) -> None:
+    def _walk(self, writer: CaptureWriter | None) -> None:
         entry, pair = self.entry, self.pair
         lengths = [len(i) for i in self.ids]
         self.collector = Collector(pair, self.batches, lengths, self.ids, entry.passes, entry.comparisons, self.lens)
@@ -172,7 +189,9 @@ class Work:
             if state.batch == len(self.batches) - 1:
                 written = time.monotonic()
                 if self.collector.topk_bytes() > TOPK_BUDGET:
-                    self._write_lists(writer)
+                    if writer is not None:
+                        self._write_lists(writer)
+                    self.collector.topk.clear()
                 self.seconds["write"] += time.monotonic() - written
                 self._tell(state.layer, started)
         self.seconds["walk"] = time.monotonic() - started - self.seconds["write"]

@@ -15,19 +15,18 @@ from typing import Any
 
 import yaml
 
-from capture.errors import ConfigError, PairscopeError
+from capture.errors import ConfigError
 from cluster.plan_facts import CONFIGS
 
 COUNTS = (1, 2, 4, 8)  # GPUs of an assumed machine
 SHARE, CONTEXT_BYTES = 0.97, 1e9  # of a card's memory for tensors; of it for CUDA's context and libraries
+HEADROOM = 0.05  # of what tensors may use; left free, because needs are computed and not measured on the card
 BFLOAT16_FROM = 800
-# On-demand, one machine each; the rest of the filters (verified, rentable) are Vast's own defaults.
-LIVE_QUERY = "reliability>0.98 direct_port_count>=1 cuda_vers>=12.8 inet_down>=500"
-LIVE_LIMIT = 400
-
-
-class OffersError(PairscopeError):
-    """The list of offers cannot be had: no package, no key, no answer."""
+LIVE_QUERY: dict[str, Any] = {
+    "verified": {"eq": True}, "external": {"eq": False}, "rentable": {"eq": True}, "rented": {"eq": False},
+    "reliability": {"gt": 0.98}, "inet_down": {"gte": 500}, "cuda_max_good": {"gte": 12.8},
+}  # fmt: skip
+LARGE_CARD_MB = 40_000
 
 
 @dataclass(frozen=True)
@@ -60,9 +59,15 @@ class Offer:
 
     @property
     def title(self) -> str:
-        if self.gpu == "CPU":
-            return f"this machine, {self.memory_mib / 1024:.0f} GiB"
-        return f"{self.gpus}x {self.gpu} {self.memory_mib / 1024:.0f}G"
+        """Short, for tables: `RTX 4090 24G`, `8x H100 SXM 80G`."""
+        if self.here:
+            return "this machine"
+        return f"{f'{self.gpus}x ' if self.gpus > 1 else ''}{self.gpu} {self.memory_mib / 1024:.0f}G"
+
+    @property
+    def here(self) -> bool:
+        """Whether it is the machine that the plan is made on."""
+        return self.gpu == "CPU"
 
     @property
     def memory_bytes(self) -> float:
@@ -75,13 +80,18 @@ class Offer:
         return SHARE * self.memory_bytes - CONTEXT_BYTES
 
     @property
+    def room_bytes(self) -> float:
+        """What a plan fills of it at most: all but 5 %."""
+        return (1 - HEADROOM) * self.usable_bytes
+
+    @property
     def bfloat16(self) -> bool:
         return self.compute_cap == 0 or self.compute_cap >= BFLOAT16_FROM
 
 
 @functools.cache
 def prices() -> dict[str, Any]:
-    """configs/prices.yaml, which comes with the project."""
+    """The assumptions that come with the project, configs/prices.yaml."""
     return read_prices(CONFIGS / "prices.yaml")
 
 
@@ -136,20 +146,17 @@ def read_offers(file: Path, data: Mapping[str, Any], gbit: float | None = None) 
 
 
 def live_offers(data: Mapping[str, Any], disk_gb: float) -> list[Offer]:
-    """Vast's present offers. disk_gb: the disk that the price shall include. Raises OffersError. Nothing is rented."""
-    try:
-        import vastai
-    except ImportError as error:
-        raise OffersError("--offers live needs the package vastai; run: pip install 'pairscope[vast]'") from error
-    try:
-        rows = vastai.VastAI(raw=True, quiet=True).search_offers(
-            query=LIVE_QUERY, order="dph_total", limit=LIVE_LIMIT, storage=disk_gb
-        )
-    except Exception as error:  # the package raises what its HTTP library raises
-        raise OffersError(
-            f"Vast's offers cannot be read ({type(error).__name__}: {' '.join(str(error).split())[:200]}); set VAST_API_KEY, or save a list "
-            "and name it with --offers FILE"
-        ) from error
+    """Vast's present offers, on demand. disk_gb: of the storage in the price. Raises VastError. Nothing is rented.
+
+    One and several GPUs, small and large cards are asked for apart: Vast sends the cheapest of each, and no more than a page.
+    """
+    from cluster.vast.api import Vast
+
+    vast, rows = Vast(), []
+    for counts in ({"eq": 1}, {"in": [2, 4, 8]}):
+        for memory in ({"lt": LARGE_CARD_MB}, {"gte": LARGE_CARD_MB}):
+            query = LIVE_QUERY | {"num_gpus": counts, "gpu_ram": memory}
+            rows += vast.search(query, bid=False, disk_gb=disk_gb)
     return vast_offers(rows, data, "Vast")
 
 
@@ -191,7 +198,7 @@ def _known(name: str, memory_mib: float, data: Mapping[str, Any]) -> Mapping[str
 def this_machine(data: Mapping[str, Any], gbit: float, cores: int, memory_bytes: int) -> Offer:
     """The machine that the plan is made on, for entries with `device: cpu`. It costs nothing."""
     speed = cores * data["cpu"]["tflops_per_core"]
-    # all of the free memory is for tensors: there is no context to leave room for
+    # no context is to be left room for: what is free is for tensors
     memory = (memory_bytes + CONTEXT_BYTES) / SHARE / 2**20
     disk = data["disk"]
     return Offer("CPU", 1, memory, 0.0, gbit, 0.0, float("inf"), disk["gb_per_second"], 0.0, float("inf"),

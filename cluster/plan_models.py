@@ -51,7 +51,7 @@ class Models:
             return known
         cached = _cached(model, revision)
         if cached is not None:
-            return directory_sizes(cached, model, dtype, source="cache")
+            return directory_sizes(cached, model, dtype, source="cache", download=True)
         why = "the plan is made offline" if self.offline else "the hub cannot be reached"
         raise CheckpointError(
             f"no sizes of '{model}': it is not in configs/models.yaml, nor in the hub's cache here, and {why}; connect and "
@@ -59,8 +59,11 @@ class Models:
         )
 
 
-def directory_sizes(path: Path, model: str, dtype: str, *, source: str) -> ModelSizes:
-    """Sizes from the headers of a checkpoint's files on this machine; nothing else of them is read."""
+def directory_sizes(path: Path, model: str, dtype: str, *, source: str, download: bool = False) -> ModelSizes:
+    """Sizes from the headers of a checkpoint's files on this machine; nothing else of them is read.
+
+    download: the machine that captures will have to download it all the same, as one that is rented does not have our cache.
+    """
     where = f"'{path}'"
     try:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
@@ -73,9 +76,11 @@ def directory_sizes(path: Path, model: str, dtype: str, *, source: str) -> Model
     if config is None:
         raise CheckpointError(f"{where}: weights but no config.json; save the model with save_pretrained")
     tensors = {
-        key: (str(t["dtype"]), tuple(t["shape"])) for name in weights.files for key, t in read_header(path / name).items()
+        key: (str(t["dtype"]), tuple(t["shape"]))
+        for name in weights.files
+        for key, t in read_header(path / name).items()
     }
-    return sizes_of(model, tensors, config, dtype, source=source, download_bytes=0)
+    return sizes_of(model, tensors, config, dtype, source=source, download_bytes=None if download else 0)
 
 
 def _cached(model: str, revision: str | None) -> Path | None:

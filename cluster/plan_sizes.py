@@ -41,7 +41,7 @@ class ModelSizes:
     """One checkpoint, as a plan sees it.
 
     source: models.yaml, hub, cache or directory. Bytes: `download_bytes` of its weight files from the hub (0 for a
-    directory and for what is in the cache), `read_bytes` of what a capture reads of them, `weights` as they stand in memory
+    directory), `read_bytes` of what a capture reads of them, `weights` as they stand in memory
     in `dtype`. active: elements of each layer that one token uses (all of them but the experts it is not sent to). ffn: the
     width of the feed-forward of one token. gated: "none", or how access is given.
     """
@@ -135,7 +135,13 @@ def sizes_of(
                 matrix = max(matrix, shape[-1] * shape[-2] * element)
         else:
             name = key.split(".")
-            group = "embedding" if any(p in _EMBEDDINGS for p in name) else "head" if any(p in _HEADS for p in name) else "rest"
+            group = (
+                "embedding"
+                if any(p in _EMBEDDINGS for p in name)
+                else "head"
+                if any(p in _HEADS for p in name)
+                else "rest"
+            )
             ends[group] += size
     tied = bool(text.get("tie_word_embeddings")) or not (ends["head"] and ends["embedding"])
     if tied:
@@ -150,7 +156,11 @@ def sizes_of(
     )  # fmt: skip
 
 
-_NAMES = (("hidden_size", "n_embd", "d_model"), ("num_hidden_layers", "n_layer", "num_layers"), ("num_attention_heads", "n_head"))
+_NAMES = (
+    ("hidden_size", "n_embd", "d_model"),
+    ("num_hidden_layers", "n_layer", "num_layers"),
+    ("num_attention_heads", "n_head"),
+)
 
 
 def _number(model: str, config: Mapping[str, Any], *names: str) -> int:

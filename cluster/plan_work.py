@@ -52,7 +52,7 @@ def work_of(entry: Entry, models: Sequence[ModelSizes], counts: Sequence[int]) -
     lens_flop = 2.0 * base.hidden * vocab * tokens * len(entry.passes) * n_lens
     walk = Walk(
         tokens=tokens,
-        batch_tokens=min(tokens, max(entry.batching.max_tokens, *counts)),
+        batch_tokens=_largest_batch(entry, counts),
         passes=len(entry.passes),
         passes_of_one=max(sum(p.model == owner for p in entry.passes) for owner in by_owner),
         hidden=base.hidden,
@@ -67,6 +67,15 @@ def work_of(entry: Entry, models: Sequence[ModelSizes], counts: Sequence[int]) -
     return Work(len(counts), max(counts), walk, layer_flop, lens_flop, DTYPE_BYTES[base.dtype] == 2)
 
 
+def _largest_batch(entry: Entry, counts: Sequence[int]) -> int:
+    """Tokens of the largest batch, padding included: capture/batches.py puts prompts of one length together, or pads."""
+    cap, most = entry.batching.max_tokens, 0
+    for length in set(counts):
+        together = counts.count(length) if entry.batching.padding == "none" else sum(n <= length for n in counts)
+        most = max(most, length * min(together, max(1, cap // length)))
+    return most
+
+
 def _lens_layers(entry: Entry, n_layers: int) -> int:
     """How many layers the lens multiplies out: -1 to L, where L with the final norm is that of layer L-1 and costs nothing."""
     lens, every = entry.lens, range(-1, n_layers + 1)
@@ -77,6 +86,6 @@ def _lens_layers(entry: Entry, n_layers: int) -> int:
     elif isinstance(lens.layers, int):
         chosen = {*range(0, n_layers, lens.layers), n_layers}
     else:
-        chosen = set(lens.layers) & set(every)  # type: ignore[arg-type]
+        chosen = set(lens.layers) & set(every)
     free = lens.norm == "final" and {n_layers - 1, n_layers} <= chosen
     return len(chosen) - free

@@ -9,6 +9,7 @@ import click
 import pairscope
 from analysis.tables_page import tables_page
 from capture.config_page import config_page
+from cluster.plan_page import hardware_page
 
 HERE = Path(__file__).parent
 
@@ -27,7 +28,7 @@ def commands_page() -> str:
     return "\n".join(parts)
 
 
-PAGES = {"commands.md": commands_page, "config.md": config_page, "tables.md": tables_page}
+PAGES = {"commands.md": commands_page, "config.md": config_page, "hardware.md": hardware_page, "tables.md": tables_page}
 
 if __name__ == "__main__":
     for name, page in PAGES.items():

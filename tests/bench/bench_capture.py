@@ -23,13 +23,16 @@ import statistics
 import sys
 import tempfile
 import time
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+Mode = Literal["auto", "resident", "streamed"]
 ROOT = Path(__file__).resolve().parents[2]
 CACHE = ROOT / ".cache" / "bench"
 BAR = 3.0
+STEADY = 1.3  # floors of one run that are further apart than this say that the machine was busy
 N_TOKENS = 64
 SHAPE: dict[str, Any] = {
     "vocab": 49152,
@@ -71,8 +74,11 @@ def make_pair(directory: Path, shape: dict[str, Any]) -> Any:
     if not directory.exists():
         directory.parent.mkdir(parents=True, exist_ok=True)
         half_made = Path(tempfile.mkdtemp(dir=directory.parent))
-        write("llama", half_made, **shape)
-        half_made.rename(directory)
+        try:
+            write("llama", half_made, **shape)
+            half_made.rename(directory)
+        finally:
+            shutil.rmtree(half_made, ignore_errors=True)
     return PairPaths(directory / "base", directory / "sft", directory / "tokenizer")
 
 
@@ -113,7 +119,7 @@ def capture_once(entry: Any, out: Path) -> tuple[dict[str, float], str]:
     return {**found["seconds"], "all": result.seconds}, result.mode
 
 
-def measure(paths: Any, out: Path, repeats: int, mode: str = "auto") -> list[Repetition]:
+def measure(paths: Any, out: Path, repeats: int, mode: Mode = "auto") -> list[Repetition]:
     """Floor, capture, floor, capture, ... floor; the first capture only warms up and is not counted."""
     from capture.config import Entry
 
@@ -185,7 +191,7 @@ def main() -> int:
 
     if args.threads:
         torch.set_num_threads(args.threads)
-    paths = make_pair(CACHE / "llama-135m", SHAPE)
+    paths = make_pair(CACHE / f"llama-{zlib.crc32(json.dumps(SHAPE).encode()):08x}", SHAPE)
     out = Path(tempfile.mkdtemp(prefix="bench-"))
     try:
         done = measure(paths, out, args.repeats, args.mode)

@@ -68,6 +68,16 @@ _SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
         {"head_dim": 16, "query_pre_attn_scalar": 24, "sliding_window": WINDOW, "layer_types": _MIXED[::-1]},
     ),
     "mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen3_moe": (
+        "qwen3_moe",
+        {
+            "moe_intermediate_size": 24,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "head_dim": 16,
+            "decoder_sparse_step": 1,
+        },
+    ),
     "deepseek_v3": (
         "deepseek_v3",
         {
@@ -162,8 +172,9 @@ def make_pair(
     tie: embeddings and head are one matrix; None leaves it to the architecture. identical: sft has base's weights.
     same_embeddings: the input embeddings (and a head tied to them) are equal. frozen_layers: blocks with equal weights.
     vocab, sft_vocab: rows of the embeddings; sft_vocab adds rows to sft, or cuts them off, after what both share.
-    tokenizer_size: ids of the tokenizer. sharded: several files per checkpoint. dtype: of the files; the random numbers are drawn in float32 and rounded.
-    perturb: size of sft minus base, relative to each tensor's root mean square. overrides: further config keys.
+    tokenizer_size: ids of the tokenizer. sharded: several files per checkpoint. dtype: of the files; the random numbers
+    are drawn in float32 and rounded. perturb: size of sft minus base, relative to each tensor's root mean square.
+    overrides: further config keys.
     """
     model_type, shape = _SHAPES[arch]
     settings = _COMMON | {"vocab_size": vocab} | shape | overrides

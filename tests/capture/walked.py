@@ -10,6 +10,7 @@ from tiny import PairPaths
 from capture.batches import Batch, make_batches
 from capture.checkpoint import Ledger, StreamedModel
 from capture.config import FOUR_PASSES, Batching, Pass
+from capture.group import Group
 from capture.lockstep import Pair
 
 CPU = torch.device("cpu")
@@ -17,14 +18,14 @@ Walked = dict[str, dict[int, list[torch.Tensor]]]  # pass -> layer -> states [T,
 
 
 def open_pair(
-    paths: PairPaths, passes: Sequence[Pass] = FOUR_PASSES, *, dtype: str = "auto", **model_kwargs: object
+    paths: PairPaths, passes: Sequence[Pass] = FOUR_PASSES, *, dtype: str = "auto", group: Group | None = None
 ) -> Pair:
     """Both models on meta, with one ledger."""
     ledger = Ledger()
 
     def opened(label: str, path: object) -> StreamedModel:
         return StreamedModel(
-            str(path), label=label, dtype=dtype, device=CPU, model_kwargs=dict(model_kwargs), ledger=ledger
+            str(path), label=label, dtype=dtype, device=CPU, model_kwargs={}, ledger=ledger, group=group
         )
 
     base = opened("base", paths.base)

@@ -89,7 +89,9 @@ class Market:
             rows.sort(key=lambda r: (r.get(name) is None, r.get(name) or 0), reverse=direction == "desc")
         return rows[: int(query.get("limit") or 64)]
 
-    def create(self, ask_id: int, body: dict[str, Any], *, stuck: bool = False, shared: bool = False) -> Instance | None:
+    def create(
+        self, ask_id: int, body: dict[str, Any], *, stuck: bool = False, shared: bool = False
+    ) -> Instance | None:
         """None where the ask is not to be had. shared: somebody else got the same machine, so this never boots."""
         with self.lock:
             ask = next((o for o in self.offers if o["id"] == ask_id), None)
@@ -183,7 +185,9 @@ class Market:
             one.status = "loading"
         if one.status != "loading" or one.stuck or age < sum(self.boot_s):
             return
-        ssh = self.hosts.start(one.id, one.env | {"CONTAINER_API_KEY": one.key, "CONTAINER_ID": str(one.id)}, one.onstart)
+        ssh = self.hosts.start(
+            one.id, one.env | {"CONTAINER_API_KEY": one.key, "CONTAINER_ID": str(one.id)}, one.onstart
+        )
         with self.lock:
             if one.id in self.live:
                 one.ssh = ssh

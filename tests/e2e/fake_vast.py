@@ -27,7 +27,7 @@ from urllib.parse import parse_qs, urlsplit
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from fake_market import Hosts, Market, offer  # noqa: E402
+from fake_market import Hosts, Market, offer
 
 PAGE = 25
 
@@ -120,7 +120,9 @@ class Handler(BaseHTTPRequestHandler):
         if fault == "drop":
             raise NoReply
         if fault and fault.isdigit():
-            self.reply(int(fault), {"success": False, "error": "too_many_requests" if fault == "429" else "server_error"})
+            self.reply(
+                int(fault), {"success": False, "error": "too_many_requests" if fault == "429" else "server_error"}
+            )
             return
         if fault == "empty":
             self.raw(200, b"")
@@ -146,14 +148,22 @@ class Handler(BaseHTTPRequestHandler):
             return 403, {"success": False, "error": "forbidden", "msg": "this key may not do that"}
         return 401, {"success": False, "error": "auth_error", "msg": "Invalid user key"}
 
-    def call_search(self, number: int, body: dict[str, Any], query: dict[str, str], fault: str | None) -> tuple[int, Any]:
+    def call_search(
+        self, number: int, body: dict[str, Any], query: dict[str, str], fault: str | None
+    ) -> tuple[int, Any]:
         return 200, {"offers": [] if fault == "no_rows" else self.server.market.search(body)}
 
-    def call_create(self, number: int, body: dict[str, Any], query: dict[str, str], fault: str | None) -> tuple[int, Any]:
+    def call_create(
+        self, number: int, body: dict[str, Any], query: dict[str, str], fault: str | None
+    ) -> tuple[int, Any]:
         market = self.server.market
         one = market.create(number, body, stuck=fault == "stuck", shared=fault == "sold_twice")
         if one is None:
-            return 400, {"success": False, "error": "no_such_ask", "msg": f"Instance type by id {number} is not available."}
+            return 400, {
+                "success": False,
+                "error": "no_such_ask",
+                "msg": f"Instance type by id {number} is not available.",
+            }
         if fault == "gone":
             market.destroy(one.id, "its host")
         return 200, {"success": True, "new_contract": one.id}
@@ -175,7 +185,9 @@ class Handler(BaseHTTPRequestHandler):
         one = self.server.market.live.get(number)
         return 200, {"instances": self.server.market.row(one) if one else None}
 
-    def call_destroy(self, number: int, body: dict[str, Any], query: dict[str, str], fault: str | None) -> tuple[int, Any]:
+    def call_destroy(
+        self, number: int, body: dict[str, Any], query: dict[str, str], fault: str | None
+    ) -> tuple[int, Any]:
         if fault == "ignored":
             return 200, {"success": True}
         key = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
@@ -183,7 +195,9 @@ class Handler(BaseHTTPRequestHandler):
             return 404, {"success": False, "error": "no_such_instance", "msg": f"no instance {number}"}
         return 200, {"success": True}
 
-    def call_attach(self, number: int, body: dict[str, Any], query: dict[str, str], fault: str | None) -> tuple[int, Any]:
+    def call_attach(
+        self, number: int, body: dict[str, Any], query: dict[str, str], fault: str | None
+    ) -> tuple[int, Any]:
         one = self.server.market.live.get(number)
         if one is None:
             return 404, {"success": False, "error": "no_such_instance"}
@@ -193,7 +207,9 @@ class Handler(BaseHTTPRequestHandler):
                 self.server.market.hosts.authorize(number, body["ssh_key"])
         return 200, {"success": True}
 
-    def call_update(self, number: int, body: dict[str, Any], query: dict[str, str], fault: str | None) -> tuple[int, Any]:
+    def call_update(
+        self, number: int, body: dict[str, Any], query: dict[str, str], fault: str | None
+    ) -> tuple[int, Any]:
         one = self.server.market.live.get(number)
         if one is None:
             return 404, {"success": False, "error": "no_such_instance"}

@@ -1,0 +1,90 @@
+"""The ranks that share one pair: tensor parallelism inside one node, and the reductions that the lens needs of it.
+
+Every rank holds a shard of most weights and the whole of the residual; only the unembedding's rows, and so the vocabulary,
+are divided among ranks when statistics are computed. `Group()` is a group of one, for which every reduction is the identity.
+"""
+
+from __future__ import annotations
+
+import datetime
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Group:
+    """rank of size; all ranks call every method, in the same order."""
+
+    rank: int = 0
+    size: int = 1
+
+    def max(self, x: Tensor) -> Tensor:
+        """Elementwise maximum over ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(x, dist.ReduceOp.MAX)
+        return x
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Elementwise sum over ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(x, dist.ReduceOp.SUM)
+        return x
+
+    def all(self, value: bool, device: torch.device) -> bool:
+        """True if it is true on every rank."""
+        if self.size == 1:
+            return value
+        return bool(-self.max(torch.tensor([-int(value)], device=device)).item())
+
+    def gather(self, x: Tensor) -> Tensor:
+        """[R, K] of each rank -> [R, size * K], ranks in order."""
+        if self.size == 1:
+            return x
+        parts = [torch.empty_like(x) for _ in range(self.size)]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts, dim=1)
+
+
+ALONE = Group()
+
+
+def join_group(rank: int, size: int, address: str, port: int, device: torch.device, *, minutes: float = 30) -> Group:
+    """Meet the other ranks (NCCL on CUDA, gloo on the CPU). All collectives give up after `minutes`."""
+    if size == 1:
+        return ALONE
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        init_method=f"tcp://{address}:{port}",
+        rank=rank,
+        world_size=size,
+        timeout=datetime.timedelta(minutes=minutes),
+        device_id=device if device.type == "cuda" else None,
+    )
+    return Group(rank, size)
+
+
+def leave_group(group: Group) -> None:
+    """Part from the other ranks."""
+    if group.size > 1 and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def local(x: Tensor) -> Tensor:
+    """This rank's shard of a distributed tensor; any other tensor itself."""
+    from torch.distributed.tensor import DTensor
+
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
+def vocabulary_shard(weight: Tensor) -> tuple[int, Tensor]:
+    """(id of its first row, rows) of this rank's shard of an unembedding; all rows where it is not divided."""
+    from torch.distributed.tensor import DTensor, Shard
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    if not isinstance(weight, DTensor) or not any(isinstance(p, Shard) for p in weight.placements):
+        return 0, local(weight)
+    _, offset = compute_local_shape_and_global_offset(weight.shape, weight.device_mesh, weight.placements)
+    return offset[0], weight.to_local()

@@ -1,0 +1,143 @@
+"""The process on each node that keeps its tunnels as the peers file says, and tells how they are.
+
+It answers on STATUS of the node's block, one line in, one line of JSON out:
+  status     this node's tunnels
+  probe K    whether node K's daemon answers from here (on the head: whether the tunnel to worker K works)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import socketserver
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from capture.errors import ConfigError
+from cluster.mesh.peers import Mesh, read_mesh, restricted_line
+from cluster.mesh.ports import HEAD, STATUS, address, block
+from cluster.mesh.tunnel import Tunnel
+
+TICK_S = 0.3
+KEYS_EVERY_S = 30.0  # Vast has been seen to rewrite authorized_keys, so the mesh's line is put back
+
+
+class Daemon:
+    """All tunnels of one node."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.mesh: Mesh = read_mesh(folder)
+        self.stamp = 0.0
+        self.tunnels: dict[int, Tunnel] = {}
+        self.ending = threading.Event()
+        self.began = time.time()
+
+    def run(self) -> None:
+        """Until SIGTERM."""
+        server = _Server((address(self.mesh.k), block(self.mesh.k) + STATUS), self)
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.2}, daemon=True).start()
+        keys_at = float("-inf")
+        try:
+            while not self.ending.wait(TICK_S):
+                self.read()
+                for tunnel in self.tunnels.values():
+                    tunnel.tend()
+                if self.mesh.k == HEAD and time.monotonic() - keys_at > KEYS_EVERY_S:
+                    self.let_workers_in()
+                    keys_at = time.monotonic()
+        finally:
+            server.shutdown()
+            server.server_close()
+            for tunnel in self.tunnels.values():
+                tunnel.stop()
+
+    def read(self) -> None:
+        """Take up a changed peers file: new tunnels, none for peers that left or moved."""
+        try:
+            stamp = (self.folder / "peers.json").stat().st_mtime_ns
+            if stamp == self.stamp:
+                return
+            mesh = read_mesh(self.folder)
+        except (ConfigError, OSError):
+            return
+        self.stamp, self.mesh = stamp, mesh
+        wanted = {p.k: p for p in mesh.peers}
+        for k in list(self.tunnels):
+            if self.tunnels[k].peer != wanted.get(k) or self.tunnels[k].forwards != mesh.forwards(wanted[k]):
+                self.tunnels.pop(k).stop()
+        for k, peer in wanted.items():
+            if k not in self.tunnels:
+                self.tunnels[k] = Tunnel(peer, mesh.forwards(peer), self.folder)
+
+    def let_workers_in(self) -> None:
+        """Put the line of the mesh key into both files that sshd reads by default."""
+        public = self.folder / "key.pub"
+        if not public.exists():
+            return
+        line = restricted_line(public.read_text(), self.mesh.slots)
+        ssh = Path.home() / ".ssh"
+        ssh.mkdir(mode=0o700, exist_ok=True)
+        for path in (ssh / "authorized_keys", ssh / "authorized_keys2"):
+            lines = path.read_text().splitlines() if path.exists() else []
+            if line not in lines:
+                key = line.split()[-2]
+                kept = [old for old in lines if key not in old]
+                tmp = path.with_name(path.name + ".pairscope")
+                tmp.write_text("\n".join([*kept, line]) + "\n")
+                tmp.chmod(0o600)
+                os.replace(tmp, path)
+
+    def answer(self, line: str) -> dict[str, Any]:
+        word, _, rest = line.strip().partition(" ")
+        if word == "probe" and rest.isdigit() and 1 <= int(rest) <= self.mesh.slots:
+            return {"k": self.mesh.k, "probe": int(rest), "ok": ask(int(rest), "status", timeout=5) is not None}
+        return {
+            "k": self.mesh.k, "slots": self.mesh.slots, "since": self.began,
+            "tunnels": [t.status() for _, t in sorted(self.tunnels.items())],
+        }  # fmt: skip
+
+
+class _Server(socketserver.ThreadingTCPServer):
+    allow_reuse_address = True
+    daemon_threads = True
+
+    def __init__(self, where: tuple[str, int], daemon: Daemon) -> None:
+        self.mesh_daemon = daemon
+        super().__init__(where, _Handler)
+
+
+class _Handler(socketserver.StreamRequestHandler):
+    server: _Server
+    timeout = 10
+
+    def handle(self) -> None:
+        with contextlib.suppress(OSError):
+            line = self.rfile.readline(100).decode(errors="replace")
+            self.wfile.write(json.dumps(self.server.mesh_daemon.answer(line)).encode() + b"\n")
+
+
+def ask(k: int, line: str, timeout: float = 8.0) -> dict[str, Any] | None:
+    """What node k's daemon answers, or None where it does not."""
+    where = (address(k), block(k) + STATUS)
+    with contextlib.suppress(OSError, ValueError), socket.create_connection(where, timeout=timeout) as peer:
+        peer.settimeout(timeout)
+        peer.sendall(line.encode() + b"\n")
+        with peer.makefile("rb") as reply:
+            found = json.loads(reply.readline(1_000_000))
+            return found if isinstance(found, dict) else None
+    return None
+
+
+def run(folder: Path) -> None:
+    """The daemon's main; ends on SIGTERM with all its ssh processes."""
+    daemon = Daemon(folder)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: daemon.ending.set())
+    (folder / "daemon.pid").write_text(str(os.getpid()))
+    daemon.run()

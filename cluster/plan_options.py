@@ -1,0 +1,174 @@
+"""All ways to run one entry: every mode on every machine that it fits, how long each takes and what it costs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from capture.degrees import degree_error
+from capture.footprint import (
+    MODES,
+    RESIDENT_SHARE,
+    RUNNABLE,
+    RUNNABLE_DEGREES,
+    RUNNABLE_STORED,
+    activation_bytes,
+    loading_bytes,
+    rank_share,
+    weight_bytes,
+)  # fmt: skip
+from cluster.offers import Offer
+from cluster.plan_sizes import ModelSizes
+from cluster.plan_work import Work
+
+HOURS_PER_MONTH = 730.0
+DISK_MARGIN_GB = 30.0  # beside the checkpoints: the image, the packages, the tables
+
+
+@dataclass(frozen=True)
+class Stages:
+    """Seconds of each stage. A layer is read from disk and copied to the GPU by one thread, while the layer before computes."""
+
+    download: float
+    disk: float
+    pcie: float
+    compute: float
+
+    @property
+    def bottleneck(self) -> str:
+        return max(("download", "disk", "pcie", "compute"), key=lambda stage: getattr(self, stage))
+
+    def seconds(self, mode: str) -> float:
+        """All of it: the download, then reading and computing side by side; one after the other for one model at a time."""
+        reading = self.disk + self.pcie
+        return self.download + (reading + self.compute if mode == "one-at-a-time" else max(reading, self.compute))
+
+
+@dataclass(frozen=True)
+class Option:
+    """One mode on one machine. degree: GPUs that the capture is split over. Bytes are those of one GPU.
+
+    usd: hours x (the machine's price + its disk) + traffic. readable: this version reads checkpoints of that dtype.
+    """
+
+    offer: Offer
+    mode: str
+    degree: int
+    weight_bytes: int
+    loading_bytes: int
+    activation_bytes: int
+    stages: Stages
+    hours: float
+    usd: float
+    disk_gb: float
+    readable: bool
+
+    @property
+    def runs(self) -> bool:
+        """Whether this version runs it."""
+        return self.ours and self.readable
+
+    @property
+    def need_bytes(self) -> int:
+        return self.weight_bytes + self.loading_bytes + self.activation_bytes
+
+    @property
+    def ours(self) -> bool:
+        """Whether this version has the mode, for checkpoints that it can read."""
+        return self.mode in RUNNABLE and self.degree in RUNNABLE_DEGREES
+
+    @property
+    def easy(self) -> bool:
+        """Whether `mode: auto` would keep both models on this machine."""
+        return self.mode == "resident" and self.weight_bytes <= RESIDENT_SHARE * self.offer.usable_bytes
+
+
+def download_gb(models: Sequence[ModelSizes]) -> float:
+    return sum(m.download_bytes for m in models) / 1e9
+
+
+def disk_gb(models: Sequence[ModelSizes]) -> float:
+    """Disk to rent for one entry: its checkpoints and a margin."""
+    return download_gb(models) + DISK_MARGIN_GB
+
+
+def usd(offer: Offer, hours: float, traffic_gb: float, disk: float) -> float:
+    """Hours x (price + disk x its price a month / 730 hours) + traffic."""
+    return (
+        hours * (offer.usd_per_hour + disk * offer.usd_per_gb_month / HOURS_PER_MONTH) + traffic_gb * offer.usd_per_gb
+    )
+
+
+def stages(offer: Offer, models: Sequence[ModelSizes], work: Work, degree: int) -> Stages:
+    """Seconds of each stage: bytes over speed, operations over speed. GPUs share the network and the disk, not the bus."""
+    read = sum(m.read_bytes for m in models) / 1e9
+    speed = offer.tflops
+    products = work.layer_flop / (speed.half if work.half else speed.single)
+    products += work.lens_flop / (speed.tf32 if work.half else speed.single)
+    return Stages(
+        download=download_gb(models) * 8 / offer.gbit,
+        disk=read / offer.disk_speed,
+        pcie=read / (offer.pcie * degree),
+        compute=products / 1e12 / degree,
+    )
+
+
+def degrees(models: Sequence[ModelSizes], gpus: int, *, alone: bool) -> list[int]:
+    """Over how many of a machine's GPUs to split: as many as the models' heads allow; one, too, where `alone`."""
+    valid = [n for n in range(1, gpus + 1)
+             if all(degree_error(m.model_type, m.heads, m.kv_heads, n) is None for m in models)]  # fmt: skip
+    return sorted({valid[-1], 1} if alone else {valid[-1]})
+
+
+def options(
+    offers: Sequence[Offer],
+    models: Sequence[ModelSizes],
+    work: Work,
+    *,
+    mode: str = "auto",
+    cap_bytes: float | None = None,
+) -> list[Option]:
+    """Every mode on every machine that it fits, cheapest first. models: base and sft, or one where both are the same.
+
+    mode: the entry's; auto leaves all open. cap_bytes: the config's cap on device memory.
+    """
+    single = {(o.gpu, o.memory_mib) for o in offers if o.gpus == 1}
+    found: list[Option] = []
+    for offer in offers:
+        if any(m.dtype == "bfloat16" for m in models) and not offer.bfloat16:
+            continue
+        if disk_gb(models) > offer.disk_gb:
+            continue
+        for degree in degrees(models, offer.gpus, alone=(offer.gpu, offer.memory_mib) not in single):
+            found += _on(offer, degree, models, work, mode, cap_bytes)
+    return sorted(found, key=cost_order)
+
+
+def _on(
+    offer: Offer, degree: int, models: Sequence[ModelSizes], work: Work, mode: str, cap_bytes: float | None
+) -> Iterator[Option]:
+    shares = [rank_share(m.weights, degree) for m in models]
+    needs, activation = weight_bytes(shares), activation_bytes(work.walk)
+    room = min(offer.room_bytes, cap_bytes or float("inf"))
+    times = stages(offer, models, work, degree)
+    readable = all(m.stored in RUNNABLE_STORED for m in models)
+    for name in MODES if mode == "auto" else (mode,):
+        loading = loading_bytes(shares, name)
+        if needs[name] + loading + activation > room:
+            continue
+        hours = times.seconds(name) / 3600
+        disk = disk_gb(models)
+        yield Option(
+            offer, name, degree, needs[name], loading, activation, times, hours,
+            usd(offer, hours, download_gb(models), disk), disk, readable,
+        )  # fmt: skip
+
+
+def cost_order(option: Option) -> tuple[float, float, int, int, int]:
+    """Cheapest first; of equal ones the faster, then what `mode: auto` comes to, then the mode with more in memory."""
+    auto = 0 if option.easy else 1 if option.mode == "streamed" else 2
+    return (option.usd, option.hours, auto, list(MODES).index(option.mode), option.offer.gpus)
+
+
+def time_order(option: Option) -> tuple[float, float]:
+    return (option.hours, option.usd)

@@ -1,0 +1,184 @@
+"""The calls to Vast that we use, through its own SDK, with a back-off of our own and replies that are checked.
+
+The SDK is told not to retry: after a 503 it would send `create` again and rent twice. Every failure comes out as one of
+cluster.vast.errors; none of these functions ever answers a failed call with an empty list.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from cluster.vast.errors import VastBusyError, VastKeyError, VastRefusedError
+
+T = TypeVar("T")
+
+TIMEOUT_S = 30
+FIRST_PAUSE_S = 1.0  # doubles with every try; Vast sends no Retry-After
+LONGEST_PAUSE_S = 15.0
+PAGE = 25  # the listing's largest page
+
+KEY_HELP = "make one at cloud.vast.ai/manage-keys with instance_read and instance_write, then set VAST_API_KEY or run `vastai set api-key`"
+
+
+class Vast:
+    """One account. url: another server than Vast's own; `sleep` is for tests."""
+
+    def __init__(
+        self, key: str | None = None, url: str | None = None, sleep: Callable[[float], None] = time.sleep
+    ) -> None:
+        try:
+            from vastai.sdk import VastAI
+        except ImportError as error:
+            raise VastKeyError(
+                f"renting on Vast needs the package vastai: pip install 'pairscope[vast]' ({error})"
+            ) from error
+        try:
+            self.sdk = VastAI(api_key=key, server_url=url.rstrip("/") if url else None, retry=1)
+        except RuntimeError as error:
+            raise VastKeyError(f"no Vast API key found; {KEY_HELP}") from error
+        self.sdk.client.timeout = TIMEOUT_S
+        self.key: str = self.sdk.client.api_key
+        self.url: str = self.sdk.client.server_url
+        self.sleep = sleep
+
+    def search(self, query: dict[str, Any], *, bid: bool, disk_gb: float) -> list[dict[str, Any]]:
+        """Offers that pass `query` ({field: {op: value}}; nothing is added to it), priced with disk_gb of storage, cheapest first."""
+        offers = self._call(
+            "search offers",
+            lambda: self.sdk.search_offers(
+                dict(query),
+                type="bid" if bid else "on-demand",
+                order="dph_total",
+                limit=1000,
+                storage=disk_gb,
+                no_default=True,
+            ),
+        )
+        return _rows(offers, "search offers")
+
+    def create(self, offer: int, **fields: Any) -> int:
+        """Rent an offer and return the instance's id. Sent again only after a 429, which Vast sends before it acts.
+
+        VastBusyError with done=True: it may or may not have been rented; look for the label.
+        """
+        reply = self._call(
+            "create instance",
+            lambda: self.sdk.create_instance(offer, cancel_unavail=True, **fields),
+            again=lambda error: not error.done,
+        )
+        if isinstance(reply, dict) and reply.get("success") is False:
+            raise VastRefusedError(f"Vast did not rent offer {offer}: {_message(reply)}", status=200)
+        if not isinstance(reply, dict) or not isinstance(reply.get("new_contract"), int):
+            raise VastBusyError(f"create instance: a reply without a contract: {str(reply)[:200]}")
+        return int(reply["new_contract"])
+
+    def instances(self) -> list[dict[str, Any]]:
+        """Everything the account has rented, whole pages only. Raises rather than return part of it."""
+        rows: dict[int, dict[str, Any]] = {}
+        token: str | None = None
+        while True:
+            params = {"select_filters": {}, "order_by": [{"col": "id", "dir": "asc"}], "limit": PAGE}
+            if token:
+                params["after_token"] = token
+            page = self._call("list instances", lambda p=params: _listing(self.sdk.show_instances_v1(p)), tries=3)  # type: ignore[misc]
+            rows |= {row["id"]: row for row in page["instances"]}
+            following = page.get("next_token")
+            if not following:
+                return list(rows.values())
+            if following == token:
+                raise VastBusyError("list instances: the same page came twice")
+            token = following
+
+    def instance(self, number: int) -> dict[str, Any] | None:
+        """One instance, or None where Vast says that there is no such one."""
+
+        def get() -> dict[str, Any] | None:
+            response = self.sdk.client.get(f"/instances/{number}/", query_args={"owner": "me"})
+            response.raise_for_status()
+            reply = response.json()
+            row = reply["instances"]  # the SDK's own function fails on a row without start_date
+            if row is not None and row["id"] != number:
+                raise ValueError(f"asked for {number}, got {row['id']}")
+            return None if row is None else dict(row)
+
+        try:
+            return self._call("show instance", get, tries=3)
+        except VastRefusedError as error:
+            if error.status == 404:
+                return None
+            raise
+
+    def destroy(self, number: int) -> None:
+        """Ask for an instance's end; one that is not there is no error. Whether it is gone must be looked up."""
+        try:
+            self._call("destroy instance", lambda: self.sdk.destroy_instance(number))
+        except VastRefusedError as error:
+            if error.status != 404:
+                raise
+
+    def attach_key(self, number: int, public_key: str) -> None:
+        """Let an ssh public key into an instance; Vast keeps it there."""
+        self._call("attach ssh key", lambda: self.sdk.attach_ssh(number, public_key))
+
+    def _call(
+        self, what: str, send: Callable[[], T], tries: int = 5, again: Callable[[VastBusyError], bool] = lambda _: True
+    ) -> T:
+        pause = FIRST_PAUSE_S
+        for attempt in range(1, tries + 1):
+            try:
+                return send()
+            except Exception as raised:
+                error = _explain(what, raised)
+                if not isinstance(error, VastBusyError) or attempt == tries or not again(error):
+                    raise error from raised
+            self.sleep(min(pause, LONGEST_PAUSE_S) * random.uniform(0.5, 1.5))
+            pause *= 2
+        raise AssertionError("unreachable")
+
+
+def _explain(what: str, error: Exception) -> Exception:
+    """Our error for one of requests' or of the SDK's; what is neither is a bug and stays as it is."""
+    import requests
+
+    if isinstance(error, requests.HTTPError) and error.response is not None:
+        status = error.response.status_code
+        try:
+            text = _message(error.response.json())
+        except ValueError:
+            text = error.response.text[:200]
+        if status == 401:
+            return VastKeyError(f"{what}: Vast does not know this API key ({text}); {KEY_HELP}")
+        if status == 403:
+            return VastKeyError(f"{what}: the API key lacks the right to do that ({text}); {KEY_HELP}")
+        if status == 429 or status >= 500:
+            return VastBusyError(f"{what}: Vast answered {status} ({text})", done=status != 429)
+        return VastRefusedError(f"{what}: Vast answered {status}: {text}", status=status)
+    if isinstance(error, requests.exceptions.JSONDecodeError | ValueError | KeyError | TypeError):
+        return VastBusyError(f"{what}: a reply that cannot be read ({type(error).__name__}: {str(error)[:120]})")
+    if isinstance(error, requests.RequestException):
+        return VastBusyError(f"{what}: no reply ({type(error).__name__}: {str(error)[:200]})")
+    return error
+
+
+def _message(reply: Any) -> str:
+    if not isinstance(reply, dict):
+        return str(reply)[:200]
+    parts = [str(reply[k]) for k in ("error", "msg") if reply.get(k)]
+    return ": ".join(parts)[:300] or str(reply)[:200]
+
+
+def _rows(value: Any, what: str) -> list[dict[str, Any]]:
+    if not isinstance(value, list) or not all(isinstance(r, dict) and isinstance(r.get("id"), int) for r in value):
+        raise VastBusyError(f"{what}: a reply that is no list of rows with ids: {str(value)[:120]}")
+    return value
+
+
+def _listing(reply: Any) -> dict[str, Any]:
+    """A page of the listing, or ValueError: `{}` and half a page must not read as `nothing is rented`."""
+    if not isinstance(reply, dict) or "instances" not in reply:
+        raise ValueError(f"a listing without instances: {str(reply)[:120]}")
+    _rows(reply["instances"], "list instances")
+    return reply

@@ -1,0 +1,49 @@
+"""What a rented container is started with: environment and start script."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+from pathlib import Path
+
+from capture.errors import ConfigError
+from cluster.mesh.ports import HEAD, STATUS, address, block
+
+LONGEST_SCRIPT = 4000  # Vast cuts longer ones
+
+
+def environment(k: int, *, api: str, deadline: int, silence_s: float, launch: str, request: str) -> dict[str, str]:
+    """The container's environment. No secret: Vast shows it to anybody who may list instances.
+
+    launch and request are Ray's tags of those names; here they outlive the machine that rented.
+    """
+    return {
+        "PAIRSCOPE_K": str(k),
+        "PAIRSCOPE_API": api,
+        "PAIRSCOPE_DEADLINE": str(deadline),
+        "PAIRSCOPE_SILENCE_S": f"{silence_s:g}",
+        "PAIRSCOPE_HEAD": "" if k == HEAD else f"{address(HEAD)}:{block(HEAD) + STATUS}",
+        "PAIRSCOPE_LAUNCH": launch,
+        "PAIRSCOPE_REQUEST": request,
+    }
+
+
+def start_script(first: str = "") -> str:
+    """The start script: no tmux for ssh logins (Ray's commands would end in it), then the dead-man's switch, then `first`."""
+    source = (Path(__file__).parent / "deadman.py").read_bytes()
+    packed = base64.b64encode(gzip.compress(source, 9, mtime=0)).decode()
+    script = "\n".join(
+        [
+            "touch ~/.no_auto_tmux",
+            "mkdir -p ~/.pairscope",
+            f"echo {packed} | base64 -d | gunzip > ~/.pairscope/deadman.py",
+            # python3 of the image, whatever it is: nothing is installed yet
+            "nohup python3 ~/.pairscope/deadman.py > ~/.pairscope/deadman.log 2>&1 < /dev/null &",
+            *([first] if first else []),
+        ]
+    )
+    if len(script) > LONGEST_SCRIPT:
+        raise ConfigError(
+            f"the start script has {len(script)} characters, Vast takes {LONGEST_SCRIPT}: shorten provider: onstart"
+        )
+    return script

@@ -1,0 +1,71 @@
+"""The switch on every node that destroys it when its time is up or its head is silent, with nobody's help.
+
+Runs from the container's first second (its text goes into the instance's start script), so it uses the standard library only
+and needs none of our code on the node. The key is the container's own CONTAINER_API_KEY, which can end this instance and
+nothing else. Environment: PAIRSCOPE_DEADLINE (seconds since 1970), PAIRSCOPE_SILENCE_S (0: never) and PAIRSCOPE_HEAD (host:port
+of the head's mesh; empty on the head), PAIRSCOPE_API. A later deadline may be written to ~/.pairscope/deadline.
+"""
+
+import contextlib
+import os
+import socket
+import time
+import urllib.error
+import urllib.request
+
+EVERY_S = float(os.environ.get("PAIRSCOPE_CHECK_S", "20"))
+
+
+def deadline() -> float:
+    """The latest word on when this node has to be gone."""
+    try:
+        with open(os.path.expanduser("~/.pairscope/deadline")) as note:
+            return float(note.read())
+    except (OSError, ValueError):
+        return float(os.environ["PAIRSCOPE_DEADLINE"])
+
+
+def head_speaks() -> bool:
+    """True if the head's mesh daemon answers through the tunnel, or if this node is the head."""
+    head = os.environ.get("PAIRSCOPE_HEAD", "")
+    if not head:
+        return True
+    host, port = head.rsplit(":", 1)
+    with contextlib.suppress(OSError), socket.create_connection((host, int(port)), timeout=5) as peer:
+        peer.settimeout(5)
+        peer.sendall(b"status\n")
+        return bool(peer.recv(1))
+    return False
+
+
+def end() -> None:
+    """Ask Vast to destroy this instance."""
+    instance = os.environ.get("CONTAINER_ID") or os.environ["VAST_CONTAINERLABEL"].removeprefix("C.")
+    api = os.environ.get("PAIRSCOPE_API") or "https://console.vast.ai"
+    request = urllib.request.Request(
+        api + "/api/v0/instances/" + instance + "/",
+        data=b"{}",
+        method="DELETE",
+        headers={"Authorization": "Bearer " + os.environ["CONTAINER_API_KEY"], "Content-Type": "application/json"},
+    )
+    urllib.request.urlopen(request, timeout=30).close()
+
+
+def watch() -> None:
+    """Check until it is time, then ask for the end until it comes."""
+    silence = float(os.environ.get("PAIRSCOPE_SILENCE_S", "0"))
+    heard = time.monotonic()
+    while time.time() < deadline():
+        if head_speaks():
+            heard = time.monotonic()
+        if silence and time.monotonic() - heard > silence:
+            break
+        time.sleep(EVERY_S)
+    while True:
+        with contextlib.suppress(OSError, urllib.error.URLError):
+            end()
+        time.sleep(EVERY_S)
+
+
+if __name__ == "__main__":
+    watch()

@@ -1,0 +1,255 @@
+"""What a cluster has rented, as far as Vast's listing can be believed.
+
+A failed listing raises and changes nothing. A node that a listing leaves out is gone only when asking for it by its id says so
+too. What must not be there (given up, destroyed before, lost, stuck in its boot) is destroyed on sight.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import socket
+import threading
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from cluster.vast.api import Vast
+from cluster.vast.errors import NotGoneError, VastBusyError, VastError
+from cluster.vast.labels import Label, parse
+from cluster.vast.money import Bill, add_up
+from cluster.vast.state import State
+
+logger = logging.getLogger(__name__)
+
+LOST = {
+    "stopped",
+    "exited",
+    "offline",
+}  # outbid, ended or unreachable: such a machine bills its disk and never comes back
+LOST_AFTER_S = {"stopped": 0.0}  # outbid is final; the others get LOST_GRACE_S
+LOST_GRACE_S = 120.0
+GREETING_S = 3.0
+
+
+@dataclass(frozen=True)
+class Node:
+    """One instance of the cluster: its row of the listing, and its label taken apart."""
+
+    id: str
+    label: Label
+    row: dict[str, Any]
+
+    @property
+    def status(self) -> str:
+        return self.row.get("actual_status") or "created"
+
+    @property
+    def dph(self) -> float:
+        return float(self.row.get("dph_total") or 0.0)
+
+    @property
+    def machine(self) -> int | None:
+        return self.row.get("machine_id")
+
+    @property
+    def env(self) -> dict[str, str]:
+        """What it was created with; Vast lists it as pairs."""
+        return {str(pair[0]): str(pair[1]) for pair in self.row.get("extra_env") or [] if len(pair) == 2}
+
+    @property
+    def ssh(self) -> tuple[str, int] | None:
+        """Where its sshd listens: the machine's own address and the port that 22 is mapped to, else Vast's proxy. Never half of each."""
+        mapped = (self.row.get("ports") or {}).get("22/tcp") or []
+        port = mapped[0].get("HostPort") if mapped else None
+        if self.row.get("public_ipaddr") and port:
+            return str(self.row["public_ipaddr"]).strip(), int(port)
+        if self.status == "running" and self.row.get("ssh_host") and self.row.get("ssh_port") and not mapped:
+            return str(self.row["ssh_host"]), int(self.row["ssh_port"])
+        return None
+
+
+def greets(address: tuple[str, int]) -> bool:
+    """True if an sshd answers there."""
+    with contextlib.suppress(OSError), socket.create_connection(address, timeout=GREETING_S) as peer:
+        peer.settimeout(GREETING_S)
+        return peer.recv(4) == b"SSH-"
+    return False
+
+
+class Fleet:
+    """The nodes of one cluster. `kinds`: which of them this machine looks after, head or worker; the others are only listed."""
+
+    def __init__(
+        self, vast: Vast, state: State, cluster: str, kinds: set[str], *, boot_s: float, poll_s: float
+    ) -> None:
+        self.vast, self.state, self.cluster, self.kinds = vast, state, cluster, kinds
+        self.boot_s, self.poll_s = boot_s, poll_s
+        self.lock = threading.RLock()
+        self.nodes: dict[str, Node] = {}
+        self.doomed: dict[str, Node] = {}  # still listed, on their way out: they bill, and keep their k
+        self.listed_at = float("-inf")
+        self.greeted: dict[str, tuple[str, int]] = {}
+
+    def refresh(self, *, force: bool = False) -> dict[str, Node]:
+        """The nodes now, by id. One listing serves all callers for poll_s seconds. Raises VastError and keeps what was known."""
+        with self.lock:
+            if not force and time.monotonic() - self.listed_at < self.poll_s:
+                return dict(self.nodes)
+            found = self._listing()
+            for id_ in set(self.nodes) - set(found):
+                row = self._still_there(id_)
+                if row is not None:
+                    found[id_] = Node(id_, self.nodes[id_].label, row)
+            self._record(found)
+            self.doomed = {id_: node for id_, node in found.items() if self._weed(node)}
+            self.nodes = {id_: node for id_, node in found.items() if id_ not in self.doomed}
+            self.doomed = {id_: node for id_, node in self.doomed.items() if not self._is_gone(id_)}
+            self.listed_at = time.monotonic()
+            return dict(self.nodes)
+
+    def everything(self) -> dict[str, Node]:
+        """All instances with the cluster's label, also those that should not be there; from a fresh listing."""
+        return self._listing()
+
+    def add(self, node: Node) -> None:
+        """Make a node known that was just rented; the listing may lag behind."""
+        with self.lock:
+            self._record({node.id: node})
+            self.nodes[node.id] = node
+
+    def get(self, id_: str) -> Node | None:
+        with self.lock:
+            return self.nodes.get(id_)
+
+    def is_running(self, id_: str) -> bool:
+        """True if Vast says running and, where this machine looks after the node, an sshd answers; asked once per address."""
+        node = self.get(id_)
+        if node is None or node.status != "running":
+            return False
+        return node.label.kind not in self.kinds or self._answers(node)
+
+    def bill(self) -> Bill:
+        content = self.state.read()
+        with self.lock:
+            nodes = [*self.nodes.values(), *self.doomed.values()]
+        live = [(self._since(content, node), node.dph) for node in nodes]
+        live += [(i["since"], i.get("dph", 0.0)) for i in content["intents"].values()]  # being asked for right now
+        return add_up(live, content["gone"])
+
+    def destroy(self, id_: str, reason: str, *, tries: int = 6, pause_s: float = 2.0) -> None:
+        """Destroy an instance and see that it is gone, asking again where Vast forgot. NotGoneError where it stays."""
+        with self.lock:
+            node = self.nodes.get(id_)
+        k = node.label.k if node else 0
+        with self.state.edit() as content:
+            content["destroyed"].setdefault(id_, {"since": time.time(), "k": k, "reason": reason})
+        logger.info("destroying instance %s: %s", id_, reason)
+        for attempt in range(tries):
+            self.vast.destroy(int(id_))
+            with contextlib.suppress(VastBusyError):
+                if self.vast.instance(int(id_)) is None:
+                    self._forget(id_)
+                    return
+            self.vast.sleep(pause_s * (attempt + 1))
+        raise NotGoneError(
+            f"instance {id_} was destroyed {tries} times and Vast still lists it, and bills it; destroy it at cloud.vast.ai/instances"
+        )
+
+    def _listing(self) -> dict[str, Node]:
+        nodes = {}
+        for row in self.vast.instances():
+            label = parse(row.get("label"))
+            if label is not None and label.cluster == self.cluster:
+                nodes[str(row["id"])] = Node(str(row["id"]), label, row)
+        return nodes
+
+    def _still_there(self, id_: str) -> dict[str, Any] | None:
+        """The row of a node that the listing left out, or None if it is gone by its own id as well."""
+        try:
+            row = self.vast.instance(int(id_))
+        except VastError as error:
+            logger.warning("instance %s is not in the listing, and asking for it failed (%s): kept", id_, error)
+            return self.nodes[id_].row
+        if row is None:
+            logger.info("instance %s is gone", id_)
+            self._forget(id_)
+        return row
+
+    def _forget(self, id_: str) -> None:
+        with self.lock:
+            node = self.nodes.pop(id_, None)
+            self.greeted.pop(id_, None)
+        with self.state.edit() as content:
+            content["tags"].pop(id_, None)
+            if id_ in content["destroyed"]:
+                content["destroyed"][id_]["gone"] = time.time()
+            seen = content["seen"].pop(id_, None)
+            if seen:
+                content["gone"].append({"id": id_, **seen, "until": time.time()})
+            elif node is not None:
+                now = time.time()
+                content["gone"].append(
+                    {"id": id_, "kind": node.label.kind, "dph": node.dph, "since": now, "until": now}
+                )
+
+    def _record(self, found: dict[str, Node]) -> None:
+        with self.state.edit() as content:
+            for id_, node in found.items():
+                seen = content["seen"].setdefault(
+                    id_, {"since": node.row.get("start_date") or time.time(), "kind": node.label.kind}
+                )
+                seen["dph"] = node.dph
+                if node.status == "running":
+                    seen.pop("odd", None)
+                else:
+                    seen.setdefault("odd", time.time())
+                content["intents"].pop(node.label.attempt, None)
+
+    def _since(self, content: dict[str, Any], node: Node) -> float:
+        known = [node.row.get("start_date"), content["seen"].get(node.id, {}).get("since")]
+        return min((float(t) for t in known if t), default=time.time())
+
+    def _weed(self, node: Node) -> bool:
+        """Destroy a node that must not be there; True if it is gone or going."""
+        if node.label.kind not in self.kinds:
+            return False
+        reason = self._fault(node)
+        if reason is None:
+            return False
+        if not reason.startswith("again"):
+            self.state.block_machine(node.machine, reason)
+        try:
+            self.destroy(node.id, reason)
+        except VastError as error:
+            logger.warning("instance %s (%s) could not be destroyed yet: %s", node.id, reason, error)
+        return True
+
+    def _fault(self, node: Node) -> str | None:
+        content = self.state.read()
+        if node.id in content["destroyed"]:
+            return "again: it was destroyed before"
+        if node.label.attempt in content["abandoned"]:
+            return "again: its renting had been given up"
+        seen = content["seen"].get(node.id, {})
+        odd_s = time.time() - seen.get("odd", time.time())
+        if node.status in LOST and odd_s >= LOST_AFTER_S.get(node.status, LOST_GRACE_S):
+            return f"lost: {node.status}"
+        age = time.time() - seen.get("since", time.time())
+        if node.status == "running" and (node.id in self.greeted or self._answers(node)):
+            return None
+        if age > self.boot_s:
+            return f"not ready {age:.0f} s after it was rented ({node.status})"
+        return None
+
+    def _answers(self, node: Node) -> bool:
+        if node.ssh is None:
+            return False
+        if self.greeted.get(node.id) != node.ssh:
+            if not greets(node.ssh):
+                return False
+            self.greeted[node.id] = node.ssh
+        return True
+
+    def _is_gone(self, id_: str) -> bool:
+        return "gone" in self.state.read()["destroyed"].get(id_, {})

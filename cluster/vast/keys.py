@@ -1,0 +1,55 @@
+"""A cluster's own secrets, made on the laptop: ssh key, mesh key, Ray's token. Each in a file that only its owner can read."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import subprocess
+from pathlib import Path
+
+from capture.errors import ConfigError
+
+SSH_KEY, MESH_KEY, TOKEN, API_KEY, KNOWN_HOSTS = (
+    "id_ed25519",
+    "mesh_ed25519",
+    "auth_token",
+    "vast_api_key",
+    "known_hosts",
+)
+
+
+def make_missing(folder: Path, api_key: str) -> None:
+    """Make what is not there yet; the API key is written anew, since the user may have changed it."""
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    for name in (SSH_KEY, MESH_KEY):
+        if not (folder / name).exists():
+            _generate(folder / name)
+    if not (folder / TOKEN).exists():
+        write_secret(folder / TOKEN, secrets.token_hex(32))
+    write_secret(folder / API_KEY, api_key)
+
+
+def write_secret(path: Path, text: str) -> None:
+    """Write a file of mode 0600, never readable to others in between."""
+    tmp = path.with_name(path.name + ".tmp")
+    tmp.unlink(missing_ok=True)
+    with os.fdopen(os.open(tmp, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as stream:
+        stream.write(text)
+    os.replace(tmp, path)
+
+
+def pinned(known_hosts: Path, alias: str) -> str:
+    """The lines of a known_hosts file for one alias; empty where it was never met."""
+    if not known_hosts.exists():
+        return ""
+    lines = known_hosts.read_text().splitlines()
+    return "".join(f"{line}\n" for line in lines if line.split(" ", 1)[0] == alias)
+
+
+def _generate(path: Path) -> None:
+    try:
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "pairscope", "-f", str(path)], check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise ConfigError(
+            f"could not make the ssh key '{path}': {error}; install the ssh client (openssh-client)"
+        ) from error

@@ -1,0 +1,307 @@
+"""Ray's external node provider for Vast.ai. `provider: {type: external, module: cluster.vast.provider.VastNodeProvider, …}`
+
+The same class runs on the laptop (`ray up`, `exec`, `down`), where it looks after the head, and in the autoscaler on the head,
+where it looks after the workers, keeps the mesh's peers file and ends the cluster when a limit is reached.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import wraps
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+from ray.autoscaler._private.cli_logger import cli_logger
+from ray.autoscaler.node_provider import NodeProvider
+from ray.autoscaler.tags import (
+    TAG_RAY_CLUSTER_NAME,
+    TAG_RAY_LAUNCH_CONFIG,
+    TAG_RAY_LAUNCH_REQUEST,
+    TAG_RAY_NODE_KIND,
+    TAG_RAY_NODE_NAME,
+    TAG_RAY_NODE_STATUS,
+    TAG_RAY_USER_NODE_TYPE,
+)
+
+from capture.errors import PairscopeError
+from cluster.mesh.peers import Mesh, Peer, mesh_folder, write_mesh
+from cluster.mesh.ports import HEAD, address
+from cluster.vast import keys
+from cluster.vast.api import Vast
+from cluster.vast.container import environment, start_script
+from cluster.vast.errors import VastError
+from cluster.vast.fleet import Fleet, Node
+from cluster.vast.locked import versions
+from cluster.vast.money import Caps
+from cluster.vast.offers import Offer, find_offers
+from cluster.vast.rent import Renter
+from cluster.vast.runner import Place, VastCommandRunner, as_json
+from cluster.vast.settings import Settings, bootstrap, for_head
+from cluster.vast.state import State, cluster_folder
+
+logger = logging.getLogger(__name__)
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _plainly(method: F) -> F:
+    """On the laptop an error of ours is one line for the user and not Ray's traceback."""
+
+    @wraps(method)
+    def wrapped(self: VastNodeProvider, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return method(self, *args, **kwargs)
+        except PairscopeError as error:
+            if self.settings.on_head:
+                raise
+            raise click.ClickException(f"{type(error).__name__}: {error}") from error
+
+    return wrapped  # type: ignore[return-value]
+
+
+class VastNodeProvider(NodeProvider):
+    """One cluster's nodes. Thread-safe. An API that fails makes a method raise; none ever answers with an empty list instead."""
+
+    def __init__(self, provider_config: dict[str, Any], cluster_name: str) -> None:
+        super().__init__(provider_config, cluster_name)
+        try:
+            self.settings = Settings.read(provider_config)
+            self.folder = cluster_folder(cluster_name)
+            self.vast = Vast(url=self.settings.api_url)
+            if not self.settings.on_head:
+                keys.make_missing(self.folder, self.vast.key)
+        except PairscopeError as error:
+            raise click.ClickException(f"{type(error).__name__}: {error}") from error
+        self.state = State(self.folder)
+        s = self.settings
+        kinds = {"worker"} if s.on_head else {"head"}
+        self.fleet = Fleet(
+            self.vast, self.state, cluster_name, kinds, boot_s=s.boot_minutes * 60, poll_s=s.poll_seconds
+        )
+        self.caps = Caps.read(provider_config)
+        self.renter = Renter(self.fleet, self.caps, s.public_key or self._public_key())
+        self.quoted = False
+
+    @staticmethod
+    def bootstrap_config(cluster_config: dict[str, Any]) -> dict[str, Any]:
+        """Check the whole config and add what the laptop makes itself: keys, token, their file mounts."""
+        try:
+            return bootstrap(cluster_config)
+        except PairscopeError as error:
+            raise click.ClickException(f"{type(error).__name__}: {error}") from error
+
+    def prepare_for_head_node(self, cluster_config: dict[str, Any]) -> dict[str, Any]:
+        return for_head(cluster_config, self._public_key())
+
+    @_plainly
+    def non_terminated_nodes(self, tag_filters: dict[str, str]) -> list[str]:
+        """Ids of the nodes with these tags. One call in poll_seconds asks Vast. Raises VastError rather than guess."""
+        nodes = self.fleet.refresh()
+        if self.settings.on_head:
+            self._after_listing(nodes)
+        found = [id_ for id_ in nodes if _matches(self.node_tags(id_), tag_filters)]
+        if not found and tag_filters == {TAG_RAY_NODE_KIND: "head"} and _called_by_ray_up() and not self.quoted:
+            self._quote()
+        return found
+
+    def nodes_for_teardown(self, tag_filters: dict[str, str]) -> list[str]:
+        """All instances with the cluster's label, from a fresh listing, also those that are on their way out."""
+        kind = tag_filters.get(TAG_RAY_NODE_KIND)
+        return [id_ for id_, node in self.fleet.everything().items() if kind in (None, node.label.kind)]
+
+    def is_running(self, node_id: str) -> bool:
+        return self.fleet.is_running(node_id)
+
+    def is_terminated(self, node_id: str) -> bool:
+        """True only where Vast was heard to say so; while it cannot be reached a node counts as there."""
+        try:
+            return node_id not in self.fleet.refresh()
+        except PairscopeError as error:
+            logger.warning("cannot tell whether instance %s is there: %s", node_id, error)
+            return False
+
+    def node_tags(self, node_id: str) -> dict[str, str]:
+        """From the label and the environment the node was made with, then what was set since on this machine."""
+        node = self.fleet.get(node_id)
+        if node is None:
+            return {}
+        made = {
+            TAG_RAY_CLUSTER_NAME: self.cluster_name,
+            TAG_RAY_NODE_KIND: node.label.kind,
+            TAG_RAY_USER_NODE_TYPE: node.label.type,
+            TAG_RAY_NODE_NAME: f"ray-{self.cluster_name}-{node.label.kind}",
+            TAG_RAY_LAUNCH_CONFIG: node.env.get("PAIRSCOPE_LAUNCH", ""),
+            TAG_RAY_LAUNCH_REQUEST: node.env.get("PAIRSCOPE_REQUEST", ""),
+            TAG_RAY_NODE_STATUS: "uninitialized",
+        }
+        return {k: v for k, v in made.items() if v} | self.state.read()["tags"].get(node_id, {})
+
+    def set_node_tags(self, node_id: str, tags: dict[str, str]) -> None:
+        with self.state.edit() as content:
+            content["tags"].setdefault(node_id, {}).update(tags)
+
+    def external_ip(self, node_id: str) -> str | None:
+        node = self.fleet.get(node_id)
+        return node.ssh[0] if node and node.ssh else None
+
+    def internal_ip(self, node_id: str) -> str | None:
+        """The node's address in the mesh, 127.0.1.k."""
+        node = self.fleet.get(node_id)
+        return address(node.label.k) if node else None
+
+    @_plainly
+    def create_node(self, node_config: dict[str, Any], tags: dict[str, str], count: int) -> dict[str, Any]:
+        """Rent `count` nodes one after the other. What was rented before an error stays, and is listed."""
+        made = {}
+        kind, type_ = tags[TAG_RAY_NODE_KIND], tags[TAG_RAY_USER_NODE_TYPE]
+        wish = self.settings.wish(node_config, type_)
+
+        def env(k: int, offer: Offer) -> Mapping[str, str]:
+            return environment(
+                k, api=self.vast.url, deadline=self.caps.deadline(self.fleet.bill(), offer.dph),
+                silence_s=0 if k == HEAD else self.settings.head_silence_minutes * 60,
+                launch=tags.get(TAG_RAY_LAUNCH_CONFIG, ""), request=tags.get(TAG_RAY_LAUNCH_REQUEST, ""),
+            )  # fmt: skip
+
+        for _ in range(count):
+            if kind == "worker" and len(self.fleet.nodes) >= self.settings.slots:
+                raise click.ClickException(
+                    f"the mesh has {self.settings.slots} places (max_workers + 1), all are taken"
+                )
+            node = self.renter.rent(wish, kind, type_, env, start_script(self.settings.onstart))
+            self.set_node_tags(node.id, tags)
+            made[node.id] = {"label": str(node.label)}
+        return made
+
+    @_plainly
+    def terminate_node(self, node_id: str) -> None:
+        self.fleet.destroy(node_id, "Ray asked for it")
+
+    @_plainly
+    def terminate_nodes(self, node_ids: list[str]) -> None:
+        """Destroy all and see that each is gone; the first failure is raised after all were tried."""
+        with ThreadPoolExecutor(max_workers=8) as pool:
+            outcomes = [pool.submit(self.fleet.destroy, id_, "Ray asked for it") for id_ in node_ids]
+        errors = [o.exception() for o in outcomes if o.exception() is not None]
+        for error in errors:
+            logger.error("%s", error)
+        if errors:
+            raise errors[0]  # type: ignore[misc]
+
+    @_plainly
+    def cleanup_cluster_resources(self) -> None:
+        """At the end of `ray down`: look once more, since instances have been seen to come back."""
+        self.vast.sleep(self.settings.poll_seconds)
+        left = self.fleet.everything()
+        for id_ in left:
+            self.fleet.destroy(id_, "left after ray down")
+        cli_logger.print("Vast lists no instance labelled for the cluster {}.", self.cluster_name)
+
+    def get_command_runner(
+        self, log_prefix: str, node_id: str, auth_config: dict[str, Any], cluster_name: str, process_runner: Any,
+        use_internal_ip: bool, docker_config: dict[str, Any] | None = None,
+    ) -> VastCommandRunner:  # fmt: skip
+        place = Place(
+            f"vast-{node_id}",
+            self.folder / keys.KNOWN_HOSTS,
+            lambda: self._wait_ssh(node_id),
+            lambda: self._files(node_id),
+        )
+        return VastCommandRunner(
+            place, log_prefix=log_prefix, node_id=node_id, provider=self, auth_config=auth_config, cluster_name=cluster_name,
+            process_runner=process_runner, use_internal_ip=use_internal_ip,
+        )  # fmt: skip
+
+    def _wait_ssh(self, node_id: str) -> tuple[str, int]:
+        until = time.monotonic() + self.settings.boot_minutes * 60
+        while time.monotonic() < until:
+            if self.is_terminated(node_id):
+                raise VastError(f"instance {node_id} is gone")
+            node = self.fleet.get(node_id)
+            if node and node.ssh:
+                return node.ssh
+            time.sleep(self.settings.poll_seconds)
+        raise VastError(f"instance {node_id} had no ssh address for {self.settings.boot_minutes:g} minutes")
+
+    def _files(self, node_id: str) -> dict[str, str]:
+        """The mesh files of a node that is being set up: on the head they say only who it is, workers learn where the head is."""
+        node = self.fleet.get(node_id)
+        if node is None:
+            return {}
+        slots = self.settings.slots
+        files = {"~/.pairscope/versions.json": as_json(versions())}
+        if node.label.kind == "head":
+            lines = keys.pinned(self.folder / keys.KNOWN_HOSTS, f"vast-{node_id}")
+            return files | {
+                "~/.pairscope/mesh/peers.json": as_json(Mesh(HEAD, slots).as_dict()),
+                "~/.pairscope/mesh/known_hosts": lines,
+            }
+        head = next((n for n in self.fleet.refresh().values() if n.label.kind == "head"), None)
+        if head is None or head.ssh is None:
+            raise VastError("the head has no ssh address in Vast's listing")
+        peer = Peer(
+            HEAD,
+            *head.ssh,
+            f"vast-{head.id}",
+            "~/.pairscope/mesh/key",
+            "~/.pairscope/mesh/known_hosts",
+            self.settings.user,
+        )
+        known = mesh_folder() / "known_hosts"
+        return files | {
+            "~/.pairscope/mesh/peers.json": as_json(Mesh(node.label.k, slots, (peer,)).as_dict()),
+            "~/.pairscope/mesh/known_hosts": known.read_text() if known.exists() else "",
+        }
+
+    def _after_listing(self, nodes: dict[str, Node]) -> None:
+        """On the head: tunnels to the workers that ssh can reach, and the end of the cluster when a limit is reached."""
+        peers = [
+            Peer(
+                n.label.k,
+                *n.ssh,
+                f"vast-{n.id}",
+                "~/ray_bootstrap_key.pem",
+                str(self.folder / keys.KNOWN_HOSTS),
+                self.settings.user,
+            )
+            for n in nodes.values()
+            if n.label.kind == "worker" and n.status == "running" and n.ssh
+        ]
+        write_mesh(Mesh(HEAD, self.settings.slots, tuple(sorted(peers, key=lambda p: p.k))), mesh_folder())
+        over = self.caps.exceeded(self.fleet.bill())
+        if over:
+            logger.error("the cluster ends: %s", over)
+            for node in sorted(nodes.values(), key=lambda n: -n.label.k):  # the head, which does this, last
+                self.fleet.destroy(node.id, over)
+
+    def _quote(self) -> None:
+        """Before Ray asks whether to launch: what the head would cost, and the limits. Raises where nothing fits or is allowed."""
+        self.quoted = True
+        type_, config = self.settings.head_type, self.settings.head_config
+        offer = find_offers(
+            self.vast, self.settings.wish(config, type_), self.state.blocked_machines(), f"node type '{type_}'"
+        )[0]
+        self.caps.check(self.fleet.bill(), offer.dph, offer.text)
+        c = self.caps
+        cli_logger.print("Cheapest machine for the head now: {}", offer.text)
+        cli_logger.print(
+            "Limits: ${}/h for all nodes, ${} in all, {} hours; after that every node destroys itself.",
+            f"{c.max_price_per_hour:g}", f"{c.max_total_dollars:g}", f"{c.max_hours:g}",
+        )  # fmt: skip
+
+    def _public_key(self) -> str:
+        return (self.folder / f"{keys.SSH_KEY}.pub").read_text().strip()
+
+
+def _matches(tags: dict[str, str], wanted: dict[str, str]) -> bool:
+    return all(tags.get(k) == v for k, v in wanted.items())
+
+
+def _called_by_ray_up() -> bool:
+    """Ray does not tell a provider which command it serves, and only `ray up` is about to rent."""
+    return Path(sys.argv[0]).name == "ray" and "up" in sys.argv[1:3] and not os.environ.get("PAIRSCOPE_QUIET")

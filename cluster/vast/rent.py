@@ -1,0 +1,158 @@
+"""Renting one machine, once: search, ask, and find out what became of a request whose reply was lost."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from cluster.mesh.ports import HEAD, MOST_NODES
+from cluster.vast.errors import NoOfferError, VastBusyError, VastError, VastRefusedError
+from cluster.vast.fleet import Fleet, Node
+from cluster.vast.labels import Label, new_attempt
+from cluster.vast.money import Caps
+from cluster.vast.offers import Offer, Wish, find_offers
+
+logger = logging.getLogger(__name__)
+
+MOST_OFFERS = 8  # tried one after the other before a launch is reported as failed
+OPEN_S = 900.0  # how long a request of unknown outcome keeps its k
+
+
+@dataclass
+class Renter:
+    """Rents for one cluster. key: the public ssh key that nodes let in. found_within_s: how long a lost reply is looked for."""
+
+    fleet: Fleet
+    caps: Caps
+    key: str
+    found_within_s: float = 30.0
+
+    def __post_init__(self) -> None:
+        self.lock = threading.Lock()
+        self.in_hand: set[int] = set()  # offers that a thread of ours is asking for
+
+    def rent(
+        self, wish: Wish, kind: str, type_: str, env: Callable[[int, Offer], Mapping[str, str]], onstart: str
+    ) -> Node:
+        """One new node, known to the fleet when this returns. env(k, offer) gives the container's environment.
+
+        Raises NoOfferError, CapError, VastKeyError, VastBusyError; in each case nothing that was rented here is left, or it is
+        marked and destroyed as soon as the listing shows it.
+        """
+        where = f"node type '{type_}'"
+        offers = find_offers(self.fleet.vast, wish, self.fleet.state.blocked_machines(), where)
+        refusals: list[str] = []
+        for offer in offers[:MOST_OFFERS]:
+            if not self._take(offer):
+                continue
+            try:
+                node = self._ask(offer, wish, kind, type_, env, onstart)
+            except VastRefusedError as error:  # sold to somebody else meanwhile
+                refusals.append(str(error))
+                continue
+            finally:
+                self.in_hand.discard(offer.id)
+            if node is not None:
+                return node
+            refusals.append(f"offer {offer.id}: no reply, and no instance of ours within {self.found_within_s:.0f} s")
+        raise NoOfferError(
+            f"{where}: {len(offers)} offers fit, none of the first {min(len(offers), MOST_OFFERS)} could be rented; the last answer: "
+            f"{refusals[-1] if refusals else 'all are being asked for already'}"
+        )
+
+    def _take(self, offer: Offer) -> bool:
+        with self.lock:
+            if offer.id in self.in_hand:
+                return False
+            self.in_hand.add(offer.id)
+            return True
+
+    def _ask(
+        self,
+        offer: Offer,
+        wish: Wish,
+        kind: str,
+        type_: str,
+        env: Callable[[int, Offer], Mapping[str, str]],
+        onstart: str,
+    ) -> Node | None:
+        """The node; None where nothing of ours came of it. VastRefusedError where the offer is not to be had."""
+        fleet = self.fleet
+        with self.lock:
+            self.caps.check(fleet.bill(), offer.dph, offer.text)
+            label = self._reserve(kind, type_, offer.dph)
+        surroundings = dict(env(label.k, offer))
+        logger.info("renting offer %s as %s: %s", offer.id, label, offer.text)
+        try:
+            id_ = fleet.vast.create(
+                offer.id, image=wish.image, disk=wish.disk_gb, label=str(label), env=surroundings,
+                onstart_cmd=onstart, ssh=True, direct=True, bid_price=offer.bid,
+            )  # fmt: skip
+        except VastBusyError as error:
+            found = self._find(label) if error.done else None
+            if found is None:
+                self._give_up(label, open_=error.done)
+                if not error.done:
+                    raise
+                return None
+            id_ = int(found.id)
+        except VastError:
+            self._give_up(label, open_=False)
+            raise
+        node = Node(str(id_), label, {"id": id_, "label": str(label), "machine_id": offer.machine, "dph_total": offer.dph,
+                                      "extra_env": [list(pair) for pair in surroundings.items()]})  # fmt: skip
+        fleet.add(node)
+        try:
+            fleet.vast.attach_key(id_, self.key)
+        except VastRefusedError as error:
+            if error.status == 404:  # gone again at once: the listing will say so
+                logger.warning("instance %s was gone before it got its ssh key", id_)
+                return node
+            fleet.destroy(str(id_), "its ssh key could not be attached")
+            raise
+        except VastError:
+            fleet.destroy(str(id_), "its ssh key could not be attached")
+            raise
+        return node
+
+    def _reserve(self, kind: str, type_: str, dph: float) -> Label:
+        """A label with the lowest free k: not that of a node, of one on its way out, or of a request whose outcome is open."""
+        with self.fleet.state.edit() as content:
+            now = time.time()
+            used = {n.label.k for n in [*self.fleet.nodes.values(), *self.fleet.doomed.values()]}
+            used |= {v["k"] for v in content["destroyed"].values() if "gone" not in v}
+            used |= {
+                v["k"] for part in ("intents", "abandoned") for v in content[part].values() if now - v["since"] < OPEN_S
+            }
+            k = HEAD if kind == "head" else next((k for k in range(HEAD + 1, MOST_NODES + 1) if k not in used), 0)
+            if not k:
+                raise NoOfferError(f"the mesh has room for {MOST_NODES} nodes, and all are taken")
+            label = Label(self.fleet.cluster, kind, k, type_, new_attempt())
+            content["intents"][label.attempt] = {"k": k, "kind": kind, "since": now, "dph": dph}
+        return label
+
+    def _find(self, label: Label) -> Node | None:
+        """The instance that a request of unknown outcome made, by its label; None if there is none for found_within_s."""
+        vast = self.fleet.vast
+        waited, pause = 0.0, min(2.0, self.found_within_s / 4)
+        while True:
+            try:
+                for node in self.fleet.everything().values():
+                    if node.label.attempt == label.attempt:
+                        logger.info("the reply was lost, but instance %s was rented", node.id)
+                        return node
+            except VastBusyError as error:
+                logger.warning("looking for %s: %s", label, error)
+            if waited >= self.found_within_s:
+                return None
+            vast.sleep(pause)
+            waited += pause
+
+    def _give_up(self, label: Label, *, open_: bool) -> None:
+        with self.fleet.state.edit() as content:
+            intent = content["intents"].pop(label.attempt, None)
+            if open_:
+                content["abandoned"][label.attempt] = intent or {"k": label.k, "since": time.time()}

@@ -1,0 +1,75 @@
+"""Ray's ssh, taught that a Vast node has a port of its own and a host key that must stay the same."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ray.autoscaler._private.command_runner import SSHCommandRunner
+
+
+@dataclass(frozen=True)
+class Place:
+    """How to reach one node. wait_ssh blocks until the address is known. files: written to the node before its set-up."""
+
+    alias: str
+    known_hosts: Path
+    wait_ssh: Callable[[], tuple[str, int]]
+    files: Callable[[], Mapping[str, str]]
+
+
+class VastCommandRunner(SSHCommandRunner):
+    """SSHCommandRunner with Port, HostKeyAlias and a pinned known_hosts file.
+
+    A host key is taken on first contact and from then on has to stay, under the instance's name and not its address, since
+    addresses and ports are reused by other machines.
+    """
+
+    def __init__(self, place: Place, **common: Any) -> None:
+        super().__init__(**common)
+        self.place = place
+        self.ssh_options.arg_dict |= {
+            "HostKeyAlias": place.alias,
+            "UserKnownHostsFile": str(place.known_hosts),
+            "StrictHostKeyChecking": "accept-new",
+            "HashKnownHosts": "no",
+            "LogLevel": "ERROR",
+        }
+
+    def _get_ssh_target(self) -> str:
+        self._ensure_ssh_control_path()
+        host, port = self.place.wait_ssh()
+        self.ssh_options.arg_dict["Port"] = port
+        self.ssh_ip = host
+        return host
+
+    def _get_node_ip(self) -> str:
+        """The ssh address, also where Ray's updater asks for the internal one (version 2 always does)."""
+        return self.place.wait_ssh()[0]
+
+    def run(self, *args: Any, ssh_options_override_ssh_key: str = "", **kwargs: Any) -> Any:
+        """As Ray's, but initialization commands keep our options too; Ray would start them from a bare set, without the port."""
+        return super().run(*args, **kwargs)
+
+    def run_init(self, *, as_head: bool, file_mounts: dict[str, str], sync_run_yet: bool) -> bool:
+        """Between file sync and set-up: bring the node its mesh file. Returns False: no set-up has to be run again."""
+        for target, text in self.place.files().items():
+            with tempfile.NamedTemporaryFile("w", prefix="pairscope-") as note:
+                note.write(text)
+                note.flush()
+                self.run(f"mkdir -p {Path(target).parent}")
+                self.run_rsync_up(note.name, target)
+        return False
+
+    def remote_shell_command_str(self) -> str:
+        target = self._get_ssh_target()
+        options = " ".join(self.ssh_options.to_ssh_options_list())
+        return f"ssh {options} {self.ssh_user}@{target}\n"
+
+
+def as_json(value: Any) -> str:
+    return json.dumps(value, indent=1) + "\n"

@@ -1,0 +1,116 @@
+"""The provider block of a cluster's YAML: read, checked, and completed for laptop and head."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from capture.errors import ConfigError
+from cluster.mesh.ports import MOST_NODES
+from cluster.vast import keys
+from cluster.vast.api import Vast
+from cluster.vast.labels import check_names
+from cluster.vast.money import SETTINGS as CAPS
+from cluster.vast.money import Caps
+from cluster.vast.offers import Wish, read_wish
+from cluster.vast.state import cluster_folder
+
+# Ray's own keys, and those that bootstrap and for_head add
+FROM_RAY = {"type", "module", "_config_cache_path", "disable_node_updaters", "use_internal_ips"}
+KNOWN_API_KEY = "~/.config/vastai/vast_api_key"  # where the SDK looks
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Our keys of the provider block.
+
+    offers: conditions for all node types, see Wish. boot_minutes: until ssh must answer. head_silence_minutes: after which a
+    worker that cannot hear its head destroys itself. poll_seconds: one listing serves that long. onstart: a shell line for the
+    container's start. The rest is filled in by us.
+    """
+
+    offers: Mapping[str, Any] = field(default_factory=dict)
+    boot_minutes: float = 15.0
+    head_silence_minutes: float = 20.0
+    poll_seconds: float = 4.0
+    onstart: str = ""
+    api_url: str | None = None
+    user: str = "root"
+    on_head: bool = False
+    slots: int = 2
+    public_key: str = ""
+    head_type: str = ""
+    head_config: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, provider: Mapping[str, Any]) -> Settings:
+        """Raises ConfigError for a key that nobody knows, and for what looks like a secret."""
+        ours = {k: v for k, v in provider.items() if k not in FROM_RAY and k not in CAPS}
+        for name in ours:
+            if name not in cls.__dataclass_fields__:
+                if "key" in name or "token" in name:
+                    raise ConfigError(
+                        f"provider: '{name}': no secrets here, Ray logs this block; set VAST_API_KEY instead"
+                    )
+                known = ", ".join([*CAPS, "offers", "boot_minutes", "head_silence_minutes", "poll_seconds", "onstart"])
+                raise ConfigError(f"provider: unknown key '{name}'; known are {known}")
+        for name in ("boot_minutes", "head_silence_minutes", "poll_seconds"):
+            value = ours.get(name, 1)
+            if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+                raise ConfigError(f"provider: '{name}' is a number above 0, not {value!r}")
+        ours.setdefault("api_url", os.environ.get("VAST_URL"))
+        return cls(**ours)
+
+    def wish(self, node_config: Mapping[str, Any], type_: str) -> Wish:
+        return read_wish({**self.offers, **node_config}, f"node type '{type_}'")
+
+
+def bootstrap(config: dict[str, Any]) -> dict[str, Any]:
+    """The cluster's config with all that the laptop adds. Raises ConfigError before anything is rented."""
+    config = dict(config)
+    provider = dict(config["provider"])
+    config["provider"] = provider
+    settings = Settings.read(provider)
+    Caps.read(provider)
+    types = config["available_node_types"]
+    check_names(config["cluster_name"], list(types))
+    for name, node_type in types.items():
+        wish = settings.wish(node_type["node_config"], name)
+        have = node_type.get("resources", {}).get("GPU")
+        if have is not None and have != wish.num_gpus:
+            raise ConfigError(
+                f"node type '{name}': resources say {have} GPU, node_config num_gpus says {wish.num_gpus}"
+            )
+    slots = config.get("max_workers", 0) + 1
+    if slots > MOST_NODES:
+        raise ConfigError(f"max_workers {slots - 1}: the mesh has room for {MOST_NODES - 1} workers")
+    head = config["head_node_type"]
+    provider |= {"slots": slots, "head_type": head, "head_config": types[head]["node_config"]}
+    if settings.api_url:
+        provider["api_url"] = settings.api_url
+    folder = cluster_folder(config["cluster_name"])
+    keys.make_missing(folder, Vast(url=settings.api_url).key)
+    config["auth"] = {
+        "ssh_user": settings.user,
+        **config.get("auth", {}),
+        "ssh_private_key": str(folder / keys.SSH_KEY),
+    }
+    config["file_mounts"] = {
+        **config.get("file_mounts", {}),
+        "~/.ray/auth_token": str(folder / keys.TOKEN),
+        "~/.pairscope/mesh/key": str(folder / keys.MESH_KEY),
+        "~/.pairscope/mesh/key.pub": str(folder / f"{keys.MESH_KEY}.pub"),
+        KNOWN_API_KEY: str(folder / keys.API_KEY),
+    }
+    return config
+
+
+def for_head(config: dict[str, Any], public_key: str) -> dict[str, Any]:
+    """The config that goes to the head: the Vast key stays there and is not passed on to workers."""
+    config["file_mounts"] = {
+        remote: local for remote, local in config["file_mounts"].items() if remote != KNOWN_API_KEY
+    }
+    config["provider"] = {**config["provider"], "on_head": True, "public_key": public_key}
+    return config

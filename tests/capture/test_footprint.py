@@ -1,0 +1,136 @@
+"""The arithmetic of memory agrees with the engine, exactly where it can be checked."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import tiny
+from walked import CPU
+
+from capture import collector, footprint, memory, unembed
+from capture.checkpoint import EMBEDDING, HEAD, REST, Ledger, StreamedModel
+from capture.footprint import ModelBytes, Walk, activation_bytes, lens_bytes, rank_share, state_bytes, weight_bytes
+from cluster.plan_models import directory_sizes
+
+ARCHS = ("gpt2", "llama", "qwen2", "qwen3", "mistral", "gemma2", "mixtral", "deepseek_v3", "phi3", "nemotron", "olmo2",
+         "cohere", "granite")  # fmt: skip
+
+
+def opened(paths, dtype):
+    return [StreamedModel(str(p), label=label, dtype=dtype, device=CPU, model_kwargs={}, ledger=Ledger())
+            for label, p in (("base", paths.base), ("sft", paths.sft))]  # fmt: skip
+
+
+def planned(paths, dtype):
+    return [directory_sizes(p, str(p), dtype, source="directory") for p in (paths.base, paths.sft)]
+
+
+def agree(paths, dtype):
+    base, sft = opened(paths, dtype)
+    needs = memory.weight_needs(base, sft)
+    sizes = planned(paths, dtype)
+    found = weight_bytes([s.weights for s in sizes])
+    assert {mode: found[mode] for mode in needs} == needs
+    for model, size in zip((base, sft), sizes, strict=True):
+        for group, bytes_ in (
+            (EMBEDDING, size.weights.embedding),
+            (HEAD, size.weights.head),
+            (REST, size.weights.rest),
+        ):
+            assert model.group_bytes(group) == bytes_, group
+        assert tuple(model.layer_bytes()) == size.weights.layers
+        own = {n: p for n, p in model.model.named_parameters() if n not in model.ties}
+        assert size.parameters == sum(p.numel() for p in own.values())
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_weights_planned_from_headers_are_the_engines(arch, pairs):
+    agree(pairs(arch), "auto")
+
+
+def test_weights_cast_to_another_dtype_are_planned_so(pairs):
+    agree(pairs("llama"), "bfloat16")
+
+
+def test_what_the_library_keeps_in_float32_is_planned_so(pairs):
+    base, _ = opened(pairs("deepseek_v3"), "bfloat16")
+    size, _ = planned(pairs("deepseek_v3"), "bfloat16")
+    for i, planned_bytes in enumerate(size.weights.layers):
+        base.load(("layer", i))
+        assert base.loaded[("layer", i)] == planned_bytes
+
+
+def test_shards_and_a_tied_head_change_nothing(pairs):
+    agree(pairs("llama", sharded=True), "auto")
+    agree(pairs("llama", tie=True), "auto")
+
+
+def test_a_checkpoint_against_itself_is_held_once(pairs):
+    paths = pairs("llama")
+    (size,) = planned(tiny.PairPaths(paths.base, paths.base, paths.tokenizer), "auto")[:1]
+    (model,) = opened(paths, "auto")[:1]
+    needs = memory.weight_needs(model, model)
+    assert {mode: weight_bytes([size.weights])[mode] for mode in needs} == needs
+
+
+def test_the_engines_constants_are_the_plans():
+    assert collector.TILE_BYTES["cuda"] == footprint.LENS_TILE_BYTES
+    assert footprint.LENS_STATISTICS_CELLS == collector.CELLS_IN_CACHE * 64
+    assert footprint.LENS_HEAD_CHUNK == unembed.HEAD_CHUNK
+    assert footprint.RESIDENT_SHARE == memory.RESIDENT_SHARE
+
+
+MODEL = ModelBytes(100, 100, 10, (30, 40, 50), matrix=20, row=1)
+
+
+def test_each_mode_by_hand():
+    base, sft = MODEL, dataclasses.replace(MODEL, layers=(30, 40, 60))
+    assert weight_bytes([base, sft]) == {
+        "resident": 2 * 110 + 120 + 130,  # later than the start: 2 * 210
+        "one-at-a-time": 110 + 130,
+        "streamed": 2 * 210,  # the start: 2 * 110 + 80 + 110 is less
+        "streamed-2": 2 * 210,
+        "sub-layer": 2 * 10 + 2 * 20 + 2 * 100,  # both chunks are the whole of so small an unembedding
+    }
+    large = [dataclasses.replace(m, layers=tuple(10 * s for s in m.layers)) for m in (base, sft)]
+    found = weight_bytes(large)
+    assert found["streamed"] == 2 * 110 + (400 + 400) + (500 + 600)
+    assert found["streamed-2"] == 2 * 110 + 500 + 600
+
+
+def test_a_tied_embedding_is_never_freed():
+    tied = ModelBytes(100, 0, 10, (300, 400), tied=True)
+    assert weight_bytes([tied])["resident"] == 110 + 700
+    assert weight_bytes([dataclasses.replace(tied, head=100, tied=False)])["resident"] == 110 + 700
+
+
+def test_one_layer_is_enough():
+    assert weight_bytes([dataclasses.replace(MODEL, layers=(500,))])["streamed"] == 110 + 500
+
+
+def test_a_rank_holds_its_share_and_what_is_not_divided():
+    model = ModelBytes(100, 101, 10, (40, 41), replicated=(8, 9), matrix=20)
+    share = rank_share(model, 4)
+    assert (share.embedding, share.head, share.rest, share.layers) == (100, 26, 10, (16, 17))
+    assert rank_share(model, 1) is model
+
+
+def test_only_fused_experts_take_more_while_they_load():
+    assert footprint.loading_bytes([MODEL], "streamed") == 0
+    assert footprint.loading_bytes([dataclasses.replace(MODEL, fused=True)], "streamed") == int(1.6 * 50)
+
+
+WALK = Walk(tokens=400, batch_tokens=400, passes=4, passes_of_one=2, hidden=896, ffn=4864, heads=14, kv_heads=2, head_dim=64,
+            vocab=151936, element=2)  # fmt: skip
+
+
+def test_states_are_all_passes_between_two_layers():
+    assert state_bytes(WALK) == 4 * 400 * (896 + 128) * 2
+
+
+def test_the_lens_takes_tiles_however_many_tokens_there_are():
+    many = dataclasses.replace(WALK, tokens=40_000, batch_tokens=40_000)
+    assert lens_bytes(WALK) <= lens_bytes(many) < 4 * footprint.LENS_TILE_BYTES
+    assert lens_bytes(dataclasses.replace(WALK, lens=False)) == 0
+    assert activation_bytes(many) > activation_bytes(WALK) > lens_bytes(WALK)

@@ -1,0 +1,96 @@
+"""Tensor-parallel groups: ranks as processes over gloo. Shards of weights and vocabulary, and the numbers of one process."""
+
+import json
+import os
+import socket
+
+import agree
+import pytest
+import reference
+import tiny
+import torch
+from reference_statistics import statistics
+from test_capture import TRACKED, entry_of
+from torch import multiprocessing
+from walked import open_pair, walk
+
+from capture.group import join_group, leave_group
+from capture.run import capture_pair
+
+IDS = tiny.encode(tiny.PROMPTS)
+ARCHS = ("llama", "qwen2", "mixtral", "qwen3_moe", "deepseek_v3", "gemma2")
+
+
+def pair_for(arch, pairs):
+    """A pair that four ranks can share: heads, key-value heads and expert widths divide by four."""
+    options = {"moe_intermediate_size": 64} if arch in ("deepseek_v3", "qwen3_moe") else {}
+    return pairs(arch, num_key_value_heads=4, intermediate_size=128, **options)
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def on_rank(rank, size, port, paths_of, out):
+    """Walk and capture every pair as one rank; rank 0 keeps the states, all keep what they read."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1",
+                   "MASTER_PORT": str(port), "HF_HUB_OFFLINE": "1"}  # fmt: skip
+    torch.set_num_threads(1)
+    group = join_group(rank, size, "127.0.0.1", port, torch.device("cpu"), minutes=3)
+    for arch, paths in paths_of.items():
+        pair = open_pair(paths, group=group)
+        got = walk(pair, IDS, streamed=True)
+        if rank == 0:
+            torch.save(got, out / f"{arch}.pt")
+        (out / f"{arch}-{rank}.json").write_text(json.dumps(pair.models["base"].ledger.reads))
+        capture_pair(entry_of(paths), str(out / arch), group=group)
+    leave_group(group)
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def ranks(request, pairs, tmp_path_factory):
+    """(size, pairs by architecture, where the ranks left what they found): started once for all architectures."""
+    size, out = request.param, tmp_path_factory.mktemp("ranks")
+    paths_of = {arch: pair_for(arch, pairs) for arch in ARCHS}
+    multiprocessing.spawn(on_rank, (size, free_port(), paths_of, out), nprocs=size)
+    return size, paths_of, out
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_the_states_are_those_of_one_process(arch, ranks):
+    _, paths_of, out = ranks
+    got = torch.load(out / f"{arch}.pt")
+    for name, by_layer in walk(open_pair(paths_of[arch]), IDS, streamed=True).items():
+        for layer, states in by_layer.items():
+            for prompt, state in enumerate(states):
+                assert reference.relative_error(got[name][layer][prompt], state) < 2e-5, (name, layer)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_statistics_over_vocabulary_shards_agree_with_float64_of_the_groups_own_states(arch, ranks):
+    _, paths_of, out = ranks
+    (found,) = (out / arch).glob("captures/pair=tiny/capture=*")
+    assert json.loads((found / "capture.json").read_text())["tensor_parallel"] == ranks[0]
+    got = torch.load(out / f"{arch}.pt")
+    states = [{name: {layer: s[p] for layer, s in by.items()} for name, by in got.items()} for p in range(len(IDS))]
+    whole = reference.load_pair(paths_of[arch])
+    want = statistics(whole, IDS, states, top_k=6, tracked=TRACKED, n_tokens=tiny.TOKENIZER_SIZE)
+    assert agree.disagreements(want, agree.read_tables(found)) == []
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_each_rank_reads_only_its_share(arch, ranks):
+    size, paths_of, out = ranks
+    reads = [json.loads((out / f"{arch}-{rank}.json").read_text()) for rank in range(size)]
+    alone = open_pair(paths_of[arch])
+    walk(alone, IDS, streamed=True)
+    whole = alone.models["base"].ledger.reads
+    assert all(r.keys() == whole.keys() for r in reads)
+    divided = [key for key in whole if reads[0][key] < whole[key]]
+    assert any("embed_tokens" in key or "lm_head" in key for key in divided)
+    assert any("mlp" in key or "experts" in key for key in divided)
+    for key in whole:
+        together = sum(r[key] for r in reads)
+        assert together == (whole[key] if key in divided else size * whole[key]), key

@@ -1,0 +1,97 @@
+"""The verb `plan`, as it is typed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from click.testing import CliRunner
+
+from cluster.plan_cli import plan
+
+ROOT = Path(__file__).resolve().parents[2]
+TABLE = str(ROOT / "configs/hardware_table.yaml")
+
+
+def typed(*words, code=0):
+    result = CliRunner().invoke(plan, list(words))
+    assert result.exit_code == code, result.output + result.stderr
+    return result
+
+
+def test_the_whole_table_without_a_network_is_quick_and_loads_nothing_heavy():
+    script = (
+        "import sys; from cluster.plan_cli import plan\n"
+        f"plan.main([{TABLE!r}], standalone_mode=False)\n"
+        "print([m for m in ('torch', 'transformers', 'ray', 'vastai', 'huggingface_hub') if m in sys.modules])"
+    )
+    # a proxy that is not there: a request, if any were made, would fail
+    env = os.environ | {"https_proxy": "http://127.0.0.1:9", "http_proxy": "http://127.0.0.1:9"}
+    started = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT, env=env)
+    assert time.monotonic() - started < 5
+    assert done.stdout.strip().endswith("[]")
+    assert "nemotron-340b" in done.stdout
+
+
+def test_lines_fit_a_hundred_columns():
+    lines = typed(TABLE, "--prompts", "4", "--tokens", "100").output.splitlines()
+    assert max(map(len, lines)) <= 100
+    assert (
+        sum(line.startswith(("qwen", "llama", "deepseek", "mistral", "minitron", "nemotron")) for line in lines) >= 18
+    )
+
+
+def test_json_gives_every_entry_and_every_number_of_machines():
+    rows = [json.loads(line) for line in typed(TABLE, "--json", "--nodes", "3").output.splitlines()]
+    assert [r["row"] for r in rows] == ["entry"] * 18 + ["sweep"] * 3 + ["assumptions"]
+    first = rows[0]
+    assert first["recommended"]["runs"]
+    assert first["needs"]["resident"] > first["needs"]["streamed"]
+    assert rows[18]["makespan_hours"] > rows[20]["makespan_hours"]
+
+
+def test_one_entry_is_shown_in_detail():
+    text = typed(TABLE, "--entries", "llama-3.1-405b", "--offline").output
+    assert "405,853,388,800 parameters" in text
+    assert "one-at-a-time *" in text
+    assert "planned, not yet run by this version" in text
+    assert "recommended: streamed on A100 SXM4 40G" in text
+
+
+def test_an_entry_that_cannot_be_planned_is_named_and_the_others_go_on(tmp_path):
+    config = tmp_path / "c.yaml"
+    config.write_text(
+        "residual_compare:\n  prompts: [hello]\n  model_sweep:\n"
+        "    - {name: unknown, base_model: no/such, sft_model: no/such2}\n"
+        "    - {name: nemo, base_model: nvidia/Mistral-NeMo-12B-Base, sft_model: nvidia/Mistral-NeMo-12B-Instruct}\n"
+        "    - {name: unequal, base_model: Qwen/Qwen2.5-7B, sft_model: Qwen/Qwen2.5-14B}\n"
+        "    - {name: fine, base_model: Qwen/Qwen2.5-7B, sft_model: Qwen/Qwen2.5-7B-Instruct}\n"
+    )
+    result = typed(str(config), "--offline", code=1)
+    assert "fine" in result.stdout
+    for said in ("unknown cannot be planned", "mistralai/Mistral-Nemo-Base-2407", "differ in n_layers: 28 against 48"):
+        assert said in result.stderr
+
+
+def test_wrong_names_are_refused():
+    from capture.errors import ConfigError
+
+    result = CliRunner().invoke(plan, [TABLE, "--entries", "qwen-7"])
+    assert isinstance(result.exception, ConfigError)
+    assert "the nearest is" in str(result.exception) or "did you mean" in str(result.exception).lower()
+    result = CliRunner().invoke(plan, [TABLE, "--offers", "nowhere.json"])
+    assert isinstance(result.exception, ConfigError)
+
+
+def test_saved_offers_are_what_is_chosen_from(tmp_path):
+    offer = {"id": 99, "gpu_name": "RTX 3090", "num_gpus": 1, "gpu_ram": 24576, "dph_total": 0.2, "inet_down": 8000,
+             "inet_down_cost": 0.0, "disk_space": 300, "compute_cap": 860}  # fmt: skip
+    file = tmp_path / "offers.json"
+    file.write_text(json.dumps([offer]))
+    text = typed(TABLE, "--offers", str(file), "--entries", "qwen-7b").output
+    assert "(offer 99)" in text

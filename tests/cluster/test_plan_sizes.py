@@ -1,0 +1,88 @@
+"""Sizes from a checkpoint's keys and shapes: which layer, which group, how many bytes in memory."""
+
+from __future__ import annotations
+
+import pytest
+
+from capture.errors import CheckpointError, UnsupportedModelError
+from cluster.plan_sizes import sizes_of
+
+CONFIG = {"model_type": "llama", "hidden_size": 4, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 10}
+
+
+def found(tensors, dtype="auto", **config):
+    return sizes_of("m", tensors, CONFIG | config, dtype, source="hub", download_bytes=None)
+
+
+def layers(prefix="model.layers", n=2, kind="BF16"):
+    return {f"{prefix}.{i}.mlp.up_proj.weight": (kind, (8, 4)) for i in range(n)}
+
+
+ENDS = {
+    "model.embed_tokens.weight": ("BF16", (10, 4)),
+    "lm_head.weight": ("BF16", (10, 4)),
+    "model.norm.weight": ("BF16", (4,)),
+}
+
+
+def test_groups_are_counted_in_the_dtype_of_memory():
+    sizes = found(ENDS | layers(), dtype="float32")
+    assert (sizes.stored, sizes.dtype) == ("bfloat16", "float32")
+    assert sizes.weights.layers == (128, 128)
+    assert (sizes.weights.embedding, sizes.weights.head, sizes.weights.rest) == (160, 160, 16)
+    assert sizes.read_bytes == sizes.download_bytes == 2 * (40 + 40 + 4 + 64)
+
+
+def test_layers_beyond_the_config_are_never_loaded_but_downloaded():
+    sizes = found(ENDS | layers(n=3))
+    assert len(sizes.weights.layers) == 2
+    assert sizes.download_bytes - sizes.read_bytes == 2 * 32
+
+
+def test_scales_of_float8_weights_are_read_and_not_kept():
+    tensors = ENDS | layers(kind="F8_E4M3") | {"model.layers.0.mlp.up_proj.weight_scale_inv": ("F32", (1, 1))}
+    sizes = found({k: v if "layers" in k else ("BF16", v[1]) for k, v in tensors.items()}, num_hidden_layers=2)
+    assert sizes.weights.layers == (64, 64)
+    assert sizes.read_bytes == 2 * 84 + 64 + 4
+
+
+def test_experts_count_in_full_in_memory_and_in_part_in_work():
+    tensors = ENDS | {
+        f"model.layers.{i}.mlp.experts.{e}.up_proj.weight": ("BF16", (8, 4)) for i in range(2) for e in range(4)
+    }
+    sizes = found(tensors, num_local_experts=4, num_experts_per_tok=1)
+    assert sizes.weights.layers == (256, 256)
+    assert sizes.active == (32, 32)
+    assert sizes.weights.fused
+    assert sizes.weights.matrix == 64
+
+
+def test_without_a_head_the_embedding_is_the_head():
+    sizes = found({k: v for k, v in ENDS.items() if "lm_head" not in k} | layers())
+    assert sizes.weights.tied
+    assert (sizes.weights.embedding, sizes.weights.head) == (80, 0)
+
+
+def test_numbers_inside_a_layer_are_not_taken_for_layers():
+    tensors = ENDS | {f"model.layers.{i}.blocks.{j}.w": ("BF16", (2, 2)) for i in range(2) for j in range(2)}
+    assert found(tensors).weights.layers == (16, 16)
+
+
+@pytest.mark.parametrize("prefix", ["h", "transformer.h", "model.decoder.layers"])
+def test_layers_are_found_wherever_they_stand(prefix):
+    assert found(ENDS | layers(prefix)).weights.layers == (64, 64)
+
+
+def test_a_checkpoint_without_the_layers_of_its_config_is_refused():
+    with pytest.raises(UnsupportedModelError, match="no list of 2 decoder layers"):
+        found(ENDS | layers(n=1))
+
+
+def test_a_config_without_a_size_is_refused_by_the_sizes_name():
+    with pytest.raises(CheckpointError, match="no hidden_size"):
+        sizes_of("m", ENDS, {"model_type": "x"}, "auto", source="hub", download_bytes=None)
+
+
+def test_a_dtype_that_nothing_can_read_is_named():
+    with pytest.raises(CheckpointError, match="F4"):
+        found(ENDS | layers(kind="F4"))

@@ -1,0 +1,276 @@
+"""Renting and watching against a market that misbehaves: one machine per request, no orphan, no live node taken for dead."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from fake_server import Fake, hasty, running_fake, wait_for
+
+from cluster.vast.api import Vast
+from cluster.vast.errors import CapError, NoOfferError, NotGoneError, VastBusyError, VastKeyError
+from cluster.vast.fleet import Fleet, Node
+from cluster.vast.labels import parse
+from cluster.vast.money import Caps
+from cluster.vast.offers import Wish
+from cluster.vast.rent import Renter
+from cluster.vast.state import State
+
+pytest.importorskip("vastai", reason="the Vast SDK is not installed: pip install 'pairscope[vast]'")
+
+WISH = Wish(image="img", gpus=("RTX 4090",), disk_gb=20)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Fake]:
+    with running_fake("--boot", "0.05,0.05") as fake:
+        yield fake
+
+
+@pytest.fixture
+def fake(server: Fake) -> Iterator[Fake]:
+    server.control("faults", [])
+    server.control("calls")
+    yield server
+    server.control("faults", [])
+    server.control("offers", [{} for _ in range(6)])
+    for line in server.live():
+        server.control(f"vanish/{line['id']}")
+
+
+def make(
+    fake: Fake, folder: Path, *, boot_s: float = 30.0, key: str = "full-rights", caps: Caps | None = None
+) -> Renter:
+    vast = Vast(key, fake.url, sleep=hasty)
+    fleet = Fleet(vast, State(folder), "demo", {"worker"}, boot_s=boot_s, poll_s=0.0)
+    return Renter(fleet, caps or Caps(100, 100, 100), "ssh-ed25519 AAAA test", found_within_s=10.0)
+
+
+def rent(renter: Renter, wish: Wish = WISH) -> Node:
+    return renter.rent(wish, "worker", "gpu", lambda k, offer: {"PAIRSCOPE_K": str(k)}, "")
+
+
+def ready(renter: Renter, id_: str) -> None:
+    wait_for(lambda: renter.fleet.refresh() and renter.fleet.is_running(id_))
+
+
+@pytest.mark.parametrize("kind", ["lost", "503_done"])
+def test_a_lost_reply_to_create_is_found_by_its_label(fake: Fake, tmp_path: Path, kind: str) -> None:
+    renter = make(fake, tmp_path)
+    fake.fault("create", kind)
+    node = rent(renter)
+    assert [str(line["id"]) for line in fake.live()] == [node.id]
+    ready(renter, node.id)
+
+
+@pytest.mark.parametrize("kind", ["503", "drop", "malformed"])
+def test_a_create_that_did_not_happen_takes_another_offer(fake: Fake, tmp_path: Path, kind: str) -> None:
+    renter = make(fake, tmp_path)
+    fake.fault("create", kind)
+    node = rent(renter)
+    assert [str(line["id"]) for line in fake.live()] == [node.id]
+
+
+def test_an_instance_that_turns_up_after_it_was_given_up_is_destroyed(fake: Fake, tmp_path: Path) -> None:
+    renter = make(fake, tmp_path)
+    fake.fault("create", "lost")
+    fake.fault("list", "503", times=1000)  # so that the lost one cannot be found
+    node = rent(renter)
+    assert len(fake.live()) == 2
+    fake.control("faults", [])
+    assert set(renter.fleet.refresh()) == {node.id}
+    assert [str(line["id"]) for line in fake.live()] == [node.id]
+
+
+def test_the_same_offer_sold_twice_ends_in_another_machine(fake: Fake, tmp_path: Path) -> None:
+    renter = make(fake, tmp_path)
+    taken = renter.fleet.vast.search({}, bid=False, disk_gb=20)[0]["id"]
+    fake.fault("search", "no_rows", times=0)
+    offers = [o["id"] for o in renter.fleet.vast.search({}, bid=False, disk_gb=20)]
+    renter.fleet.vast.create(taken, image="x", disk=5, label="somebody else's")
+    original = renter.fleet.vast.search
+    renter.fleet.vast.search = (
+        lambda *a, **k: (
+            [  # type: ignore[method-assign]
+                {**o, "id": taken, "inet_down_cost": 0.0} for o in original(*a, **k)[:1]
+            ]
+            + original(*a, **k)
+        )
+    )  # an old listing: the cheapest is gone already
+    node = rent(renter)
+    assert len(offers) == 6
+    ours = [line for line in fake.live() if parse(line["label"])]
+    assert [str(line["id"]) for line in ours] == [node.id]
+
+
+def test_two_launches_at_once_get_two_machines_and_two_places(fake: Fake, tmp_path: Path) -> None:
+    renter = make(fake, tmp_path)
+    nodes: list[Node] = []
+    threads = [threading.Thread(target=lambda: nodes.append(rent(renter))) for _ in range(4)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert len({n.id for n in nodes}) == 4
+    assert sorted(n.label.k for n in nodes) == [2, 3, 4, 5]
+    assert len(fake.live()) == 4
+
+
+@pytest.mark.parametrize("kind", ["stuck", "sold_twice"])
+def test_a_machine_that_hangs_in_loading_is_destroyed_and_not_used_again(fake: Fake, tmp_path: Path, kind: str) -> None:
+    renter = make(fake, tmp_path, boot_s=0.3)
+    fake.fault("create", kind)
+    node = rent(renter)
+    wait_for(lambda: node.id not in renter.fleet.refresh())
+    assert fake.live() == []
+    assert set(renter.fleet.state.blocked_machines()) == {node.machine}
+    assert rent(renter).machine != node.machine
+
+
+def test_an_instance_gone_right_after_create_is_noticed_as_gone(fake: Fake, tmp_path: Path) -> None:
+    renter = make(fake, tmp_path)
+    fake.fault("create", "gone")
+    node = rent(renter)
+    assert node.id not in renter.fleet.refresh(force=True)
+    assert fake.live() == []
+
+
+def test_a_destroy_that_is_ignored_is_repeated_until_it_is_true(fake: Fake, tmp_path: Path) -> None:
+    renter = make(fake, tmp_path)
+    node = rent(renter)
+    fake.fault("destroy", "ignored", times=2)
+    renter.fleet.destroy(node.id, "test")
+    assert fake.live() == []
+
+
+def test_a_destroy_that_never_works_is_an_error_that_names_the_instance(fake: Fake, tmp_path: Path) -> None:
+    renter = make(fake, tmp_path)
+    node = rent(renter)
+    fake.fault("destroy", "ignored", times=100)
+    with pytest.raises(NotGoneError, match=node.id):
+        renter.fleet.destroy(node.id, "test")
+    fake.control("faults", [])
+    assert renter.fleet.refresh(force=True) == {}  # and it is destroyed as soon as Vast obeys again
+    assert fake.live() == []
+
+
+@pytest.mark.parametrize("kind", ["429", "503", "empty", "malformed", "no_rows", "drop"])
+def test_a_live_node_is_never_taken_for_dead_because_a_listing_failed(fake: Fake, tmp_path: Path, kind: str) -> None:
+    renter = make(fake, tmp_path)
+    node = rent(renter)
+    ready(renter, node.id)
+    fake.fault("list", kind, times=9)
+    for _ in range(3):
+        try:
+            assert set(renter.fleet.refresh(force=True)) == {node.id}
+        except VastBusyError:
+            assert renter.fleet.get(node.id) is not None
+    fake.control("faults", [])
+    assert set(renter.fleet.refresh(force=True)) == {node.id}
+    assert len(fake.live()) == 1
+
+
+def test_an_outbid_node_is_lost_and_destroyed(fake: Fake, tmp_path: Path) -> None:
+    renter = make(fake, tmp_path)
+    node = rent(renter, replace(WISH, bid=True))
+    ready(renter, node.id)
+    fake.control(f"outbid/{node.id}")
+    assert renter.fleet.refresh(force=True) == {}
+    assert fake.live() == []
+
+
+def test_a_bid_that_is_too_low_leaves_nothing_behind(fake: Fake, tmp_path: Path) -> None:
+    renter = make(fake, tmp_path)
+    rent(renter, replace(WISH, bid=True, bid_over=0.5))
+    wait_for(lambda: renter.fleet.refresh(force=True) == {})
+    assert fake.live() == []
+
+
+def test_a_node_is_running_only_when_ssh_answers(fake: Fake, tmp_path: Path) -> None:
+    renter = make(fake, tmp_path)
+    fake.fault("create", "stuck")
+    node = rent(renter)
+    renter.fleet.refresh()
+    assert not renter.fleet.is_running(node.id)
+    row = {
+        **node.row,
+        "actual_status": "running",
+        "public_ipaddr": "127.0.0.1",
+        "ports": {"22/tcp": [{"HostPort": "9"}]},
+    }
+    renter.fleet.nodes[node.id] = Node(node.id, node.label, row)
+    assert not renter.fleet.is_running(node.id)
+
+
+def test_the_direct_address_and_the_proxys_are_never_mixed(tmp_path: Path) -> None:
+    label = parse("ps/demo/w/2/gpu/00000000")
+    assert label is not None
+    proxy = {
+        "id": 1,
+        "actual_status": "running",
+        "public_ipaddr": "192.0.2.1",
+        "ports": {},
+        "ssh_host": "proxy",
+        "ssh_port": 30022,
+    }
+    assert Node("1", label, proxy).ssh == ("proxy", 30022)
+    direct = proxy | {"ports": {"22/tcp": [{"HostPort": "40022"}]}}
+    assert Node("1", label, direct).ssh == ("192.0.2.1", 40022)
+    assert Node("1", label, direct | {"public_ipaddr": None}).ssh is None
+
+
+def test_a_second_process_knows_the_fleet_from_the_labels_alone(fake: Fake, tmp_path: Path) -> None:
+    node = rent(make(fake, tmp_path / "one"))
+    other = make(fake, tmp_path / "two").fleet.refresh()
+    assert other[node.id].label == node.label
+    assert other[node.id].env == {"PAIRSCOPE_K": "2"}
+
+
+def test_limits_are_checked_before_anything_is_rented(fake: Fake, tmp_path: Path) -> None:
+    renter = make(fake, tmp_path, caps=Caps(max_price_per_hour=0.6, max_total_dollars=10, max_hours=1))
+    rent(renter)
+    with pytest.raises(CapError, match="max_price_per_hour"):
+        rent(renter)
+    assert len(fake.live()) == 1
+
+
+def test_an_old_cluster_rents_nothing_more(fake: Fake, tmp_path: Path) -> None:
+    renter = make(fake, tmp_path, caps=Caps(max_price_per_hour=10, max_total_dollars=10, max_hours=1e-6))
+    rent(renter)
+    with pytest.raises(CapError, match="max_hours"):
+        rent(renter)
+
+
+def test_no_offer_that_fits_names_what_excluded_most(fake: Fake, tmp_path: Path) -> None:
+    renter = make(fake, tmp_path)
+    with pytest.raises(NoOfferError, match=r"none of 6 offers .* excluded most by min_gpu_gb 80: 6"):
+        rent(renter, replace(WISH, min_gpu_gb=80))
+    with pytest.raises(NoOfferError, match="nobody offers 1x B200"):
+        rent(renter, replace(WISH, gpus=("B200",)))
+
+
+def test_offers_are_ranked_by_what_the_work_costs_and_not_by_their_rate(fake: Fake, tmp_path: Path) -> None:
+    fake.control("offers", [
+        {"dph_base": 0.30, "inet_down_cost": 0.03},  # cheap by the hour, dear by the gigabyte
+        {"dph_base": 0.40, "inet_down_cost": 0.0},
+        {"dph_base": 0.35, "inet_down_cost": 0.0, "inet_down": 500.0},  # slow: its download takes hours
+    ])  # fmt: skip
+    wish = replace(WISH, hours=1, download_gb=500, min_inet_down=100)
+    assert rent(make(fake, tmp_path), wish).machine == 501
+
+
+def test_a_key_without_rights_rents_nothing(fake: Fake, tmp_path: Path) -> None:
+    with pytest.raises(VastKeyError):
+        rent(make(fake, tmp_path, key="read-only"))
+    assert fake.live() == []
+    assert State(tmp_path).read()["intents"] == {}
+
+
+def test_a_key_that_cannot_be_attached_leaves_no_machine(fake: Fake, tmp_path: Path) -> None:
+    fake.fault("attach", "503", times=50)
+    with pytest.raises(VastBusyError):
+        rent(make(fake, tmp_path))
+    assert fake.live() == []
