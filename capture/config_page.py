@@ -13,7 +13,7 @@ from pydantic.fields import FieldInfo
 
 from capture.config import ENV_OVERRIDES
 from capture.passes import Comparison, EmbeddingVariant, MultiPass, Pass, Swap
-from capture.settings import AllowedPair, Batching, Lens, LocalRun, Output, Settings, SweepEntry
+from capture.settings import AllowedPair, Batching, Lens, LocalRun, Output, Settings, Spans, SweepEntry
 from capture.variants import OPTIONS, VARIANTS
 
 # block -> where it stands in the file
@@ -30,6 +30,7 @@ BLOCKS: dict[type[BaseModel], str] = {
     Lens: "residual_compare.lens",
     Batching: "residual_compare.batching",
     Output: "residual_compare.output",
+    Spans: "residual_compare.spans",
 }
 
 INTRO = """# The config

@@ -58,6 +58,9 @@ def document(work: Work, files: list[dict[str, Any]]) -> dict[str, Any]:
             "same_final_norm": pair.same_tail,
             "same_unembedding": pair.same_head,
         },
+        "spans": [
+            {"first": s.first, "last": s.last, "host": s.meta["host"], "process": s.meta["process"]} for s in work.spans
+        ],
         "passes_share_a_batch": pair.stacked,
         "batches": [
             {"tokens": int(b.ids_BT.shape[1]), "items": list(b.items), "padded": b.mask_BT is not None}

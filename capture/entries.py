@@ -15,7 +15,7 @@ from pydantic import Field
 from capture.errors import ConfigError, PromptError
 from capture.fields import Frozen, masked, near
 from capture.passes import FOUR_PASSES, Comparison, MultiPass, Pass, single_comparisons
-from capture.settings import AllowedPair, Batching, Lens, LocalRun, Mode, Output, Settings, SweepEntry
+from capture.settings import AllowedPair, Batching, Lens, LocalRun, Mode, Output, Settings, Spans, SweepEntry
 
 BLOCK = "residual_compare"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -57,6 +57,7 @@ class Entry(Frozen):
     lens: Lens = Lens()
     batching: Batching = Batching()
     output: Output = Output()
+    spans: Spans = Spans()
     noise_floor: bool = True
     local_run: LocalRun = LocalRun()
     gpus: float | None = None
@@ -186,6 +187,7 @@ class Config:
             lens=block.lens,
             batching=block.batching,
             output=block.output,
+            spans=block.spans,
             noise_floor=block.noise_floor,
             local_run=block.local_run,
             gpus=pick("gpus"),

@@ -36,6 +36,7 @@ NOT_IN_ID = {
     "prompt_sources": "where a prompt stands, not what it says",
     "device": "where it runs",
     "mode": "both modes give the same numbers",
+    "spans": "where a walk is cut changes no number",
     "local_run": "guards; what they override is in dtype and the kwargs",
     "gpus": "scheduling",
     "accelerator_type": "scheduling",

@@ -160,13 +160,17 @@ class Pair:
         return slot_of
 
     @torch.no_grad()
-    def walk(self, *, streamed: bool, stop: Callable[[], bool] | None = None) -> Iterator[State]:
-        """Yield the state of every batch at layer -1, 0, ..., L-1 and, after the final norm, L; layers outermost."""
-        for b, slots in enumerate(self.states):
-            yield State(-1, b, slots, self.slot_of, None, self.slot_of)
+    def walk(self, *, streamed: bool, stop: Callable[[], bool] | None = None, start: int = 0) -> Iterator[State]:
+        """Yield the state of every batch at layer -1, 0, ..., L-1 and, after the final norm, L; layers outermost.
+
+        start: the first layer to run; `go_on_from` has then put the states that enter it in place.
+        """
+        if start == 0:
+            for b, slots in enumerate(self.states):
+                yield State(-1, b, slots, self.slot_of, None, self.slot_of)
         loader = Loader(self._unique(), streamed=streamed)
         try:
-            for layer in range(self.n_layers):
+            for layer in range(start, self.n_layers):
                 loader.get(layer)
                 jobs, slot_of = self._jobs(layer)
                 for b in range(len(self.states)):
@@ -180,6 +184,10 @@ class Pair:
         finally:
             loader.close()
         yield from self._finish()
+
+    def go_on_from(self, states: list[list[Tensor]], slot_of: dict[str, int], shared_layers: int) -> None:
+        """Put states in place that an earlier walk had come to: [batch][slot] -> [B, T, D]."""
+        self.states, self.slot_of, self.shared_layers = states, slot_of, shared_layers
 
     def _jobs(self, layer: int) -> tuple[list[tuple[Owner, list[int]]], dict[str, int]]:
         """What to run at this layer: (model, its input slots) in the order of the output slots; and passes' new slots."""

@@ -114,7 +114,18 @@ def capture_pair(
     prompts = tokenize(entry, load_tokenizer(entry, resolved.tokenizer_dir))
     from capture.work import Work  # torch and transformers, from here on
 
-    work = Work(entry, resolved, run, choice, prompts, report=report, tile_divisor=tile_divisor, stop=stop, group=group)
+    work = Work(
+        entry,
+        resolved,
+        run,
+        choice,
+        prompts,
+        report=report,
+        tile_divisor=tile_divisor,
+        stop=stop,
+        group=group,
+        force=force,
+    )
     work.seconds["resolve"] = time.monotonic() - began
     work.capture()
     return CaptureResult(

@@ -55,6 +55,13 @@ class Output(Frozen):
     topk: bool = Field(default=True, description="false leaves out the top-k tables, nine tenths of the bytes")
 
 
+class Spans(Frozen):
+    """How often a walk commits what it has: after a lost worker, the next attempt goes on after the last commit."""
+
+    layers: Int | None = Field(default=None, ge=1, description="commit after every n layers")
+    seconds: Number | None = Field(default=300, gt=0, description="commit at the next layer after so many seconds")
+
+
 class AllowedPair(Frozen):
     """A pair that may run on the local GPU, and the settings it must run with."""
 
@@ -178,6 +185,7 @@ class Settings(Frozen):
     )
     batching: Batching = Field(default=Batching(), description="how prompts are batched")
     output: Output = Field(default=Output(), description="how tables are written")
+    spans: Spans = Field(default=Spans(), description="how often a walk commits what it has")
     noise_floor: bool = Field(default=True, description="measure what batching alone changes, on one prompt")
     gpus: Number | None = Field(
         default=None, ge=0, description="GPUs to ask Ray for; by default 1 where the device is CUDA"

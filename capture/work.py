@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import socket
 import time
 from collections.abc import Callable
 from typing import Any
@@ -21,20 +23,21 @@ from capture.files import ModelFiles
 from capture.group import ALONE, Group
 from capture.layout import RunDir
 from capture.lens import Vocabulary
-from capture.lockstep import Pair
+from capture.lockstep import Pair, State
 from capture.memory import ModeChoice, choose_mode
 from capture.progress import Progress
 from capture.prompts import Prompts, check_ids, load_tokenizer, tracked_tokens
 from capture.replay import run_tail
 from capture.run import Resolved
 from capture.selfcheck import replay_check
+from capture.spans import SpanStore
 from capture.store import CaptureWriter
 from capture.tables import Rows
 from capture.unembed import check_against_model
 
 log = logging.getLogger(__name__)
 
-TOPK_BUDGET = 512 << 20  # bytes of top-k lists kept before they are written as a part of their own
+TOPK_BUDGET = 512 << 20  # bytes of top-k lists kept before their span is committed
 
 
 class Work:
@@ -52,7 +55,9 @@ class Work:
         tile_divisor: int = 1,
         stop: Callable[[], bool] | None = None,
         group: Group | None = None,
+        force: bool = False,
     ) -> None:
+        self.force = force
         self.group = group or ALONE
         self.entry, self.resolved, self.run, self.choice, self.prompts = entry, resolved, run, device, prompts
         self.report, self.tile_divisor, self.stop = report, tile_divisor, stop
@@ -88,6 +93,7 @@ class Work:
                 self._write(writer)
                 self.seconds["write"] += time.monotonic() - started
                 writer.finish(document(self, writer.files))
+                self.store.clear()
         finally:
             if writer is not None:
                 writer.discard()
@@ -181,29 +187,70 @@ class Work:
         lengths = [len(i) for i in self.ids]
         self.collector = Collector(pair, self.batches, lengths, self.ids, entry.passes, entry.comparisons, self.lens)
         self.rows = Rows(entry.name, self.resolved.capture, self.prompts.items, self.collector)
-        self.parts = 0
         self.seconds["write"] = 0.0
-        started = time.monotonic()
-        for state in pair.walk(streamed=self.mode.mode == "streamed", stop=self.stop):
+        start = self._go_on()
+        self.first = start if start else -1  # of the span under way
+        started = self.committed = time.monotonic()
+        for state in pair.walk(streamed=self.mode.mode == "streamed", stop=self.stop, start=start):
             self.collector.take(state)
             if state.batch == len(self.batches) - 1:
-                written = time.monotonic()
-                if self.collector.topk_bytes() > TOPK_BUDGET:
-                    if writer is not None:
-                        self._write_lists(writer)
-                    self.collector.topk.clear()
-                self.seconds["write"] += time.monotonic() - written
-                self._tell(state.layer, started)
+                if self._due(state.layer):
+                    self._commit(state)
+                self._tell(state.layer, start, started)
         self.seconds["walk"] = time.monotonic() - started - self.seconds["write"]
         if self.collector.nonfinite:
             log.warning("%d rows of logits are not finite: an overflow in %s?", self.collector.nonfinite, entry.dtype)
 
-    def _tell(self, layer: int, started: float) -> None:
+    def _go_on(self) -> int:
+        """Take up what earlier attempts committed; the layer to go on with."""
+        path = self.run.capture_path(self.entry.name, self.resolved.capture)
+        self.store = SpanStore(self.run, path)
+        if self.force and self.group.rank == 0:
+            self.store.clear()
+        self.spans = [] if self.force else self.store.committed()
+        if not self.spans:
+            return 0
+        for span in self.spans:
+            self.collector.restore(span.first, span.last, span.columns())
+        last = self.spans[-1]
+        self.collector.restore_found(last.meta["found"])
+        self.pair.go_on_from(self.store.states(last, self.device), last.meta["slot_of"], last.meta["shared_layers"])
+        log.info("going on at layer %d: an earlier attempt committed the layers before", last.last + 1)
+        return last.last + 1
+
+    def _due(self, layer: int) -> bool:
+        """Whether to commit behind this layer: not behind the last, whose lens the final norm's layer takes over."""
+        if layer < 0 or layer >= self.pair.n_layers - 1:
+            return False
+        every = self.entry.spans
+        by_layers = every.layers is not None and layer - max(self.first, 0) + 1 >= every.layers
+        by_time = every.seconds is not None and time.monotonic() - self.committed >= every.seconds
+        return by_layers or by_time or self.collector.topk_bytes() > TOPK_BUDGET
+
+    def _commit(self, state: State) -> None:
+        """Commit the span that ends with this layer; rank 0 writes, all ranks forget the lists."""
+        started = time.monotonic()
+        if self.group.rank == 0:
+            meta = {
+                "slot_of": state.slot_of,
+                "shared_layers": self.pair.shared_layers,
+                "found": self.collector.found(),
+                "host": socket.gethostname(),
+                "process": os.getpid(),
+            }
+            columns = self.collector.columns(self.first, state.layer)
+            self.spans.append(self.store.commit(self.first, state.layer, columns, meta, self.pair.states))
+        self.collector.topk.clear()
+        self.first, self.committed = state.layer + 1, time.monotonic()
+        self.seconds["write"] += self.committed - started
+
+    def _tell(self, layer: int, start: int, started: float) -> None:
         n_layers = self.pair.n_layers
         done = min(layer + 1, n_layers)
+        here = done - start
         elapsed = time.monotonic() - started
-        speed = self.prompts.n_tokens * done / n_layers / elapsed if done and elapsed else None
-        left = elapsed / done * (n_layers - done) if done else None
+        speed = self.prompts.n_tokens * here / n_layers / elapsed if here and elapsed else None
+        left = elapsed / here * (n_layers - done) if here else None
         self.report(Progress(self.entry.name, "layers", done, n_layers, speed, left))
 
     def _check_zeros(self) -> None:
@@ -217,16 +264,18 @@ class Work:
 
     # -- writing -------------------------------------------------------------------------------------------------------
 
-    def _write_lists(self, writer: CaptureWriter) -> None:
+    def _write_lists(self, writer: CaptureWriter, part: int) -> None:
         layers = sorted(self.collector.topk)
         if layers:
             for table in ("runs_topk", "pairwise_topk"):
-                writer.table(table, self.rows.lists(table, layers), self.parts)
-            self.parts += 1
+                writer.table(table, self.rows.lists(table, layers), part)
             self.collector.topk.clear()
 
     def _write(self, writer: CaptureWriter) -> None:
-        self._write_lists(writer)
+        self._write_lists(writer, len(self.spans))
+        for part, span in enumerate(self.spans):
+            self.collector.restore_lists(span.columns())
+            self._write_lists(writer, part)
         for table in ("runs", "pairwise"):
             writer.table(table, self.rows.scalars(table))
         writer.table("prompts", self.rows.prompts())

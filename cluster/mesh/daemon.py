@@ -33,7 +33,7 @@ class Daemon:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.mesh: Mesh = read_mesh(folder)
-        self.stamp = 0.0
+        self.stamp: tuple[int, ...] = ()
         self.tunnels: dict[int, Tunnel] = {}
         self.ending = threading.Event()
         self.began = time.time()
@@ -58,9 +58,10 @@ class Daemon:
                 tunnel.stop()
 
     def read(self) -> None:
-        """Take up a changed peers file: new tunnels, none for peers that left or moved."""
+        """Take up changed files: new tunnels, none for peers that left or moved."""
         try:
-            stamp = (self.folder / "peers.json").stat().st_mtime_ns
+            files = [p for p in (self.folder / "node.json", self.folder / "peers.json") if p.exists()]
+            stamp = tuple(p.stat().st_mtime_ns for p in files)
             if stamp == self.stamp:
                 return
             mesh = read_mesh(self.folder)

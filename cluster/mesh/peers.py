@@ -1,4 +1,8 @@
-"""The mesh as one node knows it: a small JSON file that the provider writes and the daemon reads."""
+"""The mesh as one node knows it: two small JSON files that the provider writes and the daemon reads.
+
+node.json says who this node is, and comes with its set-up. peers.json says whom to connect to: it comes with the set-up of a
+worker; on the head the autoscaler keeps it, and a second set-up must not touch it.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,6 @@ import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from capture.errors import ConfigError
 from cluster.mesh.ports import HEAD, address, peer_ports, ports_for_head, ports_of_head
@@ -42,8 +45,13 @@ class Mesh:
         relayed = [(address(k), port) for k in others for port in peer_ports(k)]
         return [(address(HEAD), port) for port in ports_of_head()] + relayed
 
-    def as_dict(self) -> dict[str, Any]:
-        return {"k": self.k, "slots": self.slots, "peers": [asdict(p) for p in self.peers]}
+    @property
+    def node_text(self) -> str:
+        return json.dumps({"k": self.k, "slots": self.slots}) + "\n"
+
+    @property
+    def peers_text(self) -> str:
+        return json.dumps([asdict(p) for p in self.peers], indent=1) + "\n"
 
 
 def mesh_folder() -> Path:
@@ -51,24 +59,25 @@ def mesh_folder() -> Path:
     return Path(os.environ.get("PAIRSCOPE_HOME") or Path.home() / ".pairscope") / "mesh"
 
 
-def write_mesh(mesh: Mesh, folder: Path) -> None:
-    """Replace the file, unless it says the same already."""
-    text = json.dumps(mesh.as_dict(), indent=1) + "\n"
+def write_peers(mesh: Mesh, folder: Path) -> None:
+    """Replace peers.json, unless it says the same already."""
     path = folder / "peers.json"
-    if path.exists() and path.read_text() == text:
+    if path.exists() and path.read_text() == mesh.peers_text:
         return
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     tmp = path.with_suffix(".tmp")
-    tmp.write_text(text)
+    tmp.write_text(mesh.peers_text)
     os.replace(tmp, path)
 
 
 def read_mesh(folder: Path) -> Mesh:
-    """The file's content. ConfigError where there is none."""
-    path = folder / "peers.json"
+    """Both files; no peers.json reads as no peers. ConfigError where this machine is no node."""
+    path = folder / "node.json"
     try:
-        found = json.loads(path.read_text())
-        return Mesh(int(found["k"]), int(found["slots"]), tuple(Peer(**p) for p in found["peers"]))
+        node = json.loads(path.read_text())
+        path = folder / "peers.json"
+        peers = json.loads(path.read_text()) if path.exists() else []
+        return Mesh(int(node["k"]), int(node["slots"]), tuple(Peer(**p) for p in peers))
     except FileNotFoundError:
         raise ConfigError(f"'{path}' is missing: this machine is not a node of a cluster that `ray up` made") from None
     except (ValueError, KeyError, TypeError) as error:

@@ -30,7 +30,7 @@ from ray.autoscaler.tags import (
 )
 
 from capture.errors import PairscopeError
-from cluster.mesh.peers import Mesh, Peer, mesh_folder, write_mesh
+from cluster.mesh.peers import Mesh, Peer, mesh_folder, write_peers
 from cluster.mesh.ports import HEAD, address
 from cluster.vast import keys
 from cluster.vast.api import Vast
@@ -238,7 +238,7 @@ class VastNodeProvider(NodeProvider):
         if node.label.kind == "head":
             lines = keys.pinned(self.folder / keys.KNOWN_HOSTS, f"vast-{node_id}")
             return files | {
-                "~/.pairscope/mesh/peers.json": as_json(Mesh(HEAD, slots).as_dict()),
+                "~/.pairscope/mesh/node.json": Mesh(HEAD, slots).node_text,
                 "~/.pairscope/mesh/known_hosts": lines,
             }
         head = next((n for n in self.fleet.refresh().values() if n.label.kind == "head"), None)
@@ -253,8 +253,10 @@ class VastNodeProvider(NodeProvider):
             self.settings.user,
         )
         known = mesh_folder() / "known_hosts"
+        mesh = Mesh(node.label.k, slots, (peer,))
         return files | {
-            "~/.pairscope/mesh/peers.json": as_json(Mesh(node.label.k, slots, (peer,)).as_dict()),
+            "~/.pairscope/mesh/node.json": mesh.node_text,
+            "~/.pairscope/mesh/peers.json": mesh.peers_text,
             "~/.pairscope/mesh/known_hosts": known.read_text() if known.exists() else "",
         }
 
@@ -272,7 +274,7 @@ class VastNodeProvider(NodeProvider):
             for n in nodes.values()
             if n.label.kind == "worker" and n.status == "running" and n.ssh
         ]
-        write_mesh(Mesh(HEAD, self.settings.slots, tuple(sorted(peers, key=lambda p: p.k))), mesh_folder())
+        write_peers(Mesh(HEAD, self.settings.slots, tuple(sorted(peers, key=lambda p: p.k))), mesh_folder())
         over = self.caps.exceeded(self.fleet.bill())
         if over:
             logger.error("the cluster ends: %s", over)

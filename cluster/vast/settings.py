@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from capture.errors import ConfigError
 from cluster.mesh.ports import MOST_NODES
 from cluster.vast import keys
 from cluster.vast.api import Vast
-from cluster.vast.labels import check_names
+from cluster.vast.labels import check_names, parse
 from cluster.vast.money import SETTINGS as CAPS
 from cluster.vast.money import Caps
 from cluster.vast.offers import Wish, read_wish
@@ -91,7 +92,9 @@ def bootstrap(config: dict[str, Any]) -> dict[str, Any]:
     if settings.api_url:
         provider["api_url"] = settings.api_url
     folder = cluster_folder(config["cluster_name"])
-    keys.make_missing(folder, Vast(url=settings.api_url).key)
+    vast = Vast(url=settings.api_url)
+    _check_name(config["cluster_name"], folder, vast)
+    keys.make_missing(folder, vast.key)
     config["auth"] = {
         "ssh_user": settings.user,
         **config.get("auth", {}),
@@ -105,6 +108,20 @@ def bootstrap(config: dict[str, Any]) -> dict[str, Any]:
         KNOWN_API_KEY: str(folder / keys.API_KEY),
     }
     return config
+
+
+def _check_name(cluster: str, folder: Path, vast: Vast) -> None:
+    """Raise ConfigError where instances carry the cluster's name but its keys are not on this machine: it is someone else's.
+
+    The listing also proves the API key, before anything else is done with it.
+    """
+    labels = [parse(row.get("label")) for row in vast.instances()]
+    taken = any(label is not None and label.cluster == cluster for label in labels)
+    if taken and not (folder / keys.SSH_KEY).exists():
+        raise ConfigError(
+            f"cluster_name '{cluster}' is in use by a cluster that was not made from this machine (no keys in '{folder}'); choose "
+            f"another name, or copy that folder here, or end the cluster with `pairscope vast destroy --cluster {cluster}`"
+        )
 
 
 def for_head(config: dict[str, Any], public_key: str) -> dict[str, Any]:

@@ -99,7 +99,7 @@ def test_smaller_tiles_and_parts_of_layers_change_no_number(pairs, tmp_path, mon
     monkeypatch.setitem(work.TILE_BYTES, "cpu", 4 * 307 * 4 * 8)
     parts = capture_pair(entry_of(pairs("llama")), str(tmp_path / "parts"), tile_divisor=2)
     a, b = agree.read_tables(whole.path), agree.read_tables(parts.path)
-    assert len(list((tmp_path / "parts").glob("captures/*/*/runs_topk-*.parquet"))) == 6
+    assert len(list((tmp_path / "parts").glob("captures/*/*/runs_topk-*.parquet"))) == 4  # three commits and the rest
     for table, rows in a.items():
         order = [(c, "ascending") for c in agree.KEYS[table]]
         x, y = rows.sort_by(order), b[table].sort_by(order)

@@ -62,6 +62,7 @@ OTHERS: dict[str, Any] = {
     "gpus": 2,
     "accelerator_type": "H100",
     "device_memory_gib": 8,
+    "spans": {"layers": 1},
     "allow_pickle": True,
     "notes": "mine",
 }

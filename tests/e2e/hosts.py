@@ -73,7 +73,9 @@ class Namespaces:
         self.hosts: dict[int, subprocess.Popen[bytes]] = {}
         self.links: dict[int, str] = {}
         self.count = 0
-        _do("ip", "link", "add", self.bridge, "type", "bridge")
+        # an address of its own: a bridge without one changes it with every new port, and hosts lose it for a minute
+        mac = "02:" + ":".join(f"{random.randrange(256):02x}" for _ in range(5))
+        _do("ip", "link", "add", self.bridge, "address", mac, "type", "bridge")
         _do("ip", "address", "add", f"{self.gateway}/24", "dev", self.bridge)
         _do("ip", "link", "set", self.bridge, "up")
 

@@ -1,0 +1,206 @@
+"""`pairscope vast`: what is on offer, what is rented, what was forgotten."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import click
+
+from capture.errors import ConfigError
+from cluster.vast.api import Vast
+from cluster.vast.fleet import Fleet, Node
+from cluster.vast.labels import parse
+from cluster.vast.state import State, cluster_folder
+
+
+@click.group()
+def vast() -> None:
+    """Machines on Vast.ai: what is on offer, what is rented, what was forgotten.
+
+    The API key is taken from VAST_API_KEY or from where `vastai set api-key` put it.
+
+    \b
+    Example:
+      pairscope vast orphans
+    """
+
+
+@vast.command()
+@click.argument("config", default="ray_cluster.yaml")
+@click.option("--type", "type_", metavar="NAME", help="Node type of CONFIG.  [default: the head's]")
+@click.option("--limit", default=10, show_default=True, help="How many.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object an offer.")
+def offers(config: str, type_: str | None, limit: int, as_json: bool) -> None:
+    """Show the offers that fit a node type of CONFIG, cheapest work first.
+
+    \b
+    Example:
+      pairscope vast offers ray_cluster.yaml --type rtx4090
+    """
+    import yaml
+
+    from cluster.vast.offers import find_offers
+    from cluster.vast.settings import Settings
+
+    try:
+        with open(config) as stream:
+            content = yaml.safe_load(stream)
+        types, type_ = content["available_node_types"], type_ or content["head_node_type"]
+        settings = Settings.read(content["provider"])
+    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
+        raise ConfigError(f"'{config}' is no cluster config of Ray's: {type(error).__name__}: {error}") from error
+    if type_ not in types:
+        raise ConfigError(f"'{config}' has no node type '{type_}'; it has {', '.join(types)}")
+    state = State(cluster_folder(content["cluster_name"]))
+    wish = settings.wish(types[type_]["node_config"], type_)
+    found = find_offers(Vast(url=settings.api_url), wish, state.blocked_machines(), f"node type '{type_}'")[:limit]
+    rows = [
+        {
+            "offer": o.id, "machine": o.machine, "gpus": f"{o.row['num_gpus']}x {o.row['gpu_name']}", "gib": round(o.row["gpu_ram"] / 1024, 1),
+            "dollars_per_hour": round(o.dph, 4), "dollars_for_work": round(o.dollars, 3), "mbit_down": o.row["inet_down"],
+            "dollars_per_gb": o.row["inet_down_cost"], "reliability": o.row["reliability"], "place": o.row.get("geolocation"),
+        }
+        for o in found
+    ]  # fmt: skip
+    _show(rows, as_json)
+    if not as_json:
+        click.echo(f"work: {wish.hours:g} hours and {wish.download_gb:g} GB down, with {wish.disk_gb:g} GB of disk")
+
+
+@vast.command()
+@click.option("--cluster", metavar="NAME", help="Only this cluster's.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object an instance.")
+def nodes(cluster: str | None, as_json: bool) -> None:
+    """Show all instances that pairscope rented, on this machine or another.
+
+    \b
+    Example:
+      pairscope vast nodes
+    """
+    found = [f for f in _rented(_connect()) if cluster in (None, f.node.label.cluster)]
+    _show([f.row() for f in found], as_json)
+    if not as_json:
+        click.echo(f"{len(found)} rented, ${sum(f.node.dph for f in found):.3f}/h")
+
+
+@vast.command()
+@click.option("--json", "as_json", is_flag=True, help="One JSON object an instance.")
+def orphans(as_json: bool) -> None:
+    """Show rented instances that nobody looks after any more, and why that is thought. Exit code 1 if there are any.
+
+    \b
+    Example:
+      pairscope vast orphans && echo nothing left behind
+    """
+    found = [f for f in _rented(_connect()) if f.orphan]
+    _show([f.row() for f in found], as_json)
+    if found:
+        if not as_json:
+            click.echo(f"to end them: pairscope vast destroy {' '.join(f.node.id for f in found)}")
+        raise SystemExit(1)
+    if not as_json:
+        click.echo("no orphans")
+
+
+@vast.command()
+@click.argument("ids", nargs=-1, type=int)
+@click.option("--cluster", metavar="NAME", help="All of this cluster.")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+def destroy(ids: tuple[int, ...], cluster: str | None, yes: bool) -> None:
+    """Destroy instances by id, or all of a cluster, and see that they are gone. Other people's labels are left alone.
+
+    \b
+    Example:
+      pairscope vast destroy --cluster pairscope
+    """
+    if bool(ids) == bool(cluster):
+        raise ConfigError("name either instance ids or --cluster; `pairscope vast nodes` lists both")
+    client = _connect()
+    rented = {f.node.id: f for f in _rented(client)}
+    unknown = [i for i in ids if str(i) not in rented]
+    if unknown:
+        raise ConfigError(f"instance {unknown[0]} is not one that pairscope rented; `pairscope vast nodes` lists those")
+    wanted = [f for f in rented.values() if int(f.node.id) in ids or f.node.label.cluster == cluster]
+    if not wanted:
+        click.echo("nothing to destroy")
+        return
+    _show([f.row() for f in wanted], False)
+    if not yes:
+        click.confirm(f"destroy {len(wanted)} with all that is on them?", abort=True)
+    for found in wanted:
+        name = found.node.label.cluster
+        fleet = Fleet(client, State(cluster_folder(name)), name, set(), boot_s=0, poll_s=0)
+        fleet.add(found.node)
+        fleet.destroy(found.node.id, "pairscope vast destroy")
+        click.echo(f"{found.node.id} is gone")
+
+
+@dataclass(frozen=True)
+class Found:
+    """A rented instance, and why it looks forgotten (empty if it does not)."""
+
+    node: Node
+    orphan: str
+
+    def row(self) -> dict[str, Any]:
+        n = self.node
+        hours = (time.time() - float(n.row.get("start_date") or time.time())) / 3600
+        return {
+            "id": n.id, "cluster": n.label.cluster, "kind": n.label.kind, "k": n.label.k, "type": n.label.type, "status": n.status,
+            "gpus": f"{n.row.get('num_gpus')}x {n.row.get('gpu_name')}", "hours": round(hours, 2), "dollars_per_hour": round(n.dph, 4),
+            "ssh": "{}:{}".format(*n.ssh) if n.ssh else "", "orphan": self.orphan,
+        }  # fmt: skip
+
+
+def why_orphan(node: Node, heads: Iterable[str], now: float) -> str:
+    """In words; empty for a node that a cluster still looks after. heads: clusters with a head that is listed."""
+    deadline = node.env.get("PAIRSCOPE_DEADLINE", "")
+    if deadline.isdigit() and now > int(deadline):
+        return f"{(now - int(deadline)) / 60:.0f} minutes past its deadline"
+    if node.status in ("stopped", "exited", "offline"):
+        return f"{node.status}: does nothing, bills its disk"
+    if node.label.kind == "worker" and node.label.cluster not in set(heads):
+        return "its cluster has no head"
+    return ""
+
+
+def _rented(client: Vast) -> list[Found]:
+    found = []
+    for row in client.instances():
+        label = parse(row.get("label"))
+        if label is not None:
+            found.append(Node(str(row["id"]), label, row))
+    heads = [n.label.cluster for n in found if n.label.kind == "head"]
+    return [Found(n, why_orphan(n, heads, time.time())) for n in found]
+
+
+def _connect() -> Vast:
+    import os
+
+    return Vast(url=os.environ.get("VAST_URL"))
+
+
+def _show(rows: list[dict[str, Any]], as_json: bool) -> None:
+    if as_json:
+        for row in rows:
+            click.echo(json.dumps(row))
+        return
+    if not rows:
+        return
+    import sys
+
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    used = [name for name in rows[0] if any(row[name] not in ("", None) for row in rows)]
+    for name in used:
+        table.add_column(name.replace("_", " "), overflow="fold")
+    for row in rows:
+        table.add_row(*(str(row[name]) for name in used))
+    Console(width=None if sys.stdout.isatty() else 200, markup=False, highlight=False).print(table)

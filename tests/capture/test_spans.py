@@ -1,0 +1,112 @@
+"""Spans: what is committed is not computed again, and a walk that was cut or killed gives the same numbers."""
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import agree
+import pytest
+from test_capture import entry_of
+
+from capture import work
+from capture.layout import RunDir
+from capture.run import capture_pair, resolve
+from capture.settings import Spans
+from capture.spans import SpanStore
+
+CUT = Spans(layers=1)
+
+# A worker that is killed the moment it has committed layer 1.
+KILLED = """
+import os, signal, sys
+from capture import work
+from capture.config import Entry
+from capture.run import capture_pair
+commit = work.Work._commit
+def then_die(self, state):
+    commit(self, state)
+    if state.layer == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+work.Work._commit = then_die
+capture_pair(Entry.model_validate_json(sys.argv[1]), sys.argv[2])
+"""
+
+
+def reads_of(monkeypatch):
+    """The ledgers of captures made from now on."""
+    kept = []
+    opened = work.Work._open
+
+    def remember(self):
+        opened(self)
+        kept.append(self.ledger)
+
+    monkeypatch.setattr(work.Work, "_open", remember)
+    return kept
+
+
+def document(out):
+    return json.loads(next(Path(out).glob("captures/*/*/capture.json")).read_text())
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2"])
+def test_a_cut_walk_gives_the_rows_of_one_that_is_not_cut(arch, pairs, tmp_path):
+    whole = capture_pair(entry_of(pairs(arch)), str(tmp_path / "whole"))
+    cut = capture_pair(entry_of(pairs(arch), spans=CUT), str(tmp_path / "cut"))
+    assert [(s["first"], s["last"]) for s in document(tmp_path / "cut")["spans"]] == [(-1, 0), (1, 1), (2, 2)]
+    a, b = agree.read_tables(whole.path), agree.read_tables(cut.path)
+    for table, rows in a.items():
+        order = [(c, "ascending") for c in agree.KEYS[table]]
+        assert rows.sort_by(order).equals(b[table].sort_by(order)), table
+    assert not (Path(cut.path) / "spans").exists()
+
+
+@pytest.mark.parametrize("mode", ["streamed", "resident"])
+def test_a_killed_worker_costs_one_span_and_changes_no_byte(mode, pairs, tmp_path, monkeypatch):
+    entry = entry_of(pairs("mixtral"), spans=CUT, mode=mode, prompts=("one length", "two length", "of another length"))
+    undisturbed = capture_pair(entry, str(tmp_path / "undisturbed"))
+    out = tmp_path / "killed"
+    dead = subprocess.run([sys.executable, "-c", KILLED, entry.model_dump_json(), str(out)], check=False)
+    assert dead.returncode == -signal.SIGKILL
+    assert list(RunDir(str(out)).captures()) == []
+    ledgers = reads_of(monkeypatch)
+    again = capture_pair(entry, str(out))
+    layers = {int(key.split("layers.")[1].split(".")[0]) for key in ledgers[0].reads if "layers." in key}
+    assert layers == {2, 3}
+    found = document(out)
+    processes = [s["process"] for s in found["spans"]]
+    assert processes[0] == processes[1] != processes[2]
+    assert found["noise_floor"] == document(tmp_path / "undisturbed")["noise_floor"]
+    marker, expected = (RunDir(str(o)).marker(r.path) for o, r in ((out, again), (tmp_path / "undisturbed", undisturbed)))
+    assert marker["files"] == expected["files"]
+
+
+def test_an_attempt_goes_on_where_the_last_whole_span_ends(pairs, tmp_path, monkeypatch):
+    entry = entry_of(pairs("llama"), spans=CUT)
+    store = SpanStore(RunDir(str(tmp_path)), RunDir(str(tmp_path)).capture_path("tiny", resolve(entry).capture))
+    monkeypatch.setattr(work.Work, "_write", lambda *_: pytest.fail("no room"))
+    with pytest.raises(pytest.fail.Exception):
+        capture_pair(entry, str(tmp_path))
+    assert [(s.first, s.last) for s in store.committed()] == [(-1, 0), (1, 1), (2, 2)]
+    Path(store.state_path(2)).rename(store.state_path(1))  # as if the worker had died between the two files
+    assert [(s.first, s.last) for s in store.committed()] == [(-1, 0), (1, 1)]
+    Path(store.span_path(-1, 0)).unlink()
+    assert store.committed() == []
+
+
+def test_force_begins_anew(pairs, tmp_path, monkeypatch):
+    entry = entry_of(pairs("llama"), spans=CUT)
+    with monkeypatch.context() as broken:
+        broken.setattr(work.Work, "_write", lambda *_: pytest.fail("no room"))
+        with pytest.raises(pytest.fail.Exception):
+            capture_pair(entry, str(tmp_path))
+    ledgers = reads_of(monkeypatch)
+    capture_pair(entry, str(tmp_path), force=True)
+    assert any("layers.0." in key for key in ledgers[0].reads)
+
+
+def test_short_walks_commit_nothing(pairs, tmp_path):
+    capture_pair(entry_of(pairs("llama")), str(tmp_path))
+    assert document(tmp_path)["spans"] == []
