@@ -136,6 +136,7 @@ class StreamedModel:
         check_version()
         self.label, self.device, self.ledger, self.directory = label, device, ledger, directory
         self.whole, self.group = whole, group or ALONE
+        self.linear_head: bool | None = None  # found out and kept by capture/unembed.py
         if self.group.size > 1:
             model_kwargs = model_kwargs | {
                 "distributed_config": DistributedConfig(tp_size=self.group.size, tp_plan="auto")

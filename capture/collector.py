@@ -18,8 +18,8 @@ from capture.batches import Batch
 from capture.config import Comparison, Owner, Pass
 from capture.lens import PairStats, SlotStats, Vocabulary, join, lens_tile
 from capture.lockstep import Pair, State
+from capture.logits import Logits, PlainLogits, tile_logits
 from capture.replay import run_tail
-from capture.unembed import own_logits
 
 LensSlot = tuple[int, Owner | None, Owner]  # state, whose final norm (None: as it is), whose unembedding
 Floats = np.ndarray[Any, np.dtype[np.float32]]
@@ -211,19 +211,22 @@ class Collector:
             self._last_lens[state.batch] = (slots, compared, slot_of)
         self._store_lens(slots, compared, slot_of, state, at)
 
-    def _logits(self, rows: list[Tensor], heads: list[Owner]) -> list[Tensor]:
-        """Logits of each slot's rows; slots that share a head share one product."""
-        out: list[Tensor | None] = [None] * len(rows)
-        for owner in dict.fromkeys(heads):
-            members = [i for i, h in enumerate(heads) if h == owner]
-            logits = own_logits(self.pair.models[owner], torch.cat([rows[i] for i in members]))
-            if logits.shape[1] > self.lens.n_vocab:
-                total = logits.logsumexp(1)
-                mass = (logits[:, self.lens.n_vocab :].logsumexp(1) - total).exp().max()
+    def _logits(self, rows: list[Tensor], heads: list[Owner]) -> Logits:
+        """Logits of each slot's rows, over the rows that both vocabularies have."""
+        logits = tile_logits(self.pair, rows, heads)
+        if (
+            all(self.pair.models[o].head_shard()[1].shape[0] == self.lens.n_vocab for o in heads)
+            or self.pair.same_scaling
+        ):
+            return logits
+        common = []
+        for s, owner in enumerate(heads):
+            x = logits.slot(s, slice(None))
+            if x.shape[1] > self.lens.n_vocab:
+                mass = (x[:, self.lens.n_vocab :].logsumexp(1) - x.logsumexp(1)).exp().max()
                 self.left_out_mass[owner] = max(self.left_out_mass[owner], float(mass))
-            for i, x in zip(members, logits[:, : self.lens.n_vocab].chunk(len(members)), strict=True):
-                out[i] = x
-        return [x for x in out if x is not None]
+            common.append(x[:, : self.lens.n_vocab])
+        return PlainLogits(common)
 
     def _store_lens(
         self, slots: list[SlotStats], compared: dict[tuple[int, int], PairStats], slot_of: dict[str, int],

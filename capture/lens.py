@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from capture.group import ALONE, Group
+from capture.logits import Logits
 
 BLOCK = 64  # elements per block of the top-k search
 
@@ -169,7 +170,8 @@ def kl_both(
         KL(a || b) = sum p_a (W - d)            (the terms p_b - p_a = p_a W add up to zero over the vocabulary)
         KL(b || a) = sum p_a (W d - (W - d))
     Every term is >= 0 and keeps its relative accuracy at small shifts, which p (log p - log q) loses. Where some d is
-    above FAR (highest_R is the largest), p_a may underflow while p_b does not, so the larger of the two leads instead.
+    above FAR (highest_R is the largest), p_a may underflow while p_b does not, so the larger of the two leads instead. An
+    error e in c changes a KL by e^2 / 2 only; one in the shift counts in full.
     """
     d = shift_RV - c_R.float()[:, None]
     if bool((highest_R - c_R > FAR).any()):
@@ -194,11 +196,9 @@ def _kl_far(d: Tensor, pa: Tensor, pb: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(b_leads, down, up).sum(1).double(), torch.where(b_leads, up, down).sum(1).double()
 
 
-def pair_stats(a: tuple[Tensor, SlotStats, Tensor], b: tuple[Tensor, SlotStats, Tensor], v: Vocabulary) -> PairStats:
-    """KL divergences and logit shifts of slot b against slot a; each slot is (logits [R, V], its stats, its p [R, V])."""
-    xa, sa, pa = a
-    xb, sb, pb = b
-    shift = xb - xa
+def pair_stats(shift: Tensor, a: tuple[SlotStats, Tensor], b: tuple[SlotStats, Tensor], v: Vocabulary) -> PairStats:
+    """KL divergences and logit shifts [R, V] of slot b against slot a; each slot is (its stats, its p [R, V])."""
+    (sa, pa), (sb, pb) = a, b
     blocks = block_view(shift, v.n)
     maxima = blocks.amax(1)
     rest = shift[:, maxima.shape[1] * BLOCK :]
@@ -210,7 +210,7 @@ def pair_stats(a: tuple[Tensor, SlotStats, Tensor], b: tuple[Tensor, SlotStats, 
 
 
 def lens_tile(
-    logits: Sequence[Tensor],
+    logits: Logits,
     pairs: Sequence[tuple[int, int]],
     next_R: Tensor,
     tracked_N: Tensor,
@@ -218,20 +218,18 @@ def lens_tile(
     *,
     rows: int,
 ) -> tuple[list[SlotStats], dict[tuple[int, int], PairStats]]:
-    """All statistics of one tile. logits: S tensors [R, V] float32; pairs: ordered pairs of slots; next_R: id of the token
-    that follows each row, or -1; tracked_N: ids. `rows` only keeps the working set in cache: every row is computed alone.
+    """All statistics of one tile. pairs: ordered pairs of slots; next_R: id of the token that follows each row, or -1;
+    tracked_N: ids. `rows` only keeps the working set in cache: every row is computed alone.
     """
-    slots: list[list[SlotStats]] = [[] for _ in logits]
+    slots: list[list[SlotStats]] = [[] for _ in range(logits.n_slots)]
     found: dict[tuple[int, int], list[PairStats]] = {pair: [] for pair in pairs}
-    for start in range(0, logits[0].shape[0], rows):
+    for start in range(0, logits.n_rows, rows):
         some = slice(start, start + rows)
-        part = []
-        for s, x in enumerate(logits):
-            stats, p = slot_stats(x[some], next_R[some], tracked_N, vocabulary)
+        part = [slot_stats(logits.slot(s, some), next_R[some], tracked_N, vocabulary) for s in range(logits.n_slots)]
+        for s, (stats, _) in enumerate(part):
             slots[s].append(stats)
-            part.append((x[some], stats, p))
         for a, b in pairs:
-            found[(a, b)].append(pair_stats(part[a], part[b], vocabulary))
+            found[(a, b)].append(pair_stats(logits.shift(a, b, some), part[a], part[b], vocabulary))
     return [join(s) for s in slots], {pair: join(parts) for pair, parts in found.items()}
 
 

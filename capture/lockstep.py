@@ -104,6 +104,7 @@ class Pair:
                 model.free(EMBEDDING)
         self.same_embeddings = all(torch.equal(e["base"], e["sft"]) for e in embeds)
         self.same_tail = self.same_config and layers_equal(base, sft, [REST])
+        self.same_scaling = self.same_config and base.head_weight.shape == sft.head_weight.shape
         self.same_head = self.same_config and base.tied == sft.tied and _heads_equal(base, sft)
         sources = {o: self._sources(o) for o in self.owners}
         # Passes of one comparison run at equal batch shapes: both models stack their passes, or none does.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -97,6 +98,54 @@ def own_logits(model: StreamedModel, rows_RD: Tensor) -> Tensor:
     _, weight, bias = model.head_shard()
     with _precision(weight.dtype):
         return _through(model, rows_RD, lambda x: _product(x, weight, bias))
+
+
+@torch.no_grad()
+def shift_of_rows(model: StreamedModel, rows_RD: Tensor) -> Tensor:
+    """What a change of rows [R, D] (float32) changes in the logits, [R, V] float32; for linear heads only."""
+    _, weight, _ = model.head_shard()
+    with _precision(torch.float32):  # a difference of bfloat16 rows is no bfloat16 number
+        return _through(model, rows_RD, lambda x: _product(x, weight, None))
+
+
+@torch.no_grad()
+def shift_of_heads(base: StreamedModel, other: StreamedModel, rows_RD: Tensor) -> Tensor:
+    """rows (W_other - W_base)^T and the difference of the biases, [R, V] float32, a chunk of the vocabulary at a time."""
+    _, wa, ba = base.head_shard()
+    _, wb, bb = other.head_shard()
+
+    def product(x: Tensor) -> Tensor:
+        x = x.float()
+        out = torch.empty(*x.shape[:-1], wa.shape[0], dtype=torch.float32, device=x.device)
+        for v in range(0, wa.shape[0], HEAD_CHUNK):
+            part = slice(v, v + HEAD_CHUNK)
+            bias = None if ba is None or bb is None else bb[part].float() - ba[part].float()
+            out[..., part] = functional.linear(x, wb[part].float() - wa[part].float(), bias)
+        return out
+
+    with _precision(torch.float32):
+        return _through(other, rows_RD, product)
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """A head that answers the same whatever it is asked."""
+
+    logits: Tensor
+
+    def __call__(self, _: Tensor) -> Tensor:
+        return self.logits
+
+
+@torch.no_grad()
+def head_is_linear(model: StreamedModel) -> bool:
+    """True if what the model does behind its head is a plain factor: then shifts of logits may be computed as products."""
+    if model.linear_head is None:
+        rows = torch.zeros(1, model.config.hidden_size, dtype=torch.float32, device=model.device)
+        probe = torch.linspace(-40, 40, 64, device=model.device)[None, None]
+        one, two, zero = (_through(model, rows, _Answer(probe * k)) for k in (1.0, 2.0, 0.0))
+        model.linear_head = bool(torch.equal(two, 2 * one)) and not bool(zero.any())
+    return model.linear_head
 
 
 def _through(model: StreamedModel, rows_RD: Tensor, head: Callable[[Tensor], Tensor]) -> Tensor:

@@ -63,9 +63,10 @@ def test_padding_leaves_no_trace_in_the_tables(arch, padding, pairs, tmp_path):
     assert agree.disagreements(reference_of(pairs(arch), padding=padding), found) == []
 
 
-@pytest.mark.parametrize(("seed", "perturb"), [(0, 0.01), (1, 0.3), (2, 1.0)])
-def test_small_and_large_differences_are_as_exact(seed, perturb, pairs, tmp_path):
-    paths = pairs("llama", seed=seed, perturb=perturb)
+@pytest.mark.parametrize("arch", ["llama", "gpt2", "granite"])
+@pytest.mark.parametrize(("seed", "perturb"), [(0, 0.01), (1, 0.3), (2, 1.0), (3, 1e-3)])  # the last: a KL of 1e-6
+def test_small_and_large_differences_are_as_exact(arch, seed, perturb, pairs, tmp_path):
+    paths = pairs(arch, seed=seed, perturb=perturb)
     assert agree.disagreements(reference_of(paths), capture(paths, tmp_path)) == []
 
 

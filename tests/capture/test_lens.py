@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from capture.lens import Vocabulary, block_view, lens_tile, local_top_k
+from capture.logits import PlainLogits
 
 PAIRS = [(a, b) for a in range(4) for b in range(a + 1, 4)]
 NEXT = torch.tensor([3, 0, -1, 7, 1])
@@ -24,7 +25,7 @@ def logits(vocab, scale):
 def test_statistics_agree_with_float64(vocab, scale):
     x = logits(vocab, scale)
     n = vocab - 3
-    slots, pairs = lens_tile(x, PAIRS, NEXT, TRACKED, Vocabulary(n, 10), rows=2)
+    slots, pairs = lens_tile(PlainLogits(x), PAIRS, NEXT, TRACKED, Vocabulary(n, 10), rows=2)
     exact = [one.double().log_softmax(1) for one in x]
     for one, log_p, stats in zip(x, exact, slots, strict=True):
         entropy = -(log_p.exp() * log_p).sum(1)
@@ -52,7 +53,7 @@ def test_statistics_agree_with_float64(vocab, scale):
 
 
 def test_equal_slots_differ_by_exactly_nothing():
-    _, pairs = lens_tile(logits(307, 1.0), PAIRS, NEXT, TRACKED, Vocabulary(307, 3), rows=5)
+    _, pairs = lens_tile(PlainLogits(logits(307, 1.0)), PAIRS, NEXT, TRACKED, Vocabulary(307, 3), rows=5)
     assert (pairs[(0, 3)].kl_ba == 0).all()
     assert (pairs[(0, 3)].kl_ab == 0).all()
     assert torch.equal(pairs[(0, 3)].increased.ids[0], torch.arange(3))
@@ -60,7 +61,7 @@ def test_equal_slots_differ_by_exactly_nothing():
 
 def test_how_many_rows_are_worked_on_at_a_time_changes_no_bit():
     x = logits(307, 1.0)
-    one, five = (lens_tile(x, PAIRS, NEXT, TRACKED, Vocabulary(300, 5), rows=rows) for rows in (1, 5))
+    one, five = (lens_tile(PlainLogits(x), PAIRS, NEXT, TRACKED, Vocabulary(300, 5), rows=rows) for rows in (1, 5))
     for a, b in zip(one[0], five[0], strict=True):
         assert torch.equal(a.entropy, b.entropy)
     for pair in PAIRS:
@@ -85,6 +86,6 @@ def test_ties_are_broken_by_the_smaller_id(data):
 def test_an_overflow_shows_as_not_finite_instead_of_a_number():
     x = logits(307, 1.0)
     x[1][2, 9] = float("inf")
-    slots, _ = lens_tile(x, PAIRS, NEXT, TRACKED, Vocabulary(307, 3), rows=5)
+    slots, _ = lens_tile(PlainLogits(x), PAIRS, NEXT, TRACKED, Vocabulary(307, 3), rows=5)
     assert not slots[1].logsumexp[2].isfinite()
     assert slots[1].entropy[[0, 1, 3, 4]].isfinite().all()

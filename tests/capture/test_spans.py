@@ -79,7 +79,9 @@ def test_a_killed_worker_costs_one_span_and_changes_no_byte(mode, pairs, tmp_pat
     processes = [s["process"] for s in found["spans"]]
     assert processes[0] == processes[1] != processes[2]
     assert found["noise_floor"] == document(tmp_path / "undisturbed")["noise_floor"]
-    marker, expected = (RunDir(str(o)).marker(r.path) for o, r in ((out, again), (tmp_path / "undisturbed", undisturbed)))
+    marker, expected = (
+        RunDir(str(o)).marker(r.path) for o, r in ((out, again), (tmp_path / "undisturbed", undisturbed))
+    )
     assert marker["files"] == expected["files"]
 
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-E2E = Path(__file__).parents[1] / "e2e"
+E2E = Path(__file__).parent
 
 
 class Fake:

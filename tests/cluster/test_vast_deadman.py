@@ -1,0 +1,110 @@
+"""The switch that ends a node by itself: at its deadline, or when its head has been silent."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from fake_server import Fake, hasty, running_fake, wait_for
+
+from cluster.vast import deadman
+from cluster.vast.api import Vast
+from cluster.vast.container import LONGEST_SCRIPT, environment, start_script
+
+pytest.importorskip("vastai", reason="the Vast SDK is not installed: pip install 'pairscope[vast]'")
+
+
+@pytest.fixture(scope="module")
+def fake() -> Iterator[Fake]:
+    with running_fake("--boot", "0,0") as server:
+        yield server
+
+
+@contextmanager
+def node(fake: Fake, tmp_path: Path, *, deadline: float, silence_s: float = 0, head: str = "") -> Iterator[int]:
+    """A rented instance whose start script runs here, as it would in the container."""
+    vast = Vast("full-rights", fake.url, sleep=hasty)
+    taken = {line["ask"] for line in fake.live()}
+    offer = next(o["id"] for o in vast.search({}, bid=False, disk_gb=1) if o["id"] not in taken)
+    id_ = vast.create(offer, image="x", disk=1)
+    key = next(line["key"] for line in fake.live() if line["id"] == id_)
+    env = environment(2, api=fake.url, deadline=int(deadline), silence_s=silence_s, launch="", request="")
+    env |= {"PAIRSCOPE_HEAD": head, "CONTAINER_ID": str(id_), "CONTAINER_API_KEY": key, "PAIRSCOPE_CHECK_S": "0.1"}
+    (tmp_path / "script").write_text(
+        start_script().replace("nohup python3", f"exec {sys.executable}").removesuffix("&")
+    )
+    process = subprocess.Popen(
+        ["bash", str(tmp_path / "script")], env={"PATH": os.environ["PATH"], "HOME": str(tmp_path)} | env
+    )
+    try:
+        yield id_
+    finally:
+        process.kill()
+        process.wait()
+
+
+def ended_by(fake: Fake, id_: int) -> str | None:
+    return str(next(line["ended_by"] for line in fake.bill() if line["id"] == id_) or "")
+
+
+def test_a_node_destroys_itself_when_its_deadline_has_passed(fake: Fake, tmp_path: Path) -> None:
+    with node(fake, tmp_path, deadline=time.time() + 2) as id_:
+        time.sleep(0.5)
+        assert ended_by(fake, id_) == ""
+        assert wait_for(lambda: ended_by(fake, id_)) == "itself"
+
+
+def test_it_asks_again_where_the_first_destroy_was_ignored_or_failed(fake: Fake, tmp_path: Path) -> None:
+    fake.control("faults", [])
+    fake.fault("destroy", "503", times=2)
+    fake.fault("destroy", "ignored", times=2)
+    with node(fake, tmp_path, deadline=time.time() - 1) as id_:
+        assert wait_for(lambda: ended_by(fake, id_)) == "itself"
+
+
+def test_a_worker_whose_head_is_silent_destroys_itself_and_one_whose_head_speaks_does_not(
+    fake: Fake, tmp_path: Path
+) -> None:
+    head = socket.create_server(("127.0.0.1", 0))
+
+    def speak() -> None:
+        try:
+            while True:
+                peer, _ = head.accept()
+                with peer:
+                    peer.recv(10)
+                    peer.sendall(b"{}\n")
+        except OSError:
+            return
+
+    threading.Thread(target=speak, daemon=True).start()
+    address = f"127.0.0.1:{head.getsockname()[1]}"
+    with node(fake, tmp_path, deadline=time.time() + 600, silence_s=1, head=address) as id_:
+        time.sleep(2)
+        assert ended_by(fake, id_) == ""
+        head.shutdown(socket.SHUT_RDWR)
+        head.close()
+        assert wait_for(lambda: ended_by(fake, id_)) == "itself"
+
+
+def test_a_later_deadline_may_be_written_to_the_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("PAIRSCOPE_DEADLINE", "100")
+    assert deadman.deadline() == 100
+    (tmp_path / ".pairscope").mkdir()
+    (tmp_path / ".pairscope" / "deadline").write_text("200\n")
+    assert deadman.deadline() == 200
+
+
+def test_the_start_script_fits_and_a_longer_one_is_refused() -> None:
+    assert len(start_script("echo more")) < LONGEST_SCRIPT
+    with pytest.raises(Exception, match="Vast takes 4000"):
+        start_script("x" * 4000)
