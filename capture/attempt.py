@@ -19,6 +19,7 @@ from capture.errors import DeviceMemoryError, PairscopeError, StoreError
 from capture.layout import RunDir
 from capture.manifest import Attempt
 from capture.progress import Progress
+from capture.ranks import Ranks
 
 logger = logging.getLogger(__name__)
 
@@ -132,6 +133,7 @@ def work_on(
     progress: Callable[[Progress], None] | None = None,
     stop: Callable[[], bool] | None = None,
     own_process: bool = False,
+    ranks: Ranks | None = None,
 ) -> Outcome:
     """Do the work of one attempt with its log file open, and turn whatever happens into an Outcome.
 
@@ -147,8 +149,15 @@ def work_on(
         run = RunDir(out)
         with attempt_log(run, log, header(entry, tried.note), own_process=own_process):
             try:
+                shared = {} if ranks is None else {"ranks": ranks}
                 result = find(work)(
-                    tried.apply(entry), out, force=force, progress=stage, tile_divisor=tried.tile_divisor, stop=stop
+                    tried.apply(entry),
+                    out,
+                    force=force,
+                    progress=stage,
+                    tile_divisor=tried.tile_divisor,
+                    stop=stop,
+                    **shared,
                 )
             except BaseException as error:
                 if asked(error):

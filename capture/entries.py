@@ -60,6 +60,7 @@ class Entry(Frozen):
     spans: Spans = Spans()
     noise_floor: bool = True
     local_run: LocalRun = LocalRun()
+    tensor_parallel: int = 1
     gpus: float | None = None
     accelerator_type: str | None = None
     device_memory_gib: float | None = None
@@ -190,6 +191,7 @@ class Config:
             spans=block.spans,
             noise_floor=block.noise_floor,
             local_run=block.local_run,
+            tensor_parallel=pick("tensor_parallel"),
             gpus=pick("gpus"),
             accelerator_type=pick("accelerator_type"),
             device_memory_gib=block.device_memory_gib,

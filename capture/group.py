@@ -7,11 +7,14 @@ are divided among ranks when statistics are computed. `Group()` is a group of on
 from __future__ import annotations
 
 import datetime
+import os
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from capture.ranks import Ranks
 
 
 @dataclass(frozen=True)
@@ -51,19 +54,30 @@ class Group:
 ALONE = Group()
 
 
-def join_group(rank: int, size: int, address: str, port: int, device: torch.device, *, minutes: float = 30) -> Group:
-    """Meet the other ranks (NCCL on CUDA, gloo on the CPU). All collectives give up after `minutes`."""
-    if size == 1:
+def join_group(ranks: Ranks, device: torch.device, *, minutes: float = 30) -> Group:
+    """Meet the other ranks (NCCL on CUDA, gloo on the CPU). All collectives give up after `minutes`.
+
+    Each process sees one GPU, its own, so that the local rank is 0 everywhere.
+    """
+    if ranks.size == 1:
         return ALONE
-    dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
-        init_method=f"tcp://{address}:{port}",
-        rank=rank,
-        world_size=size,
-        timeout=datetime.timedelta(minutes=minutes),
-        device_id=device if device.type == "cuda" else None,
-    )
-    return Group(rank, size)
+    os.environ |= {
+        "RANK": str(ranks.rank),
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": str(ranks.size),
+        "MASTER_ADDR": ranks.address,
+        "MASTER_PORT": str(ranks.port),
+    }
+    if not dist.is_initialized():
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            init_method=f"tcp://{ranks.address}:{ranks.port}",
+            rank=ranks.rank,
+            world_size=ranks.size,
+            timeout=datetime.timedelta(minutes=minutes),
+            device_id=device if device.type == "cuda" else None,
+        )
+    return Group(ranks.rank, ranks.size)
 
 
 def leave_group(group: Group) -> None:

@@ -38,6 +38,7 @@ NOT_IN_ID = {
     "mode": "both modes give the same numbers",
     "spans": "where a walk is cut changes no number",
     "local_run": "guards; what they override is in dtype and the kwargs",
+    "tensor_parallel": "where it runs; capture.json records it",
     "gpus": "scheduling",
     "accelerator_type": "scheduling",
     "device_memory_gib": "scheduling",

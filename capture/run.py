@@ -10,7 +10,6 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from capture.config import Entry
 from capture.device import choose_device
@@ -19,9 +18,7 @@ from capture.identity import capture_id, tokenizer_hash
 from capture.layout import RunDir
 from capture.progress import Progress
 from capture.prompts import load_tokenizer, tokenize
-
-if TYPE_CHECKING:
-    from capture.group import Group
+from capture.ranks import Ranks
 
 log = logging.getLogger(__name__)
 
@@ -91,13 +88,13 @@ def capture_pair(
     progress: Callable[[Progress], None] | None = None,
     tile_divisor: int = 1,
     stop: Callable[[], bool] | None = None,
-    group: Group | None = None,
+    ranks: Ranks | None = None,
 ) -> CaptureResult:
     """Capture one entry into the run directory `out`; skips what is complete unless `force`.
 
     tile_divisor: divides the lens tiles (after an out-of-memory error). stop: asked between batches; when it says True
-    the capture ends with KeyboardInterrupt and leaves nothing behind. group: the ranks that share the pair (capture/group.py);
-    all call this with the same arguments, and rank 0 writes. Raises errors of capture.errors.
+    the capture ends with KeyboardInterrupt and leaves nothing behind. ranks: this process's place in a tensor-parallel group;
+    all ranks call this with the same arguments, and rank 0 writes. Raises errors of capture.errors.
     """
     began = time.monotonic()
     report = progress or (lambda _: None)
@@ -123,7 +120,7 @@ def capture_pair(
         report=report,
         tile_divisor=tile_divisor,
         stop=stop,
-        group=group,
+        ranks=ranks,
         force=force,
     )
     work.seconds["resolve"] = time.monotonic() - began

@@ -130,6 +130,9 @@ class SweepEntry(Frozen):
         default=None, ge=0, description="GPUs to ask Ray for; by default 1 where the device is CUDA"
     )
     accelerator_type: Text | None = Field(default=None, description="Ray's accelerator type to ask for, such as H100")
+    tensor_parallel: Int | None = Field(
+        default=None, ge=1, description="share each layer among so many GPUs of one node"
+    )
     estimated_vram_gb: Number | None = Field(
         default=None, ge=0, description="for people; the plan does its own arithmetic"
     )
@@ -187,6 +190,11 @@ class Settings(Frozen):
     output: Output = Field(default=Output(), description="how tables are written")
     spans: Spans = Field(default=Spans(), description="how often a walk commits what it has")
     noise_floor: bool = Field(default=True, description="measure what batching alone changes, on one prompt")
+    tensor_parallel: Int = Field(
+        default=1,
+        ge=1,
+        description="share each layer among so many GPUs of one node; heads and kv heads must divide by it",
+    )
     gpus: Number | None = Field(
         default=None, ge=0, description="GPUs to ask Ray for; by default 1 where the device is CUDA"
     )

@@ -20,13 +20,14 @@ from capture.device import DeviceChoice
 from capture.document import document
 from capture.errors import DeviceMemoryError, SelfCheckError, UnsupportedModelError
 from capture.files import ModelFiles
-from capture.group import ALONE, Group
+from capture.group import ALONE, join_group, leave_group
 from capture.layout import RunDir
 from capture.lens import Vocabulary
 from capture.lockstep import Pair, State
 from capture.memory import ModeChoice, choose_mode
 from capture.progress import Progress
 from capture.prompts import Prompts, check_ids, load_tokenizer, tracked_tokens
+from capture.ranks import Ranks
 from capture.replay import run_tail
 from capture.run import Resolved
 from capture.selfcheck import replay_check
@@ -54,11 +55,11 @@ class Work:
         report: Callable[[Progress], None],
         tile_divisor: int = 1,
         stop: Callable[[], bool] | None = None,
-        group: Group | None = None,
+        ranks: Ranks | None = None,
         force: bool = False,
     ) -> None:
-        self.force = force
-        self.group = group or ALONE
+        self.force, self.ranks = force, ranks or Ranks()
+        self.group = ALONE
         self.entry, self.resolved, self.run, self.choice, self.prompts = entry, resolved, run, device, prompts
         self.report, self.tile_divisor, self.stop = report, tile_divisor, stop
         self.device = torch.device(device.device)
@@ -69,9 +70,12 @@ class Work:
     def capture(self) -> None:
         """Do it. Raises errors of capture.errors; KeyboardInterrupt where `stop` said so. Leaves no partial tables."""
         try:
+            self.group = join_group(self.ranks, self.device)
             self._capture()
         except torch.OutOfMemoryError as error:
             raise DeviceMemoryError(f"{self.choice.name} ran out of memory: {str(error).splitlines()[0]}") from error
+        finally:
+            leave_group(self.group)
 
     def _capture(self) -> None:
         started = time.monotonic()

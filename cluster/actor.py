@@ -10,6 +10,7 @@ from typing import Any
 from capture.attempt import Outcome, Try, work_on
 from capture.config import Entry
 from capture.progress import Progress
+from capture.ranks import Ranks
 
 
 class CaptureActor:
@@ -28,11 +29,19 @@ class CaptureActor:
         """Answers once the actor is placed and alive: where it is."""
         return {"node": socket.gethostname(), "pid": os.getpid()}
 
-    def run(self, entry: Entry, out: str, log: str, tried: Try, force: bool, work: str) -> Outcome:
+    def meeting_place(self) -> tuple[str, int]:
+        """Address and a free port of this node, where the ranks of a group meet: rank 0 is asked."""
+        with socket.socket() as found:
+            found.bind(("", 0))
+            return "127.0.0.1", int(found.getsockname()[1])  # all ranks are on one node
+
+    def run(
+        self, entry: Entry, out: str, log: str, tried: Try, force: bool, work: str, ranks: Ranks | None = None
+    ) -> Outcome:
         """One attempt; returns how it ended, and never raises for what the work does."""
         return work_on(
             entry, out, log, tried=tried, force=force, work=work, progress=self._keep, stop=self._stop.is_set,
-            own_process=True,
+            own_process=True, ranks=ranks,
         )  # fmt: skip
 
     def watch(self) -> Progress | None:

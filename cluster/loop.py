@@ -22,6 +22,7 @@ from capture.show import WAITING, Show
 from capture.stop import Stop
 from cluster.actor import CaptureActor
 from cluster.connect import never_to_come
+from cluster.ranks import RankGroup
 from cluster.resources import Request
 
 WATCH_EVERY = 0.5  # seconds between two looks at an actor's progress
@@ -46,6 +47,7 @@ class Job:
     row: dict[str, Any] | None = None
     outcome: Outcome | None = None
     actor: Any = None
+    group: RankGroup | None = None  # the other ranks, where several share the entry
     ref: Any = None  # what the loop waits for: the actor's readiness, then its work
     watch: Any = None
     watched: float = 0.0
@@ -99,6 +101,7 @@ class Loop:
         waited = {job.ref: job for job in self.active} | {
             job.watch: job for job in self.active if job.watch is not None
         }
+        waited |= {ref: job for job in self.active if job.group for ref in job.group.running}
         if not waited:
             return
         done, _ = ray.wait(list(waited), num_returns=1, timeout=0.25)
@@ -106,6 +109,10 @@ class Loop:
             job = waited[ref]
             if ref == job.watch:
                 self._take_progress(job)
+            elif job.group and ref in job.group.running:
+                self._end_rank(job, ref)
+            elif job.ref is None:
+                continue  # settled in this same turn
             elif job.attempt is None:
                 self._begin(job)
             else:
@@ -145,7 +152,11 @@ class Loop:
 
     def _place(self, job: Job) -> None:
         job.attempt, job.watch, job.since = None, None, time.monotonic()
-        job.actor = self.actor_class.options(**job.request.options()).remote(job.request.env)
+        if job.request.ranks > 1:
+            job.group = RankGroup(self.actor_class, job.request)
+            job.actor = job.group.leader
+        else:
+            job.actor = self.actor_class.options(**job.request.options()).remote(job.request.env)
         job.ref = job.actor.prepare.remote()
         self.active.append(job)
         self.show.doing(job.name, WAITING)
@@ -164,7 +175,19 @@ class Loop:
         note = f" ({job.tried.note})" if job.tried.note else ""
         self.show.event(job.name, f"started on {place['node']}{note}, log {job.attempt.row['log']}")
         self.show.doing(job.name, "starting")
-        job.ref = job.actor.run.remote(job.entry, self.out, job.attempt.log_path, job.tried, self.force, self.work)
+        task = (job.entry, self.out, job.attempt.log_path, job.tried, self.force, self.work)
+        job.ref = job.group.run(*task) if job.group else job.actor.run.remote(*task)
+
+    def _end_rank(self, job: Job, ref: Any) -> None:
+        """Another rank than the first ended: well, or it takes its group down, since the others would wait for it."""
+        assert job.group is not None
+        job.group.running.remove(ref)
+        try:
+            outcome = ray.get(ref)
+        except RayError as error:
+            outcome = self._lost(job, error)
+        if outcome.state != "complete":
+            self._settle(job, outcome)
 
     def _end(self, job: Job) -> None:
         try:
@@ -232,7 +255,8 @@ class Loop:
                 if job.attempt is None:
                     self._drop(job)
                 else:
-                    job.actor.stop.options(concurrency_group="control").remote()
+                    for actor in job.group.actors if job.group else [job.actor]:
+                        actor.stop.options(concurrency_group="control").remote()
         elif time.monotonic() > self.kill_at:
             for job in list(self.active):
                 self._interrupt(job)
@@ -260,6 +284,9 @@ class Loop:
         with contextlib.suppress(ValueError):
             self.active.remove(job)
         self.show.end(job.name)
-        with contextlib.suppress(Exception):
-            ray.kill(job.actor, no_restart=True)
-        job.actor = job.ref = job.watch = None
+        if job.group:
+            job.group.remove()
+        else:
+            with contextlib.suppress(Exception):
+                ray.kill(job.actor, no_restart=True)
+        job.actor = job.ref = job.watch = job.group = None

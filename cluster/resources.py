@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from capture.config import Entry
 
@@ -27,6 +27,7 @@ class Request:
     accelerator_type: str | None = None
     env: dict[str, str | None] = field(default_factory=dict)
     exclusive: str | None = None
+    ranks: int = 1  # processes of a tensor-parallel group; each asks for all of the above, and all for one node
 
     def options(self) -> dict[str, object]:
         """Keyword arguments for an actor class's `.options()`."""
@@ -44,8 +45,22 @@ class Request:
             self.accelerator_type is None or f"accelerator_type:{self.accelerator_type}" in resources
         )
 
+    def bundle(self) -> dict[str, float]:
+        """What one rank needs of a placement group."""
+        bundle = {"CPU": self.cpus} | ({"GPU": self.gpus} if self.gpus else {})
+        if self.accelerator_type:
+            bundle[f"accelerator_type:{self.accelerator_type}"] = 0.001
+        return bundle
+
+    @property
+    def whole(self) -> Request:
+        """What all ranks together ask of one node."""
+        return replace(self, gpus=self.gpus * self.ranks, cpus=self.cpus * self.ranks, ranks=1)
+
     @property
     def text(self) -> str:
+        if self.ranks > 1:
+            return f"{self.whole.text} for {self.ranks} ranks"
         parts = [f"{self.gpus:g} GPU{'s' if self.gpus != 1 else ''}"] if self.gpus else []
         parts += [f"of type {self.accelerator_type}"] if self.accelerator_type else []
         parts += [f"{self.cpus:g} CPU{'s' if self.cpus != 1 else ''}"]
@@ -82,6 +97,11 @@ def request(
 
     memory_bytes: main memory that an entry on the CPU is expected to need. visible_devices: the driver's own CUDA_VISIBLE_DEVICES, for entries that number devices themselves.
     """
+    if entry.tensor_parallel > 1:
+        one = entry.model_copy(update={"tensor_parallel": 1, "gpus": min(1.0, gpus_wanted(entry, cluster_has_gpus))})
+        each = replace(sized, threads=max(1, sized.threads // entry.tensor_parallel), cpus=1)
+        rank = request(one, cluster_has_gpus=cluster_has_gpus, sized=each, visible_devices=visible_devices)
+        return replace(rank, ranks=entry.tensor_parallel)
     gpus = gpus_wanted(entry, cluster_has_gpus)
     accelerator = entry.accelerator_type
     if gpus == 0:
@@ -108,6 +128,8 @@ def refusal(wanted: Request, nodes: Sequence[dict[str, float]], *, growing: bool
         return f"asks for {wanted.gpus:g} GPUs; more than one must be a whole number"
     if growing:
         return None
+    if wanted.ranks > 1:
+        return refusal(wanted.whole, nodes)
     if wanted.accelerator_type:
         kind = f"accelerator_type:{wanted.accelerator_type}"
         having = [n for n in nodes if kind in n]

@@ -232,14 +232,19 @@ class Fleet:
         if node.label.attempt in content["abandoned"]:
             return "again: its renting had been given up"
         seen = content["seen"].get(node.id, {})
-        odd_s = time.time() - seen.get("odd", time.time())
-        if node.status in LOST and odd_s >= LOST_AFTER_S.get(node.status, LOST_GRACE_S):
+        now = time.time()
+        odd_s = now - seen.get("odd", now)
+        if odd_s >= LOST_AFTER_S.get(node.status, float("inf")):
             return f"lost: {node.status}"
-        age = time.time() - seen.get("since", time.time())
         if node.status == "running" and (node.id in self.greeted or self._answers(node)):
+            if not seen.get("ready"):
+                with self.state.edit() as changed:
+                    changed["seen"].setdefault(node.id, {})["ready"] = True
             return None
-        if age > self.boot_s:
-            return f"not ready {age:.0f} s after it was rented ({node.status})"
+        # one that was ready once and is rebooting, say, gets the time of a boot from then on
+        waited_s = odd_s if seen.get("ready") else now - seen.get("since", now)
+        if waited_s > self.boot_s:
+            return f"not ready for {waited_s:.0f} s ({node.status})"
         return None
 
     def _answers(self, node: Node) -> bool:

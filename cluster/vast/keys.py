@@ -29,6 +29,12 @@ def make_missing(folder: Path, api_key: str) -> None:
     write_secret(folder / API_KEY, api_key)
 
 
+def remove(folder: Path) -> None:
+    """Forget a cluster's secrets once it has ended; the next one of the name gets new ones."""
+    for name in (SSH_KEY, f"{SSH_KEY}.pub", MESH_KEY, f"{MESH_KEY}.pub", TOKEN, API_KEY, KNOWN_HOSTS):
+        (folder / name).unlink(missing_ok=True)
+
+
 def write_secret(path: Path, text: str) -> None:
     """Write a file of mode 0600, never readable to others in between."""
     tmp = path.with_name(path.name + ".tmp")

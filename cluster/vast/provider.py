@@ -180,11 +180,18 @@ class VastNodeProvider(NodeProvider):
 
     @_plainly
     def terminate_node(self, node_id: str) -> None:
-        self.fleet.destroy(node_id, "Ray asked for it")
+        self.terminate_nodes([node_id])
 
     @_plainly
     def terminate_nodes(self, node_ids: list[str]) -> None:
-        """Destroy all and see that each is gone; the first failure is raised after all were tried."""
+        """Destroy all and see that each is gone; the first failure is raised after all were tried.
+
+        A machine whose set-up failed is not rented again.
+        """
+        for id_ in node_ids:
+            node = self.fleet.get(id_)
+            if node and self.node_tags(id_).get(TAG_RAY_NODE_STATUS) == "update-failed":
+                self.state.block_machine(node.machine, "its set-up failed")
         with ThreadPoolExecutor(max_workers=8) as pool:
             outcomes = [pool.submit(self.fleet.destroy, id_, "Ray asked for it") for id_ in node_ids]
         errors = [o.exception() for o in outcomes if o.exception() is not None]
@@ -200,6 +207,8 @@ class VastNodeProvider(NodeProvider):
         left = self.fleet.everything()
         for id_ in left:
             self.fleet.destroy(id_, "left after ray down")
+        self.state.begin_anew()
+        keys.remove(self.folder)
         cli_logger.print("Vast lists no instance labelled for the cluster {}.", self.cluster_name)
 
     def get_command_runner(

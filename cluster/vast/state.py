@@ -66,6 +66,13 @@ class State:
                 tmp.write_text(json.dumps(content, indent=1))
                 os.replace(tmp, self.path)
 
+    def begin_anew(self) -> None:
+        """Forget a cluster that has ended, its spending included; keep what must not be used or come back."""
+        with self.edit() as content:
+            for key in ("tags", "intents", "seen"):
+                content[key] = {}
+            content["gone"] = []
+
     def blocked_machines(self) -> dict[int, str]:
         """Machine id -> why it is not to be rented."""
         now = time.time()

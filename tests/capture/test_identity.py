@@ -63,6 +63,7 @@ OTHERS: dict[str, Any] = {
     "accelerator_type": "H100",
     "device_memory_gib": 8,
     "spans": {"layers": 1},
+    "tensor_parallel": 2,
     "allow_pickle": True,
     "notes": "mine",
 }

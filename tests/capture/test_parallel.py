@@ -3,6 +3,7 @@
 import json
 import os
 import socket
+from dataclasses import replace
 
 import agree
 import pytest
@@ -14,7 +15,9 @@ from test_capture import TRACKED, entry_of
 from torch import multiprocessing
 from walked import open_pair, walk
 
-from capture.group import join_group, leave_group
+from capture.errors import UnsupportedModelError
+from capture.group import Group, join_group, leave_group
+from capture.ranks import Ranks
 from capture.run import capture_pair
 
 IDS = tiny.encode(tiny.PROMPTS)
@@ -35,18 +38,28 @@ def free_port():
 
 def on_rank(rank, size, port, paths_of, out):
     """Walk and capture every pair as one rank; rank 0 keeps the states, all keep what they read."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1",
-                   "MASTER_PORT": str(port), "HF_HUB_OFFLINE": "1"}  # fmt: skip
+    os.environ["HF_HUB_OFFLINE"] = "1"
     torch.set_num_threads(1)
-    group = join_group(rank, size, "127.0.0.1", port, torch.device("cpu"), minutes=3)
+    ranks = Ranks(rank, size, "127.0.0.1", port)
+    group = join_group(ranks, torch.device("cpu"), minutes=3)
     for arch, paths in paths_of.items():
         pair = open_pair(paths, group=group)
         got = walk(pair, IDS, streamed=True)
         if rank == 0:
             torch.save(got, out / f"{arch}.pt")
         (out / f"{arch}-{rank}.json").write_text(json.dumps(pair.models["base"].ledger.reads))
-        capture_pair(entry_of(paths), str(out / arch), group=group)
     leave_group(group)
+    for n, (arch, paths) in enumerate(paths_of.items()):
+        capture_pair(entry_of(paths), str(out / arch), ranks=replace(ranks, port=port + 1 + n))
+
+
+@pytest.mark.parametrize(("arch", "size", "says"), [
+    ("llama", 4, "its 2 key-value heads do not divide by 4; tensor_parallel may be 1, 2"),
+    ("gpt2", 2, "no tensor-parallel plan is known for the model type 'gpt2'; tensor_parallel may be 1"),
+])  # fmt: skip
+def test_a_degree_that_does_not_divide_is_refused_before_anything_is_read(arch, size, says, pairs):
+    with pytest.raises(UnsupportedModelError, match=says):
+        open_pair(pairs(arch), group=Group(0, size))
 
 
 @pytest.fixture(scope="module", params=[2, 4])

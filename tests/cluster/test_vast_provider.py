@@ -180,6 +180,18 @@ def test_teardown_sees_all_and_reports_what_is_left(fake: Fake, tmp_path: Path, 
     assert fresh.nodes_for_teardown({}) == []
     fresh.cleanup_cluster_resources()
     assert fake.live() == []
+    assert fresh.fleet.bill().dollars == 0  # the next cluster of this name begins at nothing, with new keys
+    assert not list((tmp_path / "laptop/clusters/pairscope").glob("*ed25519*"))
+
+
+def test_a_machine_whose_set_up_failed_is_not_rented_again(fake: Fake, tmp_path: Path, monkeypatch: Any) -> None:
+    head = on_head(on_laptop(), tmp_path / "head", monkeypatch)
+    head.create_node(node_config(), WORKER_TAGS, 1)
+    (worker,) = head.non_terminated_nodes({})
+    machine = head.fleet.get(worker).machine
+    head.set_node_tags(worker, {"ray-node-status": "update-failed"})
+    head.terminate_node(worker)
+    assert set(head.state.blocked_machines()) == {machine}
 
 
 def test_the_vast_key_goes_to_the_head_and_not_to_workers_and_is_in_no_config(fake: Fake) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -85,23 +86,13 @@ def test_an_instance_that_turns_up_after_it_was_given_up_is_destroyed(fake: Fake
     assert [str(line["id"]) for line in fake.live()] == [node.id]
 
 
-def test_the_same_offer_sold_twice_ends_in_another_machine(fake: Fake, tmp_path: Path) -> None:
+def test_an_offer_that_somebody_else_got_first_ends_in_another_machine(fake: Fake, tmp_path: Path) -> None:
     renter = make(fake, tmp_path)
-    taken = renter.fleet.vast.search({}, bid=False, disk_gb=20)[0]["id"]
-    fake.fault("search", "no_rows", times=0)
-    offers = [o["id"] for o in renter.fleet.vast.search({}, bid=False, disk_gb=20)]
-    renter.fleet.vast.create(taken, image="x", disk=5, label="somebody else's")
-    original = renter.fleet.vast.search
-    renter.fleet.vast.search = (
-        lambda *a, **k: (
-            [  # type: ignore[method-assign]
-                {**o, "id": taken, "inet_down_cost": 0.0} for o in original(*a, **k)[:1]
-            ]
-            + original(*a, **k)
-        )
-    )  # an old listing: the cheapest is gone already
+    vast = renter.fleet.vast
+    stale = vast.search({}, bid=False, disk_gb=20)  # the market as it was before
+    vast.create(stale[0]["id"], image="x", disk=5, label="somebody else's")
+    vast.search = lambda *_, **__: stale  # type: ignore[method-assign]
     node = rent(renter)
-    assert len(offers) == 6
     ours = [line for line in fake.live() if parse(line["label"])]
     assert [str(line["id"]) for line in ours] == [node.id]
 
@@ -171,6 +162,18 @@ def test_a_live_node_is_never_taken_for_dead_because_a_listing_failed(fake: Fake
     fake.control("faults", [])
     assert set(renter.fleet.refresh(force=True)) == {node.id}
     assert len(fake.live()) == 1
+
+
+def test_a_node_that_reboots_long_after_its_boot_is_waited_for(fake: Fake, tmp_path: Path) -> None:
+    renter = make(fake, tmp_path, boot_s=0.6)
+    node = rent(renter)
+    ready(renter, node.id)
+    time.sleep(0.8)
+    fake.control(f"status/{node.id}", "rebooting")
+    assert node.id in renter.fleet.refresh(force=True)
+    assert not renter.fleet.is_running(node.id)
+    wait_for(lambda: node.id not in renter.fleet.refresh(force=True))  # but not for ever
+    assert fake.live() == []
 
 
 def test_an_outbid_node_is_lost_and_destroyed(fake: Fake, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@
 prints its address as one line of JSON. Keys: `full-rights` may do all, `read-only` may not write, an instance's own
 CONTAINER_API_KEY may only stop or destroy that instance; any other key is refused. Below /control/ (no key) lie the switches:
 POST /control/faults [{"call": "list", "kind": "503", "times": 1}], GET /control/bill, GET /control/calls, POST
-/control/outbid/ID, POST /control/vanish/ID, POST /control/offers [{...}].
+/control/outbid/ID, POST /control/vanish/ID, POST /control/status/ID "rebooting", POST /control/offers [{...}].
 
 Calls: search, create, list, show, destroy, attach, update, user. Kinds of fault: a status code (429, 500, 502, 503), `empty`
 (200 without a body), `malformed` (half a JSON), `no_rows` (a good reply that lists nothing), `drop` (no reply, nothing done),
@@ -246,6 +246,9 @@ class Handler(BaseHTTPRequestHandler):
             market.offers = [offer(n, **fields) for n, fields in enumerate(body)]
         if what == "outbid":
             return market.stop(int(number))
+        if what == "status":
+            market.live[int(number)].status = body
+            return True
         if what == "vanish":
             return market.destroy(int(number), "its host")
         return market.bill()

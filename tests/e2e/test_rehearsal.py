@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fake_server import wait_for
@@ -60,6 +62,11 @@ def job(stage: Rehearsal, text: str, *args: str) -> list[str]:
     return ["--working-dir", str(work), "--", "python", "job.py", *args]
 
 
+def _address(row: dict[str, Any]) -> tuple[str, int]:
+    host, port = row["ssh"].split(":")
+    return host, int(port)
+
+
 def test_one_machine_is_rented_runs_a_job_and_is_gone(stage: Rehearsal) -> None:
     stage.write_yaml()
     said = stage.ray("up", "-y")
@@ -78,10 +85,10 @@ def test_a_cluster_grows_survives_a_cut_shrinks_and_is_gone(stage: Rehearsal) ->
     stage.write_yaml(idle_timeout_minutes=0.3, max_workers=2)
     stage.ray("up", "-y")
     (head,) = stage.instances()
-    host, ssh_port = head["ssh"].split(":")
+    host, ssh_port = _address(head)
     open_ports = [p for p in [6379, 8265, 10001, *range(20000, 20180), 44217, 52365] if answers(host, p, 0.2)]
     assert open_ports == [], "only ssh may be reachable"
-    assert answers(host, int(ssh_port))
+    assert answers(host, ssh_port)
     refused = stage.on(head, "curl -s -o /dev/null -w '%{http_code}' http://127.0.0.1:8265/api/jobs/")
     assert refused == "401", "the job API answers without the token"
     token = stage.on(head, "RAY_AUTH_MODE=token RAY_AUTH_TOKEN=wrong ray status --address 127.0.1.1:6379 2>&1 || true")
@@ -89,8 +96,6 @@ def test_a_cluster_grows_survives_a_cut_shrinks_and_is_gone(stage: Rehearsal) ->
 
     log = stage.folder / "job.log"
     with stage.dashboard() as address, open(log, "w") as stream:
-        import subprocess
-
         run = subprocess.Popen(
             ["ray", "job", "submit", "--address", address, *job(stage, MANY, "45")],
             env=stage.env,
@@ -105,9 +110,10 @@ def test_a_cluster_grows_survives_a_cut_shrinks_and_is_gone(stage: Rehearsal) ->
             assert status.count(": up ") == 2
             worker = rows[1]
             name = next(p for p in stage.run("ip", "netns", "list").split() if p.endswith(f"-{worker['id']}"))
-            cut = "add chain inet fence cut { type filter hook output priority 0 ; policy drop ; }"
+            cut = "add chain inet fence cut { type filter hook output priority 0 ; } ; add rule inet fence cut oifname != lo drop"
             stage.run("ip", "netns", "exec", name, "nft", cut)
             time.sleep(20)
+            assert not answers(*_address(worker))
             stage.run("ip", "netns", "exec", name, "nft", "delete chain inet fence cut")
             run.wait(timeout=150)
         finally:
@@ -129,3 +135,63 @@ def test_a_cluster_grows_survives_a_cut_shrinks_and_is_gone(stage: Rehearsal) ->
     )
     stage.ray("down", "-y")
     assert stage.fake.live() == []
+
+
+RETRIED = """
+import sys, time, ray
+ray.init()
+@ray.remote(num_gpus=1, num_cpus=1, max_retries=5)
+def work(n):
+    time.sleep(float(sys.argv[1]))
+    return n, ray.util.get_node_ip_address()
+waiting = [work.remote(n) for n in range(6)]
+while waiting:
+    done, waiting = ray.wait(waiting, timeout=5)
+    print([ray.get(d) for d in done], flush=True)
+print("all six done", flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_workers_that_are_destroyed_or_outbid_are_replaced_and_the_job_completes(stage: Rehearsal) -> None:
+    stage.write_yaml(max_workers=2)
+    stage.ray("up", "-y")
+    log = stage.folder / "job.log"
+    with stage.dashboard() as address, open(log, "w") as stream:
+        command = ["ray", "job", "submit", "--address", address, *job(stage, RETRIED, "25")]
+        run = subprocess.Popen(command, env=stage.env, stdout=stream, stderr=stream)
+        try:
+            wait_for(lambda: len(stage.fake.live()) == 3, 60)
+            workers = [line["id"] for line in stage.fake.live()][1:]
+            for id_ in workers:  # ssh and the mesh are up once the node has its keys and its daemon
+                pid = stage.folder / f"hosts/{id_}/home/.pairscope/mesh/daemon.pid"
+                wait_for(pid.exists, 90)
+            time.sleep(15)
+            stage.fake.control(f"vanish/{workers[0]}")
+            stage.fake.control(f"outbid/{workers[1]}")
+            run.wait(timeout=280)
+        finally:
+            run.kill()
+            run.wait()
+    assert "all six done" in log.read_text(), log.read_text()[-3000:]
+    assert workers[1] not in [line["id"] for line in stage.fake.live()], "an outbid machine goes on billing its disk"
+    stage.ray("down", "-y")
+    assert stage.fake.live() == []
+
+
+@pytest.mark.slow
+def test_a_head_that_dies_takes_its_workers_with_it(stage: Rehearsal) -> None:
+    stage.write_yaml(max_workers=1, provider={"head_silence_minutes": 0.5})
+    stage.ray("up", "-y")
+    with stage.dashboard() as address:
+        stage.run("ray", "job", "submit", "--no-wait", "--address", address, *job(stage, MANY, "600"))
+        wait_for(lambda: len(stage.fake.live()) == 2, 60)
+        head, worker = (line["id"] for line in stage.fake.live())
+        wait_for((stage.folder / f"hosts/{worker}/home/.pairscope/mesh/daemon.pid").exists, 90)
+        time.sleep(10)
+    stage.fake.control(f"vanish/{head}")
+    began = time.time()
+    wait_for(lambda: stage.fake.live() == [], 120)
+    line = stage.fake.bill()[-1]
+    assert line["ended_by"] == "itself"
+    assert line["destroyed"] - began < 30 + 20 + 15  # the silence, one look of the switch, and its time-out

@@ -1,0 +1,15 @@
+"""Which rank of a tensor-parallel group a process is, and where the group meets; light, for schedulers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """rank of size; address and port of the place where all ranks meet (rank 0's)."""
+
+    rank: int = 0
+    size: int = 1
+    address: str = "127.0.0.1"
+    port: int = 0
