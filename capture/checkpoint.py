@@ -24,11 +24,11 @@ import torch
 import transformers
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, core_model_loading
+from transformers import AutoModelForCausalLM, PreTrainedModel, core_model_loading
 from transformers.distributed import DistributedConfig
 from transformers.utils import logging as hf_logging
 
-from capture.degrees import degree_error, valid_degrees
+from capture.degrees import check_degree
 from capture.errors import CheckpointError, UnsupportedModelError
 from capture.group import ALONE, Group, local, vocabulary_shard
 
@@ -139,7 +139,7 @@ class StreamedModel:
         self.whole, self.group = whole, group or ALONE
         self.linear_head: bool | None = None  # found out and kept by capture/unembed.py
         if self.group.size > 1:
-            self._check_degree(model_kwargs)
+            check_degree(directory, self.group.size, label)
             model_kwargs = model_kwargs | {
                 "distributed_config": DistributedConfig(tp_size=self.group.size, tp_plan="auto")
             }
@@ -219,19 +219,6 @@ class StreamedModel:
             if buffer.device != self.device:
                 owner, _, leaf = name.rpartition(".")
                 self.model.get_submodule(owner)._buffers[leaf] = buffer.to(self.device)
-
-    def _check_degree(self, model_kwargs: dict[str, Any]) -> None:
-        """Raise where the model cannot be shared among the group's ranks, before anything is read."""
-        remote = bool(model_kwargs.get("trust_remote_code"))
-        config = AutoConfig.from_pretrained(self.directory, trust_remote_code=remote).get_text_config()
-        heads = config.num_attention_heads
-        kv_heads = getattr(config, "num_key_value_heads", None) or heads
-        if why := degree_error(config.model_type, heads, kv_heads, self.group.size):
-            valid = ", ".join(str(n) for n in valid_degrees(config.model_type, heads, kv_heads))
-            raise UnsupportedModelError(
-                f"{self.label} model '{self.directory}' cannot be shared among {self.group.size} ranks: {why}; "
-                f"tensor_parallel may be {valid}"
-            )
 
     def _name_groups(self) -> None:
         self.ties: dict[str, str] = {}  # target -> source

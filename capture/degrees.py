@@ -5,7 +5,11 @@ Checked against the plans of the installed transformers by tests/capture/test_de
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
+
+from capture.errors import UnsupportedModelError
 
 # Types whose plan divides attention and feed-forward.
 PLANNED = frozenset(
@@ -38,3 +42,19 @@ def degree_error(model_type: str, heads: int, kv_heads: int, degree: int) -> str
 def valid_degrees(model_type: str, heads: int, kv_heads: int, counts: Sequence[int] = (1, 2, 4, 8)) -> tuple[int, ...]:
     """Those of `counts` that the model can be split over; 1 always is one of them."""
     return tuple(n for n in counts if degree_error(model_type, heads, kv_heads, n) is None)
+
+
+def check_degree(directory: str, degree: int, label: str) -> None:
+    """Raise UnsupportedModelError where the checkpoint in `directory` cannot be split over `degree` GPUs; reads config.json."""
+    if degree == 1:
+        return
+    config = json.loads((Path(directory) / "config.json").read_text(encoding="utf-8"))
+    config = config.get("text_config", config)
+    model_type = config.get("model_type", "")
+    heads = config.get("num_attention_heads") or config.get("n_head") or 1
+    kv_heads = config.get("num_key_value_heads") or heads
+    if why := degree_error(model_type, heads, kv_heads, degree):
+        valid = ", ".join(str(n) for n in valid_degrees(model_type, heads, kv_heads))
+        raise UnsupportedModelError(
+            f"{label} model '{directory}' cannot be shared among {degree} GPUs: {why}; tensor_parallel may be {valid}"
+        )

@@ -19,7 +19,7 @@ MODES = {
 }
 # What this version runs. Everything else is arithmetic for planning; when the engine learns it, add it here.
 RUNNABLE = frozenset({"resident", "streamed"})
-RUNNABLE_DEGREES = frozenset({1})  # GPUs that one capture is split over
+RUNNABLE_DEGREES = frozenset({1, 2, 4, 8})  # GPUs that one capture is split over
 RUNNABLE_STORED = frozenset({"float32", "bfloat16", "float16"})  # dtypes of checkpoints
 
 RESIDENT_SHARE = 0.5  # mode auto keeps both models where their weights take less than this share of the free memory

@@ -11,6 +11,7 @@ from typing import Any
 
 from capture.attempt import WORK, check_output, find, record_failure
 from capture.config import Config, Entry
+from capture.degrees import check_degree
 from capture.errors import CheckpointError, ConfigError, DeviceError, PairscopeError
 from capture.fields import near
 from capture.layout import RunDir
@@ -105,6 +106,9 @@ def plan(
             return Item(name, entry)
         try:
             resolved = resolver(entry, download=False)
+            if entry.tensor_parallel > 1:  # told now, before a place with so many GPUs is asked for
+                for label, files in (("base", resolved.base), ("sft", resolved.sft)):
+                    check_degree(files.path, entry.tensor_parallel, label)
         except PairscopeError as error:
             on_hub = not all(os.path.isdir(m) for m in (entry.base_model, entry.sft_model, entry.tokenizer))
             # what is not in this machine's cache is downloaded, and judged, by the worker

@@ -161,7 +161,7 @@ def test_workers_that_are_destroyed_or_outbid_are_replaced_and_the_job_completes
         command = ["ray", "job", "submit", "--address", address, *job(stage, RETRIED, "25")]
         run = subprocess.Popen(command, env=stage.env, stdout=stream, stderr=stream)
         try:
-            wait_for(lambda: len(stage.fake.live()) == 3, 60)
+            wait_for(lambda: len(stage.fake.live()) == 3, 120)
             workers = [line["id"] for line in stage.fake.live()][1:]
             for id_ in workers:  # ssh and the mesh are up once the node has its keys and its daemon
                 pid = stage.folder / f"hosts/{id_}/home/.pairscope/mesh/daemon.pid"
