@@ -11,7 +11,7 @@ from capture.footprint import activation_bytes, loading_bytes, weight_bytes
 from cluster.offers import Offer
 from cluster.plan_hub import has_token
 from cluster.plan_models import Models
-from cluster.plan_options import HOURS_PER_MONTH, Option, cost_order, options, time_order
+from cluster.plan_options import HOURS_PER_MONTH, Option, cost_order, options, split_order, time_order
 from cluster.plan_sizes import ModelSizes
 from cluster.plan_work import Work, token_counts, work_of
 from cluster.schedule import Job, Schedule, schedule
@@ -35,8 +35,11 @@ class EntryPlan:
 
     @property
     def choice(self) -> Option | None:
-        """The cheapest option that this version runs. Where it runs none: the cheapest in a mode that it has, else of all."""
-        return min(self.options, key=lambda o: (not o.runs, not o.ours, cost_order(o)), default=None)
+        """The cheapest option that this version runs. Where it runs none: the cheapest in a mode that it has, else of all.
+
+        A split over several GPUs must save a twentieth for every doubling: it needs all of them at once, and their links.
+        """
+        return min(self.options, key=lambda o: (not o.runs, not o.ours, split_order(o)), default=None)
 
     @property
     def cheapest(self) -> Option | None:

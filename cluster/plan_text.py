@@ -136,7 +136,7 @@ def detail(entry: EntryPlan, out: Console) -> None:
             )
     out.print(table)
     if any(not o.runs for o in entry.options):
-        out.print(f"* {PLANNED}, as is every split over several GPUs", style="dim")
+        out.print(f"* {PLANNED}", style="dim")
     words: dict[Option, str] = {}
     for word, option in (("recommended", entry.choice), ("cheapest", entry.cheapest), ("fastest", entry.fastest)):
         if option is not None:

@@ -87,7 +87,7 @@ def test_what_runs_is_recommended_before_what_is_cheaper_but_only_planned(table)
 def test_where_nothing_runs_the_choice_says_so(table):
     choice = table["deepseek-v3"].choice
     assert not choice.runs
-    assert (choice.mode, choice.degree) == ("streamed", 1)
+    assert choice.mode == "streamed"
 
 
 def test_fourteen_pairs_stream_on_one_card_of_24_gb(table):
