@@ -17,7 +17,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV) (some minutes the first time)"
 	@$(BIN)/python -m pip install -q --disable-pip-version-check torch==$(shell sed -n 's/^torch==//p' constraints.txt)
-	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev,plots,xarray]'
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev,plots,xarray,vast]'
 	@touch $@
 
 demo: $(STAMP)  ## sweep the embedded pair on a local Ray and look at the result (under a minute)
@@ -42,7 +42,7 @@ look:
 	$(BIN)/pairscope grid $(OUT) --pair $(PAIR) --prompt 0 --comparison BB-SS --metric kl_div
 	@printf '\nNext:\n  source .venv/bin/activate\n  pairscope sql $(OUT) "SELECT layer, avg(kl_divergence) AS kl FROM pairwise GROUP BY layer ORDER BY layer"\n  pairscope catalog $(OUT)      # a .duckdb file for any client\n  pairscope --help\n  then your own pair: README.md, "Your own pair"\n'
 
-test: $(STAMP)  ## all tests but the slow ones and those that need a GPU
+test: $(STAMP)  ## all tests, but for the slow ones and those that need a GPU
 	@$(BIN)/python -m pytest -m "not slow and not gpu" -n 2 --dist loadfile
 
 lint: $(STAMP)  ## ruff and mypy

@@ -15,11 +15,12 @@ def status_rows(run: RunDir, every_attempt: bool = False) -> list[dict[str, Any]
 
     What lies in the run directory without an attempt of its own has a row too: a complete capture (state `complete`), and a
     capture directory without a valid marker where its entry has no attempt at all (state `partial`). An attempt that says
-    `complete` while its capture is gone becomes `missing`.
+    `complete` while its capture is gone becomes `missing`; while a file of it is gone or short, `damaged`.
     """
     attempts = run.manifest_rows()
     found = list(run.captures(include_partial=True))
     complete = {(c.pair, c.capture) for c in found if not c.marker.get("partial")}
+    damaged = {key for key in complete if not run.is_complete(*key)}
     known = {(r.get("entry"), r.get("capture")) for r in attempts}
     entries = {r.get("entry") for r in attempts}
     rows = []
@@ -30,6 +31,8 @@ def status_rows(run: RunDir, every_attempt: bool = False) -> list[dict[str, Any]
                 "state": "missing",
                 "error": f"capture {row['capture']} is no longer here; sweep again to remake it",
             }
+        elif row["state"] == "complete" and (row["entry"], row["capture"]) in damaged:
+            row |= {"state": "damaged", "error": "a table is gone or has lost bytes; sweep again to remake it"}
         rows.append(row)
     if not every_attempt:
         rows = list({row["entry"]: row for row in rows}.values())
@@ -38,7 +41,7 @@ def status_rows(run: RunDir, every_attempt: bool = False) -> list[dict[str, Any]
         if (c.pair, c.capture) in known or (partial and c.pair in entries):
             continue
         row = {f.name: None for f in MANIFEST} | {"entry": c.pair, "capture": c.capture}
-        row["state"] = "partial" if partial else "complete"
+        row["state"] = "partial" if partial else "damaged" if (c.pair, c.capture) in damaged else "complete"
         row["error"] = "no valid marker, and no attempt is known" if partial else None
         rows.append(row)
     return rows

@@ -151,7 +151,13 @@ class StreamedModel:
             with nullcontext() if whole else _recording(record):
                 self.model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, **model_kwargs)
         except (OSError, ValueError, KeyError, AttributeError, TypeError, ImportError) as error:
-            raise CheckpointError(f"{label} model '{directory}' cannot be opened: {error}") from error
+            text = str(error)
+            if "does not recognize this architecture" in text or "Unrecognized configuration class" in text:
+                raise UnsupportedModelError(
+                    f"{label} model '{directory}': transformers {transformers.__version__} has no causal language model for the "
+                    "model_type in its config.json"
+                ) from error
+            raise CheckpointError(f"{label} model '{directory}' cannot be opened: {text}") from error
         self.ignored_keys: list[str] = []
         self.layers_name, self.layers = _find_layers(self.model)
         if whole:
@@ -272,6 +278,16 @@ class StreamedModel:
                 self._keys[self.group_of(target)].append((file, key))
                 found.add(target)
         self._tie(found)
+        if all(len(c.target_patterns) == 1 for c in converters):  # else one key may fill several weights
+            for name in self._meta:
+                if name not in found and self.ties.get(name) not in found:
+                    self._lacks(name)
+
+    def _lacks(self, name: str) -> None:
+        raise CheckpointError(
+            f"{self.label} model '{self.directory}' lacks the weight '{name}'. The checkpoint is incomplete, or its "
+            "config.json is of another model"
+        )
 
     def _tie(self, found: set[str]) -> None:
         """Which parameter stands in for which. As in the library: whichever of the two the checkpoint holds is the source."""
@@ -364,10 +380,7 @@ class StreamedModel:
         """Raise if a weight of the group is still on meta."""
         for name in self._tensors[group]:
             if self._get(name).is_meta:
-                raise CheckpointError(
-                    f"{self.label} model '{self.directory}' lacks the weight '{name}'. The checkpoint is incomplete, or its "
-                    "config.json is of another model"
-                )
+                self._lacks(name)
 
     def free(self, group: Any) -> None:
         """Put the group's weights back on meta."""

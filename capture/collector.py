@@ -16,6 +16,7 @@ from torch import Tensor
 from capture import statistics
 from capture.batches import Batch
 from capture.config import Comparison, Owner, Pass
+from capture.errors import ConfigError
 from capture.lens import PairStats, SlotStats, Vocabulary, join, lens_tile
 from capture.lockstep import Pair, State
 from capture.logits import Logits, PlainLogits, tile_logits
@@ -47,7 +48,10 @@ class LensPlan:
 
 
 def plan_lens_layers(layers: str | int | tuple[int, ...], enabled: bool, n_layers: int) -> frozenset[int]:
-    """The layers that the lens reads: all; every n-th and L; or a list, in which -1 is the entering state."""
+    """The layers that the lens reads: all; every n-th and L; or a list, in which -1 is the entering state.
+
+    Raises ConfigError for a layer that the model has not.
+    """
     every = range(-1, n_layers + 1)
     if not enabled:
         return frozenset()
@@ -56,7 +60,12 @@ def plan_lens_layers(layers: str | int | tuple[int, ...], enabled: bool, n_layer
     if isinstance(layers, int):
         return frozenset(range(0, n_layers, layers)) | {n_layers}
     assert not isinstance(layers, str)
-    return frozenset(layers) & frozenset(every)
+    if wrong := [layer for layer in layers if layer not in every]:
+        raise ConfigError(
+            f"residual_compare.lens.layers names the layer {wrong[0]}; this model has -1 (what enters block 0) to {n_layers} "
+            "(after the final norm)"
+        )
+    return frozenset(layers)
 
 
 class Collector:

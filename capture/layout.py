@@ -124,7 +124,7 @@ class RunDir:
         )
 
     def captures(self, include_partial: bool = False) -> Iterator[CaptureDir]:
-        """The complete captures, by pair and id. A marker of another schema version is an error that names it."""
+        """The complete captures by pair and id. A marker of another schema version is an error that names it."""
         for pair_info in self.list_dir(f"{self.root}/captures"):
             pair = pair_info.base_name.removeprefix("pair=")
             for info in self.list_dir(pair_info.path):

@@ -85,11 +85,15 @@ def tokenize(entry: Entry, tokenizer: Any) -> Prompts:
     sources = entry.prompt_sources or tuple(f"prompt {i}" for i in range(len(entry.prompts)))
     items = []
     for i, (prompt, source) in enumerate(zip(entry.prompts, sources, strict=True)):
+        if not prompt.strip():
+            raise PromptError(f"prompt {i} ({source}) is empty; take it out, or write a prompt there")
         for variant in entry.prompt_variants:
             text = make_variant(prompt, variant, entry.prompt_variant_options)
             ids = tuple(tokenizer(text, add_special_tokens=entry.add_special_tokens)["input_ids"])
             if not ids:
-                raise PromptError(f"prompt {i} ({source}), variant {variant}: no tokens; the text is {text[:60]!r}")
+                raise PromptError(
+                    f"prompt {i} ({source}), variant {variant}: no tokens; the text is {text[:60]!r}. Take the prompt out, or use another tokenizer"
+                )
             items.append(Prompt(i, variant, text, ids, len(ids), source))
     trimmed_to = None
     if entry.trim_prompts:

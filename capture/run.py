@@ -98,6 +98,7 @@ def capture_pair(
     """
     began = time.monotonic()
     report = progress or (lambda _: None)
+    guarded = choose_device(entry) if entry.local_run.enabled else None  # before anything is downloaded or read
     report(Progress(entry.name, "open", message="resolving files"))
     resolved = resolve(entry)
     run = RunDir(out)
@@ -107,7 +108,7 @@ def capture_pair(
         return CaptureResult(
             entry.name, resolved.capture, path, "skipped", time.monotonic() - began, 0, 0, "", "", "", 0, 0
         )
-    choice = choose_device(entry)  # before anything heavy is loaded
+    choice = guarded or choose_device(entry)
     prompts = tokenize(entry, load_tokenizer(entry, resolved.tokenizer_dir))
     from capture.work import Work  # torch and transformers, from here on
 

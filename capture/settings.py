@@ -26,7 +26,7 @@ class Lens(Frozen):
     )
     layers: Literal["all"] | Int | tuple[Int, ...] = Field(
         default="all",
-        description="all; n for every n-th layer and the last; or a list of layers (negative from the end: -1 = L)",
+        description="all; n for every n-th layer and L; or a list out of -1 (what enters block 0), 0..L-1 and L (after the final norm)",
     )
 
     @field_validator("layers", mode="before")

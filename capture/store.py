@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -42,7 +43,8 @@ class CaptureWriter:
         with storing(self.path):
             if run.is_local:
                 run.fs.create_dir(self.path, recursive=True)
-                self.stage = Path(tempfile.mkdtemp(prefix=".tmp-", dir=self.path))
+                _remove_stages_of_the_dead(Path(self.path))
+                self.stage = Path(tempfile.mkdtemp(prefix=f".tmp-{socket.gethostname()}-{os.getpid()}-", dir=self.path))
             else:
                 self.stage = Path(tempfile.mkdtemp(prefix="pairscope-"))
 
@@ -107,6 +109,26 @@ class CaptureWriter:
         if self.run.is_local:
             with suppress(OSError):  # not empty: it holds a capture
                 os.rmdir(self.path)
+                os.rmdir(Path(self.path).parent)
+
+
+def _remove_stages_of_the_dead(path: Path) -> None:
+    """Remove what killed writers of this machine left behind."""
+    prefix = f".tmp-{socket.gethostname()}-"
+    for stage in path.glob(f"{prefix}*"):
+        pid = stage.name.removeprefix(prefix).split("-")[0]
+        if pid.isdigit() and not _alive(int(pid)):
+            shutil.rmtree(stage, ignore_errors=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def _sync_and_hash(path: Path) -> tuple[str, int]:

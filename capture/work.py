@@ -18,7 +18,7 @@ from capture.collector import CELLS_IN_CACHE, TILE_BYTES, Collector, LensPlan, p
 from capture.config import Entry
 from capture.device import DeviceChoice
 from capture.document import document
-from capture.errors import DeviceMemoryError, SelfCheckError, UnsupportedModelError
+from capture.errors import DeviceMemoryError, PromptError, SelfCheckError, UnsupportedModelError
 from capture.files import ModelFiles
 from capture.group import ALONE, join_group, leave_group
 from capture.layout import RunDir
@@ -125,6 +125,8 @@ class Work:
         check_comparable(base, sft)
         sizes = {"base": base.n_embeddings, "sft": sft.n_embeddings}
         check_ids(self.prompts, sizes, self.tracked)
+        for model in (base, sft):
+            check_lengths(model, self.prompts.longest)
         self.mode = choose_mode(entry, base, sft, self.choice)
         log.info("mode %s: %s", self.mode.mode, self.mode.why)
         self.ids = [item.ids for item in self.prompts.items]
@@ -298,5 +300,17 @@ def check_comparable(base: StreamedModel, sft: StreamedModel) -> None:
     )
     for what, a, b in facts:
         if a != b:
-            hint = "; set dtype in the config" if what == "dtype" else ""
-            raise UnsupportedModelError(f"base and sft differ in {what}: {a} against {b}{hint}")
+            remedy = "set dtype in the config" if what == "dtype" else "base_model and sft_model must be of one family"
+            where = f"base '{base.directory}' and sft '{sft.directory}'"
+            raise UnsupportedModelError(f"{where} differ in {what}: {a} against {b}; {remedy}")
+
+
+def check_lengths(model: StreamedModel, longest: int) -> None:
+    """Refuse prompts that run past learned positions; warn where rotary ones run past what the model was made for."""
+    most = getattr(model.config, "max_position_embeddings", None)
+    if most is None or longest <= most:
+        return
+    learned = [m for m in model.base.modules() if isinstance(m, torch.nn.Embedding) and m is not model.embedding]
+    if any(m.num_embeddings < longest for m in learned):
+        raise PromptError(f"a prompt has {longest} tokens; the {model.label} model has positions for {most} only")
+    log.warning("a prompt has %d tokens; the %s model was made for %d", longest, model.label, most)

@@ -12,6 +12,7 @@ from typing import Any
 from capture.attempt import WORK, check_output, find, record_failure
 from capture.config import Config, Entry
 from capture.degrees import check_degree
+from capture.device import choose_device
 from capture.errors import CheckpointError, ConfigError, DeviceError, PairscopeError
 from capture.fields import near
 from capture.layout import RunDir
@@ -105,6 +106,8 @@ def plan(
         if stop():
             return Item(name, entry)
         try:
+            if entry.local_run.enabled:  # it names this machine's own GPU: told now, with its own reason
+                choose_device(entry)
             resolved = resolver(entry, download=False)
             if entry.tensor_parallel > 1:  # told now, before a place with so many GPUs is asked for
                 for label, files in (("base", resolved.base), ("sft", resolved.sft)):

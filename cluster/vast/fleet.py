@@ -30,6 +30,7 @@ LOST = {
 LOST_AFTER_S = {"stopped": 0.0}  # outbid is final; the others get LOST_GRACE_S
 LOST_GRACE_S = 120.0
 GREETING_S = 3.0
+OPEN_S = 900.0  # how long a request of unknown outcome counts as a machine and keeps its k
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,8 @@ class Fleet:
         with self.lock:
             nodes = [*self.nodes.values(), *self.doomed.values()]
         live = [(self._since(content, node), node.dph) for node in nodes]
-        live += [(i["since"], i.get("dph", 0.0)) for i in content["intents"].values()]  # being asked for right now
+        asked = [i for i in content["intents"].values() if time.time() - i["since"] < OPEN_S]
+        live += [(i["since"], i.get("dph", 0.0)) for i in asked]
         return add_up(live, content["gone"])
 
     def destroy(self, id_: str, reason: str, *, tries: int = 6, pause_s: float = 2.0) -> None:
@@ -151,9 +153,10 @@ class Fleet:
                 if self.vast.instance(int(id_)) is None:
                     self._forget(id_)
                     return
-            self.vast.sleep(pause_s * (attempt + 1))
+            if attempt + 1 < tries:
+                self.vast.sleep(pause_s * (attempt + 1))
         raise NotGoneError(
-            f"instance {id_} was destroyed {tries} times and Vast still lists it, and bills it; destroy it at cloud.vast.ai/instances"
+            f"instance {id_} was destroyed {tries}x and Vast still lists it, and bills it; destroy it at cloud.vast.ai/instances"
         )
 
     def _listing(self) -> dict[str, Node]:
@@ -220,9 +223,9 @@ class Fleet:
         if not reason.startswith("again"):
             self.state.block_machine(node.machine, reason)
         try:
-            self.destroy(node.id, reason)
+            self.destroy(node.id, reason, tries=1)  # the next listing tries again; nobody may wait here
         except VastError as error:
-            logger.warning("instance %s (%s) could not be destroyed yet: %s", node.id, reason, error)
+            logger.warning("instance %s (%s) is not gone yet: %s", node.id, reason, error)
         return True
 
     def _fault(self, node: Node) -> str | None:
@@ -232,6 +235,10 @@ class Fleet:
         if node.label.attempt in content["abandoned"]:
             return "again: its renting had been given up"
         seen = content["seen"].get(node.id, {})
+        if node.label.kind == "head" and seen.get("ready") and node.status != "running":
+            # results may lie on its disk: that is for a person to decide
+            logger.warning("the head, instance %s, is %s; `ray down` destroys it", node.id, node.status)
+            return None
         now = time.time()
         odd_s = now - seen.get("odd", now)
         if odd_s >= LOST_AFTER_S.get(node.status, float("inf")):

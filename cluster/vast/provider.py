@@ -7,7 +7,6 @@ where it looks after the workers, keeps the mesh's peers file and ends the clust
 from __future__ import annotations
 
 import logging
-import os
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -30,18 +29,17 @@ from ray.autoscaler.tags import (
 )
 
 from capture.errors import PairscopeError
-from cluster.mesh.peers import Mesh, Peer, mesh_folder, write_peers
+from cluster.mesh.peers import mesh_folder, write_peers
 from cluster.mesh.ports import HEAD, address
-from cluster.vast import keys
+from cluster.vast import keys, nodefiles
 from cluster.vast.api import Vast
 from cluster.vast.container import environment, start_script
 from cluster.vast.errors import VastError
 from cluster.vast.fleet import Fleet, Node
-from cluster.vast.locked import versions
 from cluster.vast.money import Caps
 from cluster.vast.offers import Offer, find_offers
 from cluster.vast.rent import Renter
-from cluster.vast.runner import Place, VastCommandRunner, as_json
+from cluster.vast.runner import Place, VastCommandRunner
 from cluster.vast.settings import Settings, bootstrap, for_head
 from cluster.vast.state import State, cluster_folder
 
@@ -85,6 +83,7 @@ class VastNodeProvider(NodeProvider):
         )
         self.caps = Caps.read(provider_config)
         self.renter = Renter(self.fleet, self.caps, s.public_key or self._public_key())
+        self.addresses: dict[str, tuple[str, int]] = {}
         self.quoted = False
 
     @staticmethod
@@ -238,52 +237,23 @@ class VastNodeProvider(NodeProvider):
         raise VastError(f"instance {node_id} had no ssh address for {self.settings.boot_minutes:g} minutes")
 
     def _files(self, node_id: str) -> dict[str, str]:
-        """The mesh files of a node that is being set up: on the head they say only who it is, workers learn where the head is."""
+        """What a node that is being set up is told."""
         node = self.fleet.get(node_id)
         if node is None:
             return {}
         slots = self.settings.slots
-        files = {"~/.pairscope/versions.json": as_json(versions())}
         if node.label.kind == "head":
-            lines = keys.pinned(self.folder / keys.KNOWN_HOSTS, f"vast-{node_id}")
-            return files | {
-                "~/.pairscope/mesh/node.json": Mesh(HEAD, slots).node_text,
-                "~/.pairscope/mesh/known_hosts": lines,
-            }
+            return nodefiles.for_head(node, slots, self.folder)
         head = next((n for n in self.fleet.refresh().values() if n.label.kind == "head"), None)
-        if head is None or head.ssh is None:
-            raise VastError("the head has no ssh address in Vast's listing")
-        peer = Peer(
-            HEAD,
-            *head.ssh,
-            f"vast-{head.id}",
-            "~/.pairscope/mesh/key",
-            "~/.pairscope/mesh/known_hosts",
-            self.settings.user,
-        )
-        known = mesh_folder() / "known_hosts"
-        mesh = Mesh(node.label.k, slots, (peer,))
-        return files | {
-            "~/.pairscope/mesh/node.json": mesh.node_text,
-            "~/.pairscope/mesh/peers.json": mesh.peers_text,
-            "~/.pairscope/mesh/known_hosts": known.read_text() if known.exists() else "",
-        }
+        return nodefiles.for_worker(node, head, slots, self.settings.user)
 
     def _after_listing(self, nodes: dict[str, Node]) -> None:
-        """On the head: tunnels to the workers that ssh can reach, and the end of the cluster when a limit is reached."""
-        peers = [
-            Peer(
-                n.label.k,
-                *n.ssh,
-                f"vast-{n.id}",
-                "~/ray_bootstrap_key.pem",
-                str(self.folder / keys.KNOWN_HOSTS),
-                self.settings.user,
-            )
-            for n in nodes.values()
-            if n.label.kind == "worker" and n.status == "running" and n.ssh
-        ]
-        write_peers(Mesh(HEAD, self.settings.slots, tuple(sorted(peers, key=lambda p: p.k))), mesh_folder())
+        """On the head: tunnels to the workers, and the end of the cluster when a limit is reached."""
+        workers = [n for n in nodes.values() if n.label.kind == "worker"]
+        # kept while the node is: an address that a listing leaves out for once must not cut the tunnel under running actors
+        self.addresses |= {n.id: n.ssh for n in workers if n.ssh and n.status == "running"}
+        s = self.settings
+        write_peers(nodefiles.heads_mesh(workers, self.addresses, s.slots, self.folder, s.user), mesh_folder())
         over = self.caps.exceeded(self.fleet.bill())
         if over:
             logger.error("the cluster ends: %s", over)
@@ -315,4 +285,4 @@ def _matches(tags: dict[str, str], wanted: dict[str, str]) -> bool:
 
 def _called_by_ray_up() -> bool:
     """Ray does not tell a provider which command it serves, and only `ray up` is about to rent."""
-    return Path(sys.argv[0]).name == "ray" and "up" in sys.argv[1:3] and not os.environ.get("PAIRSCOPE_QUIET")
+    return Path(sys.argv[0]).name == "ray" and "up" in sys.argv[1:3]

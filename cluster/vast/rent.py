@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from cluster.mesh.ports import HEAD, MOST_NODES
 from cluster.vast.errors import NoOfferError, VastBusyError, VastError, VastRefusedError
-from cluster.vast.fleet import Fleet, Node
+from cluster.vast.fleet import OPEN_S, Fleet, Node
 from cluster.vast.labels import Label, new_attempt
 from cluster.vast.money import Caps
 from cluster.vast.offers import Offer, Wish, find_offers
@@ -18,7 +18,6 @@ from cluster.vast.offers import Offer, Wish, find_offers
 logger = logging.getLogger(__name__)
 
 MOST_OFFERS = 8  # tried one after the other before a launch is reported as failed
-OPEN_S = 900.0  # how long a request of unknown outcome keeps its k
 
 
 @dataclass

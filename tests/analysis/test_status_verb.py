@@ -74,3 +74,11 @@ def test_nothing_there_is_an_error_that_exits_with_2(tmp_path: Path, call: Calla
     (tmp_path / "captures").mkdir()
     answer = call("status", tmp_path)
     assert (answer.code, "no attempt and no capture yet" in answer.err) == (2, True)
+
+
+def test_a_capture_that_lost_bytes_is_damaged(out: Path, call: Callable[..., Any]) -> None:
+    file = next(out.glob("captures/pair=alpha/*/pairwise*.parquet"))
+    file.write_bytes(file.read_bytes()[:-1])
+    rows = call("status", out, "--json").rows
+    assert states(rows)[0] == ("alpha", "damaged")
+    assert "sweep again" in rows[0]["error"]

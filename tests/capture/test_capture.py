@@ -11,8 +11,16 @@ import tiny
 import torch
 from reference_statistics import statistics
 
-from capture.config import Batching, Entry, Lens, Output
-from capture.errors import CheckpointError, DeviceMemoryError, PromptError, SelfCheckError, UnsupportedModelError
+from capture.config import Batching, Entry, Lens, LocalRun, Output
+from capture.errors import (
+    CheckpointError,
+    ConfigError,
+    DeviceError,
+    DeviceMemoryError,
+    PromptError,
+    SelfCheckError,
+    UnsupportedModelError,
+)
 from capture.layout import RunDir
 from capture.progress import Progress
 from capture.run import capture_pair, resolve
@@ -240,3 +248,24 @@ def test_a_replay_that_differs_from_the_models_own_forward_stops_the_capture(pai
     with pytest.raises(SelfCheckError, match="differs from the model's own forward"):
         capture_pair(entry_of(pairs("llama")), str(tmp_path))
     assert not list(tmp_path.rglob("*.parquet"))
+
+
+def test_a_lens_layer_that_the_model_has_not_is_refused(pairs, tmp_path):
+    with pytest.raises(ConfigError, match=r"lens\.layers names the layer 99; this model has -1 .* to 4"):
+        capture_pair(entry_of(pairs("llama"), lens=Lens(layers=(0, 99))), str(tmp_path))
+
+
+def test_a_prompt_longer_than_learned_positions_is_refused_and_one_longer_than_rotary_ones_is_said(
+    pairs, tmp_path, caplog
+):
+    long = ("a b c d e f g h " * 40,)
+    with pytest.raises(PromptError, match="the base model has positions for 256 only"):
+        capture_pair(entry_of(pairs("gpt2"), prompts=long), str(tmp_path))
+    capture_pair(entry_of(pairs("llama"), prompts=long, lens=Lens(enabled=False)), str(tmp_path))
+    assert "the base model was made for 256" in caplog.text
+
+
+def test_the_guards_of_a_local_run_come_before_anything_is_read(pairs, tmp_path, monkeypatch):
+    monkeypatch.setattr("capture.run.resolve", lambda _: pytest.fail("files were looked for first"))
+    with pytest.raises(DeviceError, match="CUDA"):
+        capture_pair(entry_of(pairs("llama"), local_run=LocalRun(enabled=True)), str(tmp_path))

@@ -127,9 +127,17 @@ def test_bytes_that_are_no_text_alone_show_as_the_replacement_character() -> Non
 
 
 def test_a_prompt_of_zero_tokens_names_index_place_and_variant() -> None:
-    with pytest.raises(PromptError, match=r"prompt 1 \(p\.txt:7\), variant identity: no tokens"):
-        tokenize(entry("a", "", prompt_sources=("p.txt:1", "p.txt:7")), byte_tokenizer())
-    assert tokenize(entry(""), byte_tokenizer(bos=True)).n_tokens == 1  # the tokenizer's own first token
+    def mute(text: str, add_special_tokens: bool) -> dict[str, list[int]]:
+        return {"input_ids": []}
+
+    with pytest.raises(PromptError, match=r"prompt 0 \(p\.txt:1\), variant identity: no tokens"):
+        tokenize(entry("a", "b", prompt_sources=("p.txt:1", "p.txt:7")), mute)
+
+
+@pytest.mark.parametrize("text", ["", "  "])
+def test_an_empty_prompt_is_an_error_even_where_the_tokenizer_adds_a_token(text: str) -> None:
+    with pytest.raises(PromptError, match=r"prompt 1 \(p\.txt:7\) is empty"):
+        tokenize(entry("a", text, prompt_sources=("p.txt:1", "p.txt:7")), byte_tokenizer(bos=True))
 
 
 def test_no_prompts_at_all_is_an_error() -> None:

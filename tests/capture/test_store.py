@@ -3,6 +3,9 @@
 import errno
 import json
 import os
+import socket
+import subprocess
+import sys
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -129,3 +132,16 @@ def test_values_survive_with_nan_as_null(tmp_path):
     assert table["entropy"].to_pylist() == [None] * n
     assert table["tracked_logits"].to_pylist() == [[1, 2], [3, 4], None, [5, 6]]
     assert table.schema.field("norm").nullable is False
+
+
+def test_what_killed_writers_left_behind_is_removed_and_living_ones_are_let_be(tmp_path):
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    written(tmp_path).finish({})
+    (path,) = tmp_path.glob("captures/*/*")
+    dead, alive = (path / f".tmp-{socket.gethostname()}-{pid}-x" for pid in (gone.pid, os.getpid()))
+    dead.mkdir()
+    alive.mkdir()
+    written(tmp_path).finish({})
+    assert not dead.exists()
+    assert alive.exists()

@@ -124,6 +124,17 @@ def test_the_head_lists_itself_and_its_workers_with_request_and_type(
     assert {head.node_tags(w)["ray-launch-request"] for w in workers} == {WORKER_TAGS["ray-launch-request"]}
 
 
+def test_a_head_that_was_ready_is_never_destroyed_behind_the_users_back(fake: Fake) -> None:
+    laptop = on_laptop()
+    laptop.create_node(node_config(), HEAD_TAGS, 1)
+    (head,) = wait_for(lambda: [h for h in laptop.non_terminated_nodes({}) if laptop.is_running(h)])
+    fake.control(f"outbid/{head}")
+    time.sleep(0.02)
+    assert laptop.non_terminated_nodes({}) == [head]  # its disk may hold results
+    assert not laptop.is_running(head)
+    assert len(fake.live()) == 1
+
+
 def test_one_listing_serves_a_whole_poll(fake: Fake, tmp_path: Path, monkeypatch: Any) -> None:
     head = on_head(on_laptop(config(poll_seconds=30)), tmp_path / "head", monkeypatch)
     head.fleet.poll_s = 30
@@ -148,6 +159,11 @@ def test_tunnels_are_asked_for_when_ssh_is_there_and_not_after_the_node_left(
         return list(json.loads((mesh_folder() / "peers.json").read_text()))
 
     assert wait_for(peers)[0]["k"] == 2
+    (worker,) = head.non_terminated_nodes({})
+    fake.control(f"status/{worker}", "loading")  # a hiccup of the listing does not cut a tunnel
+    time.sleep(0.02)
+    assert peers()[0]["k"] == 2
+    fake.control(f"status/{worker}", "running")
     head.terminate_nodes(head.non_terminated_nodes({}))
     time.sleep(0.02)
     assert peers() == []

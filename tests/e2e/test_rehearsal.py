@@ -84,7 +84,9 @@ def test_one_machine_is_rented_runs_a_job_and_is_gone(stage: Rehearsal) -> None:
 def test_a_cluster_grows_survives_a_cut_shrinks_and_is_gone(stage: Rehearsal) -> None:
     stage.write_yaml(idle_timeout_minutes=0.3, max_workers=2)
     stage.ray("up", "-y")
+    stage.ray("up", "-y")  # a second one finds the head by its label and its launch hash, and rents nothing
     (head,) = stage.instances()
+    assert len(stage.fake.bill()) == 1
     host, ssh_port = _address(head)
     open_ports = [p for p in [6379, 8265, 10001, *range(20000, 20180), 44217, 52365] if answers(host, p, 0.2)]
     assert open_ports == [], "only ssh may be reachable"
@@ -141,14 +143,14 @@ RETRIED = """
 import sys, time, ray
 ray.init()
 @ray.remote(num_gpus=1, num_cpus=1, max_retries=5)
-def work(n):
-    time.sleep(float(sys.argv[1]))
+def work(n, seconds):
+    time.sleep(seconds)
     return n, ray.util.get_node_ip_address()
-waiting = [work.remote(n) for n in range(6)]
+waiting = [work.remote(n, float(sys.argv[1])) for n in range(10)]
 while waiting:
     done, waiting = ray.wait(waiting, timeout=5)
     print([ray.get(d) for d in done], flush=True)
-print("all six done", flush=True)
+print("all done", flush=True)
 """
 
 
@@ -173,7 +175,8 @@ def test_workers_that_are_destroyed_or_outbid_are_replaced_and_the_job_completes
         finally:
             run.kill()
             run.wait()
-    assert "all six done" in log.read_text(), log.read_text()[-3000:]
+    assert "all done" in log.read_text(), log.read_text()[-3000:]
+    assert len(stage.fake.bill()) == 5, "a head, two workers, and one for each that was lost"
     assert workers[1] not in [line["id"] for line in stage.fake.live()], "an outbid machine goes on billing its disk"
     stage.ray("down", "-y")
     assert stage.fake.live() == []

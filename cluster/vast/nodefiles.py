@@ -1,0 +1,50 @@
+"""What a node is told about itself and the mesh, as files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from cluster.mesh.peers import Mesh, Peer, mesh_folder
+from cluster.mesh.ports import HEAD
+from cluster.vast import keys
+from cluster.vast.errors import VastError
+from cluster.vast.fleet import Node
+from cluster.vast.locked import versions
+from cluster.vast.runner import as_json
+
+MESH = "~/.pairscope/mesh"
+VERSIONS = {"~/.pairscope/versions.json": as_json(versions())}
+
+
+def for_head(node: Node, slots: int, folder: Path) -> dict[str, str]:
+    """Who the head is, and its own host key as the laptop pinned it, to be passed on to workers. folder: the cluster's."""
+    pinned = keys.pinned(folder / keys.KNOWN_HOSTS, f"vast-{node.id}")
+    return VERSIONS | {f"{MESH}/node.json": Mesh(HEAD, slots).node_text, f"{MESH}/known_hosts": pinned}
+
+
+def for_worker(node: Node, head: Node | None, slots: int, user: str) -> dict[str, str]:
+    """Who the worker is, and where the head is. Made on the head. Raises VastError while the head's address is not listed."""
+    if head is None or head.ssh is None:
+        raise VastError("the head has no ssh address in Vast's listing")
+    peer = Peer(HEAD, *head.ssh, f"vast-{head.id}", f"{MESH}/key", f"{MESH}/known_hosts", user)
+    mesh = Mesh(node.label.k, slots, (peer,))
+    known = mesh_folder() / "known_hosts"
+    return VERSIONS | {
+        f"{MESH}/node.json": mesh.node_text,
+        f"{MESH}/peers.json": mesh.peers_text,
+        f"{MESH}/known_hosts": known.read_text() if known.exists() else "",
+    }
+
+
+def heads_mesh(
+    workers: Iterable[Node], addresses: Mapping[str, tuple[str, int]], slots: int, folder: Path, user: str
+) -> Mesh:
+    """The head's tunnels: to every worker whose address is known. addresses: the last that was listed, by instance id."""
+    known = str(folder / keys.KNOWN_HOSTS)
+    peers = [
+        Peer(n.label.k, *addresses[n.id], f"vast-{n.id}", "~/ray_bootstrap_key.pem", known, user)
+        for n in workers
+        if n.id in addresses
+    ]
+    return Mesh(HEAD, slots, tuple(sorted(peers, key=lambda p: p.k)))
