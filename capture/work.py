@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from capture.batches import make_batches
-from capture.checkpoint import Ledger, StreamedModel, free_memory
+from capture.checkpoint import StreamedModel, free_memory
 from capture.collector import CELLS_IN_CACHE, TILE_BYTES, Collector, LensPlan, plan_lens_layers
 from capture.config import Entry
 from capture.device import DeviceChoice
@@ -22,6 +22,7 @@ from capture.errors import DeviceMemoryError, PromptError, SelfCheckError, Unsup
 from capture.files import ModelFiles
 from capture.group import ALONE, join_group, leave_group
 from capture.layout import RunDir
+from capture.ledger import Ledger
 from capture.lens import Vocabulary
 from capture.lockstep import Pair, State
 from capture.memory import ModeChoice, choose_mode

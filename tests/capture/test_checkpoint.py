@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from capture import checkpoint
-from capture.checkpoint import EMBEDDING, HEAD, REST, Ledger, StreamedModel, layers_equal
+from capture.checkpoint import EMBEDDING, HEAD, REST, StreamedModel, layers_equal
 from capture.errors import CheckpointError, UnsupportedModelError
+from capture.ledger import Ledger
 from capture.replay import record
 
 CPU = torch.device("cpu")

@@ -9,8 +9,9 @@ import tiny
 from walked import CPU
 
 from capture import collector, footprint, memory, unembed
-from capture.checkpoint import EMBEDDING, HEAD, REST, Ledger, StreamedModel
+from capture.checkpoint import EMBEDDING, HEAD, REST, StreamedModel
 from capture.footprint import ModelBytes, Walk, activation_bytes, lens_bytes, rank_share, state_bytes, weight_bytes
+from capture.ledger import Ledger
 from cluster.plan_models import directory_sizes
 
 ARCHS = ("gpt2", "llama", "qwen2", "qwen3", "mistral", "gemma2", "mixtral", "deepseek_v3", "phi3", "nemotron", "olmo2",

@@ -8,9 +8,10 @@ import torch
 from tiny import PairPaths
 
 from capture.batches import Batch, make_batches
-from capture.checkpoint import Ledger, StreamedModel
+from capture.checkpoint import StreamedModel
 from capture.config import FOUR_PASSES, Batching, Pass
 from capture.group import Group
+from capture.ledger import Ledger
 from capture.lockstep import Pair
 
 CPU = torch.device("cpu")

@@ -1,0 +1,51 @@
+"""What is alive and what was read: counted, so that memory is a promise that a test can check."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import torch
+
+
+class Ledger:
+    """Counts, over both models of a pair, the bytes of weights that are alive and the checkpoint bytes read."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.live = 0
+        self.peak = 0
+        self.read_bytes = 0
+        self.reads: dict[str, int] = {}
+
+    def add(self, nbytes: int) -> None:
+        with self._lock:
+            self.live += nbytes
+            self.peak = max(self.peak, self.live)
+
+    def read(self, key: str, nbytes: int) -> None:
+        with self._lock:
+            self.read_bytes += nbytes
+            self.reads[key] = self.reads.get(key, 0) + nbytes
+
+
+class CountedSlice:
+    """A safetensors slice that tells the ledger what is read through it. Same protocol: shape, dtype, indexing."""
+
+    def __init__(self, inner: Any, key: str, ledger: Ledger) -> None:
+        self._inner, self._key, self._ledger = inner, key, ledger
+
+    def get_shape(self) -> list[int]:
+        return list(self._inner.get_shape())
+
+    def get_dtype(self) -> str:
+        return str(self._inner.get_dtype())
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size(self._inner.get_shape())
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        tensor: torch.Tensor = self._inner[index]
+        self._ledger.read(self._key, tensor.nbytes)
+        return tensor
