@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 import time
 import traceback
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from capture.attemptlog import append_log, attempt_log, header
 from capture.config import Entry
-from capture.errors import DeviceMemoryError, PairscopeError, StoreError
+from capture.errors import DeviceMemoryError, PairscopeError, StoreError, cannot_write, disk_is_full, why_not_written
 from capture.layout import RunDir
 from capture.manifest import Attempt
 from capture.progress import Progress
@@ -25,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 WORK = "capture.run:capture_pair"  # module:function with the signature of capture_pair
 SMALLER_TILES = 4
+PROBE_BYTES = 16384  # an empty file can be made on a full disk
 _MANIFEST_FROM_RESULT = ("capture", "gpu", "mode", "n_prompts", "n_tokens", "peak_memory_bytes", "planned_memory_bytes")
 
 
@@ -170,7 +173,12 @@ def work_on(
             logger.info("%s in %.1f s: %s", result.state, result.seconds, result.path)
         return Outcome("complete", fields)
     except BaseException as error:
-        return INTERRUPTED if asked(error) else failure(error)
+        if asked(error):
+            return INTERRUPTED
+        if isinstance(error, OSError) and disk_is_full(error):
+            where = f"'{error.filename}'" if error.filename else f"to '{out}' or a directory for temporary files"
+            error = cannot_write(where, error)
+        return failure(error)
 
 
 class _StageLines:
@@ -196,12 +204,17 @@ def progress_line(progress: Progress) -> str:
     if progress.n_layers:
         parts.append(f"layer {progress.layer}/{progress.n_layers}")
     if progress.tokens_per_second is not None:
-        parts.append(f"{progress.tokens_per_second:,.0f} tokens/s")
+        parts.append(speed(progress.tokens_per_second))
     if progress.seconds_left is not None:
         parts.append(f"{duration(progress.seconds_left)} left")
     if progress.message:
         parts.append(progress.message)
     return ", ".join(parts)
+
+
+def speed(tokens_per_second: float) -> str:
+    """1,234 tokens/s; one decimal below 10."""
+    return f"{tokens_per_second:,.{1 if tokens_per_second < 9.95 else 0}f} tokens/s"
 
 
 def duration(seconds: float) -> str:
@@ -214,13 +227,13 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
-def complete_line(row: dict[str, Any]) -> str:
-    """What a complete attempt came to, from its manifest row."""
+def complete_line(row: dict[str, Any], n_variants: int = 1) -> str:
+    """What a complete attempt came to, from its manifest row, in which every variant of a prompt is counted."""
     if row["n_tokens"] is None:
         return "was complete already"
+    prompts = f"{row['n_prompts'] // n_variants} prompts" + (f" in {n_variants} variants" if n_variants > 1 else "")
     return (
-        f"complete in {duration(row['seconds'])}: {row['n_prompts']} prompts, {row['n_tokens']:,} tokens, {row['mode']} on "
-        f"{row['gpu']}"
+        f"complete in {duration(row['seconds'])}: {prompts}, {row['n_tokens']:,} tokens, {row['mode']} on {row['gpu']}"
     )
 
 
@@ -233,12 +246,15 @@ def check_output(run: RunDir, *, write: bool = True) -> None:
         raise StoreError(f"cannot read the output '{run.out}': {' '.join(str(error).split())}") from error
     if not write:
         return
-    probe = f"{run.root}/manifest/.writable"
+    probe = f"{run.root}/manifest/.writable-{uuid.uuid4().hex[:8]}"
     try:
-        run.write_bytes(probe, b"")
+        run.write_bytes(probe, os.urandom(PROBE_BYTES))  # random: nothing can store it in less
         run.fs.delete_file(probe)
     except (OSError, StoreError) as error:
-        raise StoreError(f"cannot write to the output '{run.out}': {error}; choose another --out") from error
+        why = why_not_written(error)
+        raise StoreError(
+            f"cannot write to the output '{run.out}': {why}; choose another --out, or make room and run again"
+        ) from error
 
 
 def record_failure(run: RunDir, entry: str, error: PairscopeError) -> dict[str, Any]:
@@ -270,7 +286,10 @@ def run_entry(
         outcome = work_on(
             entry, run.out, attempt.log_path, tried=tried, force=force, work=work, progress=progress, stop=stop
         )
-        finish(attempt, outcome)
+        try:
+            finish(attempt, outcome)
+        except StoreError as error:  # it must not hide how the attempt ended
+            say(entry.name, f"the manifest cannot be written: {error}")
         tried = next_try(tried, entry, outcome)
         if tried is not None:
             say(entry.name, f"{outcome.error}; trying again, {tried.note}")

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TextIO
 
 from capture.config import Entry
+from capture.errors import cannot_write
 from capture.layout import RunDir
 from capture.machine import gpu_lines
 
@@ -57,33 +58,50 @@ def attempt_log(run: RunDir, path: str, first_lines: str, *, own_process: bool) 
     """Collect this process's log records and warnings in the log file at `path` for the length of the block.
 
     own_process: also send file descriptors 1 and 2 and crash dumps there; for a worker process, never for a terminal.
-    On a remote file system the file is written locally and uploaded at the end of the block.
+    On a remote file system the file is written locally and uploaded at the end of the block. Raises StoreError where the
+    log cannot be begun; that it cannot be gone on with must not hide how the attempt ended.
     """
-    if run.is_local:
-        local = Path(path)
-        local.parent.mkdir(parents=True, exist_ok=True)
-    else:
-        handle, name = tempfile.mkstemp(suffix=".log")
-        os.close(handle)
-        local = Path(name)
+    local = Path(path)
     try:
-        with local.open("a", encoding="utf-8", errors="replace", buffering=1) as stream:
+        if run.is_local:
+            local.parent.mkdir(parents=True, exist_ok=True)
+        else:
+            handle, name = tempfile.mkstemp(suffix=".log")
+            os.close(handle)
+            local = Path(name)
+        stream = local.open("a", encoding="utf-8", errors="replace", buffering=1)
+    except OSError as error:
+        raise cannot_write(f"'{local}'", error) from error
+    try:
+        try:
             stream.write(first_lines)
-            if own_process:
-                _redirect(stream.fileno())
-            with _records_go_to(stream):
-                yield
+        except OSError as error:
+            raise cannot_write(f"'{local}'", error) from error
+        if own_process:
+            _redirect(stream.fileno())
+        with _records_go_to(stream):
+            yield
     finally:
+        with contextlib.suppress(OSError):
+            stream.close()
         if not run.is_local:
-            with contextlib.suppress(Exception):  # a lost log must not hide how the attempt ended
+            with contextlib.suppress(Exception):
                 run.write_bytes(path, local.read_bytes())
             local.unlink(missing_ok=True)
+
+
+class _Handler(logging.StreamHandler[TextIO]):
+    """Writes records as long as there is room for them; a full disk is told by what cannot do without it."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
 
 
 @contextlib.contextmanager
 def _records_go_to(stream: TextIO) -> Iterator[None]:
     """Add a handler for the length of the block: our records from INFO up, everyone's from WARNING up, Python's warnings."""
-    handler = logging.StreamHandler(stream)
+    handler = _Handler(stream)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     handler.addFilter(_OursAndWarnings())
     # transformers stops its records from reaching the root logger, so it gets the handler as well

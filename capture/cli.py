@@ -41,7 +41,7 @@ def capture(config: str | None, pair: str | None, out: str | None, force: bool, 
         click.echo(json.dumps(row, ensure_ascii=False))
     if outcome.state == "complete":
         if not as_json:
-            click.echo(f"{entry.name}: {complete_line(row)}, {run.capture_path(entry.name, row['capture'])}")
+            click.echo(f"{entry.name}: {complete_line(row, len(entry.prompt_variants))}, {run.capture_path(entry.name, row['capture'])}")
             click.echo(f"\nnext:\n  pairscope report {run.out}\n  pairscope grid {run.out} --metric kl_divergence")
     elif outcome.state == "interrupted":
         click.echo(f"pairscope: {entry.name} interrupted; type the same again to start over", err=True)

@@ -6,7 +6,6 @@ Shapes: P passes, C comparisons, N tokens of the whole capture (prompt after pro
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,56 +15,15 @@ from torch import Tensor
 from capture import statistics
 from capture.batches import Batch
 from capture.config import Comparison, Owner, Pass
-from capture.errors import ConfigError
-from capture.lens import PairStats, SlotStats, Vocabulary, join, lens_tile
+from capture.lens import PairStats, SlotStats, join, lens_tile
+from capture.lens_plan import LensPlan
 from capture.lockstep import Pair, State
-from capture.logits import Logits, PlainLogits, tile_logits
+from capture.logits import Logits, PlainLogits, can_shift, shifted_logits, tile_logits
 from capture.replay import run_tail
 
 LensSlot = tuple[int, Owner | None, Owner]  # state, whose final norm (None: as it is), whose unembedding
 Floats = np.ndarray[Any, np.dtype[np.float32]]
-CELLS_IN_CACHE = 400_000  # logits of one slot that the statistics work on at a time, on a CPU
-TILE_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}  # logits of all slots of one tile
-
-
-@dataclass
-class LensPlan:
-    """Which layers the lens reads, and how. layers: -1..L; n_vocab: rows compared; n_tokens: ids that may be in top-k lists.
-
-    vocabulary: this rank's share of it. rows: rows whose statistics are worked on at a time.
-    """
-
-    layers: frozenset[int]
-    final_norm: bool
-    n_vocab: int
-    n_tokens: int
-    top_k: int
-    vocabulary: Vocabulary
-    keep_topk: bool
-    tracked: tuple[int, ...]
-    tile_bytes: int
-    rows: int
-
-
-def plan_lens_layers(layers: str | int | tuple[int, ...], enabled: bool, n_layers: int) -> frozenset[int]:
-    """The layers that the lens reads: all; every n-th and L; or a list, in which -1 is the entering state.
-
-    Raises ConfigError for a layer that the model has not.
-    """
-    every = range(-1, n_layers + 1)
-    if not enabled:
-        return frozenset()
-    if layers == "all":
-        return frozenset(every)
-    if isinstance(layers, int):
-        return frozenset(range(0, n_layers, layers)) | {n_layers}
-    assert not isinstance(layers, str)
-    if wrong := [layer for layer in layers if layer not in every]:
-        raise ConfigError(
-            f"residual_compare.lens.layers names the layer {wrong[0]}; this model has -1 (what enters block 0) to {n_layers} "
-            "(after the final norm)"
-        )
-    return frozenset(layers)
+SMALL_KL = 1e-3  # nats: below this, differences of float32 logits cost a KL its digits
 
 
 class Collector:
@@ -207,18 +165,45 @@ class Collector:
         parts: list[tuple[list[SlotStats], dict[tuple[int, int], PairStats]]] = []
         per_row = len(order) * self.lens.n_vocab * 4
         tile = max(1, self.lens.tile_bytes // per_row)
+        heads = [head for _, _, head in order]
+        can_refine = bool(wanted) and can_shift(self.pair, heads)
         following = self.next_ids[state.batch].to(rows[0].device)
         tracked = torch.tensor(self.lens.tracked, dtype=torch.long, device=rows[0].device)
         for start in range(0, rows[0].shape[0], tile):
             part = slice(start, start + tile)
-            logits = self._logits([r[part] for r in normed], [head for _, _, head in order])
-            parts.append(lens_tile(logits, wanted, following[part], tracked, self.lens.vocabulary, rows=self.lens.rows))
+            tile_rows = [r[part] for r in normed]
+            found = lens_tile(
+                self._logits(tile_rows, heads),
+                wanted,
+                following[part],
+                tracked,
+                self.lens.vocabulary,
+                rows=self.lens.rows,
+            )
+            if can_refine:
+                self._refine(found[1], tile_rows, heads, following[part], tracked)
+            parts.append(found)
         slots = [join([p[0][s] for p in parts]) for s in range(len(order))]
         compared = {key: join([p[1][key] for p in parts]) for key in wanted}
         self.nonfinite += sum(int((~torch.isfinite(s.logsumexp)).sum()) for s in slots)
         if self.lens.final_norm and state.layer == self.pair.n_layers - 1:
             self._last_lens[state.batch] = (slots, compared, slot_of)
         self._store_lens(slots, compared, slot_of, state, at)
+
+    def _refine(
+        self, found: dict[tuple[int, int], PairStats], rows: list[Tensor], heads: list[Owner], following: Tensor,
+        tracked: Tensor,
+    ) -> None:  # fmt: skip
+        """Compute the comparisons of rows with a small KL again, from shifts that are products of their own."""
+        small = torch.stack([(s.kl_ba < SMALL_KL) | (s.kl_ab < SMALL_KL) for s in found.values()]).any(0)
+        where = small.nonzero().flatten()
+        if not len(where):
+            return
+        logits = shifted_logits(self.pair, [r[where] for r in rows], heads)
+        pairs = list(found)
+        _, better = lens_tile(logits, pairs, following[where], tracked, self.lens.vocabulary, rows=self.lens.rows)
+        for key in pairs:
+            found[key].put(where, better[key])
 
     def _logits(self, rows: list[Tensor], heads: list[Owner]) -> Logits:
         """Logits of each slot's rows, over the rows that both vocabularies have."""

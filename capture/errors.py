@@ -3,6 +3,15 @@
 The command line prints them in one line and exits with `exit_code`; anything else is a bug and keeps its traceback.
 """
 
+import errno
+
+_WHY_NOT = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EACCES: "no permission",
+    errno.EROFS: "read-only",
+}
+
 
 class PairscopeError(Exception):
     """Base of all errors meant for a user."""
@@ -42,3 +51,21 @@ class StoreError(PairscopeError):
 
 class SelfCheckError(PairscopeError):
     """A self-check that runs with every capture failed: the numbers would not be right, so none are written."""
+
+
+def disk_is_full(error: BaseException | None) -> bool:
+    """True for what the system says where there is no room to write, by disk or by quota."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def why_not_written(error: BaseException) -> str:
+    """What kept a file from being written, in a few words; an error of ours is asked for its cause."""
+    cause = error.__cause__ if isinstance(error, PairscopeError) and error.__cause__ else error
+    return (_WHY_NOT.get(cause.errno or 0) if isinstance(cause, OSError) else None) or str(error)
+
+
+def cannot_write(what: str, error: OSError) -> StoreError:
+    """The error for a user from what a file system said; `what` could not be written."""
+    return StoreError(
+        f"cannot write {what}: {why_not_written(error)}. Choose another --out, or make room and run again"
+    )

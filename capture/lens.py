@@ -70,6 +70,12 @@ class PairStats:
     increased: TopK
     decreased: TopK
 
+    def put(self, where: Tensor, better: PairStats) -> None:
+        """Take the given rows from another computation of them."""
+        self.kl_ba[where], self.kl_ab[where] = better.kl_ba, better.kl_ab
+        for mine, theirs in ((self.increased, better.increased), (self.decreased, better.decreased)):
+            mine.ids[where], mine.values[where] = theirs.ids, theirs.values
+
 
 def block_view(x_RV: Tensor, n: int) -> Tensor:
     """The first n logits, cut to whole blocks, as [R, BLOCK, C]: block c holds ids c, C + c, 2C + c, ...

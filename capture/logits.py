@@ -1,10 +1,9 @@
 """Logits of a tile of rows for all lens slots, and the shifts between them to full relative precision.
 
 A float32 logit of a few units carries an error of about 1e-6, however it is computed. The shift between two slots, which a KL
-near 1e-6 consists of, is then no better than 1e-3 if it is taken as the difference of two logits. So shifts are products of
-their own: between slots a and b of one unembedding W it is (h_b - h_a) W^T; between the first slots h_0, h_1 of two
-unembeddings it is (h_1 - h_0) W_1^T + h_0 (W_1 - W_0)^T. Every logit is the first slot's plus such shifts. That takes five
-products for four passes instead of four.
+near 1e-6 consists of, is then no better than 1e-3 if it is taken as the difference of two logits. Where a KL turns out small,
+shifts are therefore computed once more as products of their own: between slots a and b of one unembedding W,
+(h_b - h_a) W^T; between the first slots h_0, h_1 of two unembeddings, (h_1 - h_0) W_1^T + h_0 (W_1 - W_0)^T.
 
 Shapes: R rows, D hidden size, V vocabulary (this rank's share of it), S slots.
 """
@@ -74,36 +73,42 @@ class ShiftedLogits:
         return x
 
 
-def tile_logits(pair: Pair, rows: Sequence[Tensor], heads: Sequence[Owner]) -> Logits:
-    """Logits of every slot. rows: S tensors [R, D] behind whatever norm they shall have; heads: whose unembedding each has.
+def tile_logits(pair: Pair, rows: Sequence[Tensor], heads: Sequence[Owner]) -> PlainLogits:
+    """Logits of every slot; slots that share an unembedding share one product.
 
-    Shifts are plain differences where a head is followed by something that is not linear (Gemma-2's soft cap), or where the
-    two models do not do the same behind their heads.
+    rows: S tensors [R, D] behind whatever norm they shall have; heads: whose unembedding each has.
     """
+    out: dict[int, Tensor] = {}
+    for owner in dict.fromkeys(heads):
+        members = [i for i, h in enumerate(heads) if h == owner]
+        logits = own_logits(pair.models[owner], torch.cat([rows[i] for i in members]))
+        out |= dict(zip(members, logits.chunk(len(members)), strict=True))
+    return PlainLogits([out[i] for i in range(len(rows))])
+
+
+def can_shift(pair: Pair, heads: Sequence[Owner]) -> bool:
+    """True if shifts may be products: nothing but a factor follows the heads, the same in both models."""
+    owners = set(heads)
+    return all(head_is_linear(pair.models[o]) for o in owners) and (len(owners) == 1 or pair.same_scaling)
+
+
+def shifted_logits(pair: Pair, rows: Sequence[Tensor], heads: Sequence[Owner]) -> ShiftedLogits:
+    """As tile_logits, for slots whose logits hardly differ; only where `can_shift`."""
     owners = list(dict.fromkeys(heads))
-    models = {o: pair.models[o] for o in owners}
-    if not all(head_is_linear(m) for m in models.values()) or (len(owners) > 1 and not pair.same_scaling):
-        out: list[Tensor | None] = [None] * len(rows)
-        for owner in owners:
-            members = [i for i, h in enumerate(heads) if h == owner]
-            logits = own_logits(models[owner], torch.cat([rows[i] for i in members]))
-            for i, x in zip(members, logits.chunk(len(members)), strict=True):
-                out[i] = x
-        return PlainLogits([x for x in out if x is not None])
     first = {o: list(heads).index(o) for o in owners}
-    root = own_logits(models[heads[0]], rows[0])
+    root = own_logits(pair.models[heads[0]], rows[0])
     parts: list[tuple[Tensor, ...]] = [()] * len(rows)
     for owner in owners:
         others = [i for i, h in enumerate(heads) if h == owner and i != first[owner]]
-        lead = rows[first[owner]]
-        moved = [rows[i].float() - lead.float() for i in others]
+        lead = rows[first[owner]].float()
+        moved = [rows[i].float() - lead for i in others]
+        if owner != heads[0]:
+            moved.insert(0, lead - rows[0].float())
+        products = list(shift_of_rows(pair.models[owner], torch.cat(moved)).chunk(len(moved))) if moved else []
         common: tuple[Tensor, ...] = ()
         if owner != heads[0]:
-            moved.insert(0, lead.float() - rows[0].float())
-        products = shift_of_rows(models[owner], torch.cat(moved)).chunk(len(moved)) if moved else ()
-        if owner != heads[0]:
-            cross = shift_of_heads(models[heads[0]], models[owner], rows[0])
-            common, products = (cross.add_(products[0]),), products[1:]
+            cross = shift_of_heads(pair.models[heads[0]], pair.models[owner], rows[0])
+            common = (cross.add_(products.pop(0)),)
         parts[first[owner]] = common
         for i, product in zip(others, products, strict=True):
             parts[i] = (*common, product)

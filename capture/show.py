@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
 import time
 from typing import Any, TextIO
 
-from capture.attempt import progress_line
+from capture.attempt import duration, progress_line, speed
 from capture.progress import Progress
 
 WAITING = "waiting"  # entries that do this are counted on one line
@@ -51,8 +53,16 @@ class Show:
         """A line that stays and belongs to no entry."""
         if self._live is not None:
             self._live.console.print(line, markup=False, highlight=False, soft_wrap=True)
-        else:
+            return
+        try:
             print(line, file=self.stream, flush=True)
+        except BrokenPipeError:  # who read it, `head` say, has gone: the work goes on unseen
+            self._lead_nowhere()
+
+    def _lead_nowhere(self) -> None:
+        """Send what is still to be printed to the null device, or every later line, and Python's exit, would fail."""
+        with contextlib.suppress(OSError, ValueError), open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), self.stream.fileno())
 
     def doing(self, entry: str, what: str) -> None:
         """A few words on what an entry does before it reports progress itself; only a terminal shows them."""

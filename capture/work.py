@@ -14,7 +14,7 @@ import torch
 
 from capture.batches import make_batches
 from capture.checkpoint import StreamedModel, free_memory
-from capture.collector import CELLS_IN_CACHE, TILE_BYTES, Collector, LensPlan, plan_lens_layers
+from capture.collector import Collector
 from capture.config import Entry
 from capture.device import DeviceChoice
 from capture.document import document
@@ -24,6 +24,7 @@ from capture.group import ALONE, join_group, leave_group
 from capture.layout import RunDir
 from capture.ledger import Ledger
 from capture.lens import Vocabulary
+from capture.lens_plan import CELLS_IN_CACHE, TILE_BYTES, LensPlan, plan_lens_layers
 from capture.lockstep import Pair, State
 from capture.memory import ModeChoice, choose_mode
 from capture.progress import Progress

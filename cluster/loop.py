@@ -226,7 +226,7 @@ class Loop:
         job.row, job.outcome = job.attempt.row, outcome
         self._drop(job)
         if outcome.state == "complete":
-            self.show.event(job.name, complete_line(job.row))
+            self.show.event(job.name, complete_line(job.row, len(job.entry.prompt_variants)))
             return
         if outcome.state == "interrupted":
             self.show.event(job.name, "interrupted")

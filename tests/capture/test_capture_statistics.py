@@ -1,5 +1,7 @@
 """Every number in the tables of a whole capture agrees with the float64 reference, to the tolerances of agree.py."""
 
+import json
+
 import agree
 import pytest
 import reference
@@ -7,6 +9,7 @@ import reference_statistics as rs
 import tiny
 import torch
 
+from capture import unembed
 from capture.config import Entry
 from capture.passes import EmbeddingVariant, Pass, single_comparisons
 from capture.run import capture_pair
@@ -133,3 +136,21 @@ def test_the_single_comparison_is_base_against_sft(pairs, tmp_path):
 def test_bfloat16_states_are_read_in_float64_and_unembedded_in_float32(arch, pairs, tmp_path):
     paths = pairs(arch, dtype=torch.bfloat16)
     assert agree.disagreements(reference_of(paths), capture(paths, tmp_path)) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_an_unembedding_larger_than_one_chunk_of_the_upcast_is_read_to_its_end(dtype, pairs, tmp_path, monkeypatch):
+    monkeypatch.setattr(unembed, "HEAD_CHUNK", 100)  # of 307 rows
+    paths = pairs("llama", dtype=dtype)
+    assert agree.disagreements(reference_of(paths), capture(paths, tmp_path)) == []
+
+
+def test_equal_weights_that_compute_otherwise_share_nothing(tmp_path):
+    paths = tiny.make_pair("llama", tmp_path, identical=True)
+    file = paths.sft / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"rms_norm_eps": 0.3}))
+    found = capture(paths, tmp_path / "out")
+    assert agree.disagreements(reference_of(paths), found) == []
+    rows = [r for r in found["pairwise"].to_pylist() if (r["base_run"], r["sft_run"]) == ("BB", "SS")]
+    assert all((row["norm_diff"] == 0) == (row["layer"] == -1) for row in rows)
+    assert all(row["kl_divergence"] > 0 for row in rows)  # the final norm is of another kind too

@@ -8,7 +8,7 @@ import pytest
 import tiny
 from walked import CPU
 
-from capture import collector, footprint, memory, unembed
+from capture import footprint, lens_plan, memory, unembed
 from capture.checkpoint import EMBEDDING, HEAD, REST, StreamedModel
 from capture.footprint import ModelBytes, Walk, activation_bytes, lens_bytes, rank_share, state_bytes, weight_bytes
 from capture.ledger import Ledger
@@ -76,8 +76,8 @@ def test_a_checkpoint_against_itself_is_held_once(pairs):
 
 
 def test_the_engines_constants_are_the_plans():
-    assert collector.TILE_BYTES["cuda"] == footprint.LENS_TILE_BYTES
-    assert footprint.LENS_STATISTICS_CELLS == collector.CELLS_IN_CACHE * 64
+    assert lens_plan.TILE_BYTES["cuda"] == footprint.LENS_TILE_BYTES
+    assert footprint.LENS_STATISTICS_CELLS == lens_plan.CELLS_IN_CACHE * 64
     assert footprint.LENS_HEAD_CHUNK == unembed.HEAD_CHUNK
     assert footprint.RESIDENT_SHARE == memory.RESIDENT_SHARE
 

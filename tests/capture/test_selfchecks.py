@@ -70,15 +70,17 @@ def test_a_model_that_does_more_than_its_modules_after_the_last_layer_is_refused
 
 
 @pytest.mark.parametrize(
-    ("arch", "changes", "probed"),
+    ("arch", "changes", "probed", "least"),
     [
         # alone its longest prompt is short, so that its rotary frequencies are others; the shortest is padded most
-        ("phi3_longrope", {"prompts": tiny.PROMPTS, "batching": Batching(padding="left")}, 1),
+        ("phi3_longrope", {"prompts": tiny.PROMPTS, "batching": Batching(padding="left")}, 1, 1e-4),
         # one token alone may take another matrix kernel than many: some processors then round otherwise
-        ("llama", {"prompts": tuple("abcdefghi"), "add_special_tokens": False}, 0),
+        ("llama", {"prompts": tuple("abcdefghi"), "add_special_tokens": False}, 0, 0.0),
     ],
 )
-def test_the_noise_floor_is_what_a_prompt_alone_differs_by_from_its_batch(arch, changes, probed, pairs, tmp_path):
+def test_the_noise_floor_is_what_a_prompt_alone_differs_by_from_its_batch(
+    arch, changes, probed, least, pairs, tmp_path
+):
     entry = entry_of(pairs(arch), **changes)
     result = capture_pair(entry, str(tmp_path))
     floor = json.loads((Path(result.path) / "capture.json").read_text())["noise_floor"]
@@ -95,7 +97,7 @@ def test_the_noise_floor_is_what_a_prompt_alone_differs_by_from_its_batch(arch, 
             assert floor["by_run_and_layer"][name][metric] == pytest.approx(values, rel=1e-6, abs=0), (name, metric)
     for metric, largest in floor["largest"].items():
         assert largest == max(max(metrics[metric]) for metrics in floor["by_run_and_layer"].values())
-        assert largest > (1e-4 if arch == "phi3_longrope" else -1)
+        assert largest >= least
 
 
 def noise(batched, alone):

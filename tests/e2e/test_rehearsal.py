@@ -198,3 +198,18 @@ def test_a_head_that_dies_takes_its_workers_with_it(stage: Rehearsal) -> None:
     line = stage.fake.bill()[-1]
     assert line["ended_by"] == "itself"
     assert line["destroyed"] - began < 30 + 20 + 15  # the silence, one look of the switch, and its time-out
+
+
+@pytest.mark.slow
+def test_a_forgotten_cluster_is_gone_at_its_deadline(stage: Rehearsal) -> None:
+    hours = 0.025
+    stage.write_yaml(max_workers=1, provider={"max_hours": hours})
+    stage.ray("up", "-y")
+    with stage.dashboard() as address:
+        stage.run("ray", "job", "submit", "--no-wait", "--address", address, *job(stage, MANY, "600"))
+        wait_for(lambda: len(stage.fake.live()) == 2, 80)
+    # from here on the laptop does nothing
+    wait_for(lambda: stage.fake.live() == [], 200)
+    lines = stage.fake.bill()
+    began = min(line["created"] for line in lines)
+    assert max(line["destroyed"] for line in lines) - began < hours * 3600 + 60
