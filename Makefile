@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install look demo demo-smollm2 test lint bench docs clean
+.PHONY: help install look demo demo-smollm2 test rehearsal lint bench docs clean
 
 help:  ## show this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | expand -t 16
@@ -44,6 +44,9 @@ look:
 
 test: $(STAMP)  ## all tests, but for the slow ones and those that need a GPU
 	@$(BIN)/python -m pytest -m "not slow and not gpu" -n 2 --dist loadfile
+
+rehearsal: $(STAMP)  ## the whole cluster on this machine: a fake Vast, real sshd hosts, real Ray (root; some ten minutes)
+	@$(BIN)/python -m pytest tests/e2e
 
 lint: $(STAMP)  ## ruff and mypy
 	@$(BIN)/ruff check .

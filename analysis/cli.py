@@ -51,8 +51,8 @@ def status(ctx: click.Context, out: str, every_attempt: bool, as_json: bool) -> 
     Exit code 1 if the last attempt at some entry failed.
     """
     from analysis.run import open_run_dir
-    from analysis.status import COLUMNS, failed, status_rows, table_row
-    from analysis.tables import escape, fit, json_line, plain_table, terminal_width
+    from analysis.status import failed, status_rows, table_lines
+    from analysis.tables import escape, json_line, terminal_width
 
     rows = status_rows(open_run_dir(out), every_attempt)
     if not rows:
@@ -63,8 +63,8 @@ def status(ctx: click.Context, out: str, every_attempt: bool, as_json: bool) -> 
         for row in rows:
             click.echo(json_line(row))
     else:
-        for line in plain_table(COLUMNS, [table_row(row) for row in rows]):
-            click.echo(fit(line, terminal_width()) if sys.stdout.isatty() else line)
+        for line in table_lines(rows, terminal_width() if sys.stdout.isatty() else None):
+            click.echo(line)
     if names := failed(rows):
         click.echo(f"failed: {', '.join(escape(n) for n in names)}", err=True)
         ctx.exit(1)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import textwrap
+from collections.abc import Iterator
 from typing import Any
 
+from analysis.tables import escape, fit, plain_table, width
 from capture.layout import RunDir
 from capture.schema import MANIFEST
 
 COLUMNS = ("entry", "state", "seconds", "tokens", "mode", "gpu", "peak memory", "error")
+GIVE_WAY = ("gpu", "mode", "tokens", "seconds", "peak memory")  # left out in this order where a terminal is too narrow
 
 
 def status_rows(run: RunDir, every_attempt: bool = False) -> list[dict[str, Any]]:
@@ -77,3 +81,34 @@ def table_row(row: dict[str, Any]) -> list[Any]:
         "error": " ".join(error.split()),
     }
     return ["" if values[c] is None else values[c] for c in COLUMNS]
+
+
+def table_lines(rows: list[dict[str, Any]], columns: int | None) -> Iterator[str]:
+    """The table for people, a line for each row. columns: of the terminal; None where there is none.
+
+    On a terminal the error is wrapped below its row, and columns that are empty or do not fit are left out; entry and state
+    are always whole.
+    """
+    table = [dict(zip(COLUMNS, table_row(row), strict=True)) for row in rows]
+    names, left_out = list(COLUMNS), []
+    if columns is not None:
+        names = [c for c in COLUMNS[:-1] if any(row[c] != "" for row in table)]
+        for name in GIVE_WAY:
+            if max(map(width, _lines(names, table))) > columns and name in names:
+                names.remove(name)
+                left_out.append(name)
+    header, *lines = _lines(names, table)
+    yield header
+    for line, row in zip(lines, table, strict=True):
+        yield line
+        if columns is not None:
+            for part in textwrap.wrap(escape(row["error"]), max(20, columns - 4)):
+                yield "    " + fit(part, max(20, columns - 4))
+    if left_out:
+        yield f"({', '.join(left_out)}: with --json, or on a wider terminal)"
+    if "peak memory" in names and any(row["gpu"] == "cpu" for row in table):
+        yield "(peak memory on a CPU: of the weights alone)"
+
+
+def _lines(names: list[str], table: list[dict[str, Any]]) -> list[str]:
+    return list(plain_table(names, [[row[name] for name in names] for row in table]))

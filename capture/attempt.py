@@ -231,7 +231,8 @@ def complete_line(row: dict[str, Any], n_variants: int = 1) -> str:
     """What a complete attempt came to, from its manifest row, in which every variant of a prompt is counted."""
     if row["n_tokens"] is None:
         return "was complete already"
-    prompts = f"{row['n_prompts'] // n_variants} prompts" + (f" in {n_variants} variants" if n_variants > 1 else "")
+    n = row["n_prompts"] // n_variants
+    prompts = f"{n} prompt{'s' * (n != 1)}" + (f" in {n_variants} variants" if n_variants > 1 else "")
     return (
         f"complete in {duration(row['seconds'])}: {prompts}, {row['n_tokens']:,} tokens, {row['mode']} on {row['gpu']}"
     )

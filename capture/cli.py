@@ -28,7 +28,7 @@ def capture(config: str | None, pair: str | None, out: str | None, force: bool, 
     from capture.attempt import check_output, complete_line, run_entry
     from capture.config import load_config
     from capture.layout import RunDir
-    from capture.show import Show
+    from capture.show import Show, tell
     from capture.stop import Stop
 
     loaded = load_config(config)
@@ -38,11 +38,13 @@ def capture(config: str | None, pair: str | None, out: str | None, force: bool, 
     with Show() as show, Stop(show.note) as stop:
         row, outcome = run_entry(entry, run, force=force, progress=show.progress, say=show.event, stop=stop.requested)
     if as_json:
-        click.echo(json.dumps(row, ensure_ascii=False))
+        tell(json.dumps(row, ensure_ascii=False))
     if outcome.state == "complete":
         if not as_json:
-            click.echo(f"{entry.name}: {complete_line(row, len(entry.prompt_variants))}, {run.capture_path(entry.name, row['capture'])}")
-            click.echo(f"\nnext:\n  pairscope report {run.out}\n  pairscope grid {run.out} --metric kl_divergence")
+            tell(
+                f"{entry.name}: {complete_line(row, len(entry.prompt_variants))}, {run.capture_path(entry.name, row['capture'])}"
+            )
+            tell(f"\nnext:\n  pairscope report {run.out}\n  pairscope grid {run.out} --metric kl_divergence")
     elif outcome.state == "interrupted":
         click.echo(f"pairscope: {entry.name} interrupted; type the same again to start over", err=True)
         sys.exit(stop.exit_code)

@@ -24,7 +24,8 @@ class Show:
         self.stream = stream if stream is not None else sys.stderr
         self.live = self.stream.isatty() if live is None else live
         self.every = every
-        self.moving: dict[str, tuple[Progress | str, float]] = {}  # what each entry does now, and since when
+        self.moving: dict[str, tuple[Progress | str, float]] = {}  # what each entry does now, and since when it says so
+        self._stages: dict[str, tuple[str, float]] = {}  # and since when it is at that stage
         self._said: dict[str, tuple[float, str]] = {}
         self._live: Any = None
 
@@ -57,20 +58,22 @@ class Show:
         try:
             print(line, file=self.stream, flush=True)
         except BrokenPipeError:  # who read it, `head` say, has gone: the work goes on unseen
-            self._lead_nowhere()
-
-    def _lead_nowhere(self) -> None:
-        """Send what is still to be printed to the null device, or every later line, and Python's exit, would fail."""
-        with contextlib.suppress(OSError, ValueError), open(os.devnull, "wb") as nowhere:
-            os.dup2(nowhere.fileno(), self.stream.fileno())
+            _lead_nowhere(self.stream)
 
     def doing(self, entry: str, what: str) -> None:
         """A few words on what an entry does before it reports progress itself; only a terminal shows them."""
-        self.moving[entry] = (what, time.monotonic())
+        self._now(entry, what, what)
+
+    def _now(self, entry: str, what: Progress | str, stage: str) -> None:
+        now = time.monotonic()
+        if self.moving.get(entry, ("", now))[0] != what:  # a sweep hears the same several times over
+            self.moving[entry] = (what, now)
+        if self._stages.get(entry, ("", now))[0] != stage:
+            self._stages[entry] = (stage, now)
 
     def progress(self, progress: Progress) -> None:
+        self._now(progress.entry, progress, progress.stage)
         now = time.monotonic()
-        self.moving[progress.entry] = (progress, now)
         if self.live:
             return
         said, line = self._said.get(progress.entry, (-self.every, ""))
@@ -81,6 +84,7 @@ class Show:
 
     def end(self, entry: str) -> None:
         self.moving.pop(entry, None)
+        self._stages.pop(entry, None)
 
     def _render(self) -> Any:
         from rich.table import Table
@@ -90,16 +94,34 @@ class Show:
         for entry, (what, since) in list(self.moving.items()):
             if what == WAITING:
                 continue
-            if isinstance(what, Progress):
-                layer = f"layer {what.layer}/{what.n_layers}" if what.n_layers else ""
-                speed = f"{what.tokens_per_second:,.0f} tokens/s" if what.tokens_per_second is not None else ""
-                # the estimate is as old as the report, so the seconds since then are taken off
-                left = what.seconds_left
-                passed = time.monotonic() - since
-                stage = f"{what.stage}, {what.message}" if what.message else what.stage
-                table.add_row(entry, stage, layer, speed, f"{max(0, left - passed):,.0f} s left" if left else "")
-            else:
-                table.add_row(entry, what, "", "", "")
+            now = time.monotonic()
+            at_it = duration(now - self._stages.get(entry, ("", since))[1])
+            if isinstance(what, str):
+                table.add_row(entry, what, "", "", at_it)
+                continue
+            layer = f"layer {what.layer}/{what.n_layers}" if what.n_layers else ""
+            rate = speed(what.tokens_per_second) if what.tokens_per_second is not None else ""
+            stage = f"{what.stage}, {what.message}" if what.message else what.stage
+            # the estimate is as old as the report, so the seconds since then are taken off
+            if what.seconds_left is not None:
+                at_it = f"{duration(max(0, what.seconds_left - (now - since)))} left"
+            table.add_row(entry, stage, layer, rate, at_it)
         if waiting:
             table.add_row(f"{waiting} waiting", "", "", "", "")
         return table
+
+
+def tell(line: str) -> None:
+    """A line of the answer, on stdout. That nobody reads it any more is no failure of work that is done."""
+    import click
+
+    try:
+        click.echo(line)
+    except BrokenPipeError:
+        _lead_nowhere(sys.stdout)
+
+
+def _lead_nowhere(stream: TextIO) -> None:
+    """Send what is still to be printed to the null device, or every later line, and Python's exit, would fail."""
+    with contextlib.suppress(OSError, ValueError), open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), stream.fileno())

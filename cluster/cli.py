@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
+import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -84,6 +87,7 @@ def sweep(
 def _dry_run(chosen: list[tuple[str, Entry | ConfigError]], out: str, force: bool, as_json: bool) -> None:
     from capture.attempt import check_output
     from capture.layout import RunDir
+    from capture.show import tell
     from cluster.sweep import plan
 
     run = RunDir(out)
@@ -94,44 +98,52 @@ def _dry_run(chosen: list[tuple[str, Entry | ConfigError]], out: str, force: boo
     else:
         state = {"planned": "to do", "skipped": "complete"}
         rows = [[i.name, state.get(i.state, i.state), i.capture or "", _error(i)] for i in items]
-        _print_table(["entry", "state", "capture", "error"], rows)
-        click.echo(f"{sum(i.state == 'planned' for i in items)} of {len(items)} entries to do, in {run.out}")
+        for line in table_lines(["entry", "state", "capture"], rows, _width()):
+            tell(line)
+        tell(f"{sum(i.state == 'planned' for i in items)} of {len(items)} entries to do, in {run.out}")
     if any(i.state == "failed" for i in items):
         sys.exit(1)
 
 
 def _print_json(items: list[Item] | tuple[Item, ...]) -> None:
+    from capture.show import tell
+
     for item in items:
-        click.echo(json.dumps(item.as_dict(), ensure_ascii=False))
+        tell(json.dumps(item.as_dict(), ensure_ascii=False))
 
 
 def _print_summary(summary: Summary, config: str | None) -> None:
+    from capture.show import tell
+
     n = len(summary.items)
     if summary.complete == n and not summary.ray_used:
-        click.echo(f"nothing left to do: {n} of {n} complete in {summary.out}")
+        tell(f"nothing left to do: {n} of {n} complete in {summary.out}")
     else:
         rows = [
             [i.name, i.state, _number(i.row.get("seconds"), ".1f"), _number(i.row.get("n_tokens"), ",d"), i.row.get("mode") or "",
              _size(i.row.get("peak_memory_bytes")), _error(i)]
             for i in summary.items
         ]  # fmt: skip
-        _print_table(["entry", "state", "seconds", "tokens", "mode", "peak memory", "error"], rows)
-        click.echo(f"{summary.complete} of {n} complete in {summary.out}")
-    click.echo("\nnext:")
+        lines = list(table_lines(["entry", "state", "seconds", "tokens", "mode", "peak memory"], rows, _width()))
+        tell("\n".join(lines))
+        if "peak memory" in lines[0] and any(i.row.get("gpu") == "cpu" for i in summary.items):
+            tell("(peak memory on a CPU: of the weights alone)")
+        tell(f"{summary.complete} of {n} complete in {summary.out}")
+    tell("\nnext:")
     if summary.complete < n:
         again = f"pairscope sweep {config or ''}".rstrip() + f" --out {summary.out}"
-        click.echo(f"  {again}    # takes up what is missing")
-        click.echo(f"  pairscope status {summary.out}")
+        tell(f"  {again}    # takes up what is missing")
+        tell(f"  pairscope status {summary.out}")
     if summary.complete:
-        click.echo(f"  pairscope report {summary.out}")
-        click.echo(f"  pairscope grid {summary.out} --metric kl_divergence")
-        click.echo(
+        tell(f"  pairscope report {summary.out}")
+        tell(f"  pairscope grid {summary.out} --metric kl_divergence")
+        tell(
             f'  pairscope sql {summary.out} "SELECT pair, layer, avg(kl_divergence) FROM pairwise GROUP BY ALL ORDER BY ALL"'
         )
 
 
 def _error(item: Item) -> str:
-    return f"{item.row['error_class']}: {item.row['error']}" if item.row.get("error_class") else ""
+    return f"{item.row['error_class']}: {' '.join(item.row['error'].split())}" if item.row.get("error_class") else ""
 
 
 def _number(value: float | None, form: str) -> str:
@@ -149,21 +161,37 @@ def _size(value: float | None) -> str:
     return f"{value:.2f} GiB"
 
 
-def _print_table(columns: list[str], rows: list[list[str]]) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
+def _width() -> int | None:
+    """Columns of the terminal; None elsewhere, where nothing needs to be cut or wrapped."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
-    right = ("seconds", "tokens", "peak memory")
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    empty = {c for i, c in enumerate(columns) if not any(row[i] for row in rows)}
-    for column in columns:
-        if column not in empty:
-            table.add_column(
-                column, justify="right" if column in right else "left", overflow="fold", no_wrap=column == "entry"
-            )
+
+def table_lines(columns: list[str], rows: list[list[str]], width: int | None) -> Iterator[str]:
+    """Aligned lines: a header, a rule, a line for each row. Columns that are empty in every row are left out.
+
+    A row has one cell more than there are columns: an error, or nothing; it ends its line. Within a width (None: there is
+    none) it is wrapped below its line instead, and columns are left out from the right until the others fit; the first two
+    never are, and no cell is ever cut.
+    """
+    shown = [i for i in range(len(columns)) if any(row[i] for row in rows)]
+    sizes = {i: max(len(columns[i]), *(len(row[i]) for row in rows)) for i in shown}
+    dropped: list[str] = []
+    while width is not None and len(shown) > 2 and sum(sizes[i] + 2 for i in shown) - 2 > width:
+        dropped.insert(0, columns[shown.pop()])
+
+    def line(cells: list[str]) -> str:
+        right = ("seconds", "tokens", "peak memory")
+        texts = [cells[i].rjust(sizes[i]) if columns[i] in right else cells[i].ljust(sizes[i]) for i in shown]
+        return "  ".join(texts)
+
+    errors = "error" if width is None and any(row[-1] for row in rows) else ""
+    yield f"{line(columns)}  {errors}".rstrip()
+    yield "─" * min(width or 200, len(line(columns)))
     for row in rows:
-        table.add_row(*[cell for column, cell in zip(columns, row, strict=True) if column not in empty])
-    # off a terminal rich would take 80 columns and break the lines of errors
-    console = Console(width=None if sys.stdout.isatty() else 200, markup=False, highlight=False)
-    console.print(table)
+        if width is None:
+            yield f"{line(row)}  {row[-1]}".rstrip()
+            continue
+        yield line(row).rstrip()
+        yield from textwrap.wrap(row[-1], max(20, width), initial_indent="    ", subsequent_indent="    ")
+    if dropped:
+        yield f"({', '.join(dropped)}: with --json, or on a wider terminal)"

@@ -125,9 +125,13 @@ class Loop:
                 job.watch = job.actor.watch.options(concurrency_group="control").remote()
 
     def _look_at_the_waiting(self, now: float) -> None:
-        """Say what entries wait for while nothing runs, and fail those that the autoscaler can do nothing for."""
+        """While nothing runs: say what entries wait for, and fail those that the autoscaler can do nothing for.
+
+        While something runs nothing is failed: Ray calls a request infeasible too where only the number of nodes is used up.
+        """
         waiting = [job for job in self.active if job.attempt is None]
-        if self.growing and waiting and now > self.asked + ASK_EVERY:
+        working = any(job.attempt is not None for job in self.active)  # then its place may be the next one's
+        if self.growing and waiting and not working and now > self.asked + ASK_EVERY:
             self.asked = now
             never = never_to_come()
             for job in waiting:
@@ -137,7 +141,7 @@ class Loop:
                     text = f"asks for {job.request.text} on one node; no node type of this cluster has that"
                     self._settle(job, failure(DeviceError(f"entry '{job.name}' {text}")))
         for job in waiting:
-            if now > job.since + WAITING_LONG and not any(j.attempt for j in self.active):
+            if now > job.since + WAITING_LONG and not working:
                 job.since = math.inf
                 self.show.event(job.name, f"waiting for a place with {job.request.text}")
 

@@ -10,6 +10,9 @@ from typing import Any
 import pytest
 from synthetic import ALPHA, alpha, beta, gamma, write_attempt, write_capture
 
+from analysis.status import status_rows, table_lines
+from capture.layout import RunDir
+
 
 @pytest.fixture
 def out(tmp_path: Path) -> Path:
@@ -46,7 +49,27 @@ def test_the_table_has_one_line_an_entry(out: Path, call: Callable[..., Any]) ->
     assert lines[0].split() == ["entry", "state", "seconds", "tokens", "mode", "gpu", "peak", "memory", "error"]
     assert lines[1].split() == ["alpha", "failed", "DeviceError:", "no", "CUDA"]
     assert lines[2].split() == ["alpha", "complete", "3.5", "8", "streamed", "cpu", "1.0", "GiB"]
-    assert len(lines) == 1 + 4
+    assert len(lines) == 1 + 4 + 1
+    assert lines[5] == "(peak memory on a CPU: of the weights alone)"
+
+
+def test_a_narrow_terminal_keeps_entry_state_and_the_whole_error(out: Path) -> None:
+    error = "mode resident needs 812.55 GiB for weights alone; 79.10 GiB are free on NVIDIA H100 80GB HBM3; set mode: streamed"
+    name = "qwen2.5-72b_to_qwen2.5-72b-instruct"
+    write_attempt(out, "3", entry=name, state="interrupted", started="2025-01-01T00:00:03.000", seconds=3.5, n_tokens=8,
+                  mode="streamed", gpu="NVIDIA H100 80GB HBM3", peak_memory_bytes=2**35, error_class="DeviceMemoryError",
+                  error=error)  # fmt: skip
+    lines = list(table_lines(status_rows(RunDir(str(out))), 80))
+    assert max(map(len, lines)) <= 80
+    at = next(i for i, line in enumerate(lines) if line.startswith(name))
+    assert lines[at].split()[:2] == [name, "interrupted"]
+    below = lines[at + 1 : at + 3]
+    assert all(line.startswith("    ") for line in below)
+    assert " ".join(" ".join(below).split()) == f"DeviceMemoryError: {error}"
+    assert "(gpu, mode: with --json, or on a wider terminal)" in lines
+    wide = list(table_lines(status_rows(RunDir(str(out))), 200))
+    assert "gpu" in wide[0]
+    assert not any("wider terminal" in line for line in wide)
 
 
 def test_a_failed_entry_gives_exit_code_1_and_its_name(out: Path, call: Callable[..., Any]) -> None:

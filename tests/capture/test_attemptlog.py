@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import logging
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import pytest
 from pyarrow import fs
 
 from capture.attemptlog import append_log, attempt_log
+from capture.errors import StoreError
 from capture.layout import RunDir
 
 
@@ -52,3 +55,53 @@ def test_records_after_the_attempt_are_not_in_its_log(tmp_path: Path) -> None:
         pass
     logging.getLogger("capture.x").warning("later")
     assert Path(path).read_text() == ""
+
+
+class FullDisk(io.StringIO):
+    """What a log file on a full disk does, from its `room`-th write on."""
+
+    def __init__(self, room: int) -> None:
+        super().__init__()
+        self.room = room
+
+    def write(self, text: str) -> int:
+        self.room -= bool(text)
+        if self.room < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return super().write(text)
+
+    def close(self) -> None:
+        if self.room < 0:
+            self.room = 0  # a second close, by the garbage collector, is well
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def full_disk(monkeypatch: pytest.MonkeyPatch, room: int) -> FullDisk:
+    stream = FullDisk(room)
+    monkeypatch.setattr(Path, "open", lambda *_, **__: stream)
+    return stream
+
+
+def test_a_log_that_cannot_be_begun_is_an_error_that_names_the_file_and_the_full_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = RunDir(str(tmp_path))
+    full_disk(monkeypatch, 0)
+    with (
+        pytest.raises(StoreError, match=r"cannot write '.*logs/a/1\.log': the disk is full\. Choose another --out"),
+        attempt_log(run, run.log_path("a", "1"), "first line\n", own_process=False),
+    ):
+        pytest.fail("the work was begun")
+
+
+def test_a_disk_that_fills_up_in_the_middle_of_a_log_hides_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = RunDir(str(tmp_path))
+    stream = full_disk(monkeypatch, 1)
+    with attempt_log(run, run.log_path("a", "1"), "first line\n", own_process=False):
+        logging.getLogger("capture.x").warning("at work")
+    with pytest.raises(KeyError), attempt_log(run, run.log_path("a", "2"), "", own_process=False):
+        raise KeyError
+    assert stream.getvalue() == "first line\n"
+    assert "Logging error" not in capsys.readouterr().err

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import io
+import os
+import subprocess
+import sys
+import time
 
 import pytest
 
-from capture.attempt import duration
+from capture.attempt import complete_line, duration, speed
 from capture.progress import Progress
 from capture.show import WAITING, Show
 
@@ -57,3 +61,65 @@ def test_an_entry_that_ended_has_no_moving_line() -> None:
 )
 def test_durations_read_like_clocks(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("tokens_per_second", "text"),
+    [
+        (0.04, "0.0 tokens/s"),
+        (0.44, "0.4 tokens/s"),
+        (9.94, "9.9 tokens/s"),
+        (9.96, "10 tokens/s"),
+        (1234.5, "1,234 tokens/s"),
+    ],
+)
+def test_slow_speeds_keep_a_decimal(tokens_per_second: float, text: str) -> None:
+    assert speed(tokens_per_second) == text
+
+
+def test_prompts_are_told_apart_from_their_variants() -> None:
+    row = {"seconds": 2.0, "n_prompts": 24, "n_tokens": 1000, "mode": "resident", "gpu": "cpu"}
+    assert "24 prompts, 1,000 tokens" in complete_line(row)
+    assert "8 prompts in 3 variants, 1,000 tokens" in complete_line(row, 3)
+
+
+def shown(show: Show) -> str:
+    from rich.console import Console
+
+    console = Console(file=io.StringIO(), width=80)
+    with console.capture() as text:
+        console.print(show._render())
+    return text.get()
+
+
+def test_a_stage_without_an_estimate_shows_how_long_it_has_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    show = Show(stream=io.StringIO(), live=True)
+    show.doing("a", "starting")
+    clock[0] += 7
+    assert shown(show).split() == ["a", "starting", "7", "s"]
+    show.progress(Progress("a", "open", message="resolving files"))
+    clock[0] += 30
+    show.progress(Progress("a", "open", message="opening both models"))
+    clock[0] += 40
+    assert shown(show).split() == ["a", "open,", "opening", "both", "models", "1", "min", "10", "s"]
+
+
+def test_an_estimate_that_is_reported_again_goes_on_running_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    show = Show(stream=io.StringIO(), live=True)
+    for _ in range(3):
+        show.progress(walk(7))
+        clock[0] += 5
+    assert "1 min 00 s left" in shown(show)
+
+
+def test_work_goes_on_and_ends_well_when_nobody_reads_the_lines_any_more() -> None:
+    code = "from capture.show import Show\nshow = Show()\nfor n in range(3): show.note(f'line {n}')\nprint('done')"
+    reads, writes = os.pipe()
+    os.close(reads)
+    done = subprocess.run([sys.executable, "-c", code], stderr=writes, stdout=subprocess.PIPE, text=True)
+    os.close(writes)
+    assert (done.returncode, done.stdout) == (0, "done\n")

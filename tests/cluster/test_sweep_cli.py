@@ -12,7 +12,7 @@ from click.testing import CliRunner, Result
 
 import cluster.sweep
 from capture.errors import ConfigError, StoreError
-from cluster.cli import sweep
+from cluster.cli import sweep, table_lines
 from cluster.sweep import Item, Summary
 
 
@@ -93,6 +93,32 @@ def test_a_bug_is_named_as_one(config: Path, asked: dict[str, Any]) -> None:
     row = {"error_class": "KeyError", "error": "'x'", "log": "logs/a/1.log"}
     asked["summary"] = Summary("OUT", (Item("a", state="failed", row=row, bug=True),), 1, ray_used=True)
     assert "a failed: a bug (KeyError), its traceback is in OUT/logs/a/1.log" in call(config).stderr
+
+
+def test_a_narrow_terminal_keeps_entry_state_and_the_whole_error() -> None:
+    error = (
+        "ConfigError: residual_compare.model_sweep[3].dtype: got 'float33'; expected auto, float32, bfloat16 or float16"
+    )
+    name = "qwen2.5-72b_to_qwen2.5-72b-instruct"
+    columns = ["entry", "state", "seconds", "tokens", "mode", "peak memory"]
+    rows = [[name, "interrupted", "1234.5", "1,234", "streamed", "38.20 GiB", error], ["b", "complete", *[""] * 5]]
+    lines = list(table_lines(columns, rows, 80))
+    assert max(map(len, lines)) <= 80
+    assert lines[0].split() == ["entry", "state", "seconds", "tokens", "mode"]
+    assert lines[2].split() == [name, "interrupted", "1234.5", "1,234", "streamed"]
+    assert " ".join(" ".join(lines[3:5]).split()) == error
+    assert lines[5].split() == ["b", "complete"]
+    assert lines[6] == "(peak memory: with --json, or on a wider terminal)"
+    off = list(table_lines(columns, rows, None))
+    assert off[0].split() == ["entry", "state", "seconds", "tokens", "mode", "peak", "memory", "error"]
+    assert off[2].endswith(f"38.20 GiB  {error}")
+
+
+def test_a_table_with_captures_on_a_cpu_says_what_their_peak_is_of(config: Path, asked: dict[str, Any]) -> None:
+    for gpu, says in (("cpu", True), ("NVIDIA H100", False)):
+        row = {"seconds": 2.0, "gpu": gpu, "peak_memory_bytes": 5000}
+        asked["summary"] = Summary("OUT", (Item("a", state="complete", row=row),), 0, ray_used=True)
+        assert ("(peak memory on a CPU: of the weights alone)" in call(config).stdout) is says
 
 
 def test_nothing_left_to_do_says_so(config: Path, asked: dict[str, Any]) -> None:
