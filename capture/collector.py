@@ -196,7 +196,10 @@ class Collector:
     ) -> None:  # fmt: skip
         """Compute the comparisons of rows with a small KL again, from shifts that are products of their own."""
         small = torch.stack([(s.kl_ba < SMALL_KL) | (s.kl_ab < SMALL_KL) for s in found.values()]).any(0)
-        where = small.nonzero().flatten()
+        finite = torch.stack([r.isfinite().all(1) for r in rows]).all(
+            0
+        )  # else one slot's overflow would take all others
+        where = (small & finite).nonzero().flatten()
         if not len(where):
             return
         logits = shifted_logits(self.pair, [r[where] for r in rows], heads)
@@ -235,7 +238,9 @@ class Collector:
         for c, comparison in enumerate(self.comparisons):
             key = (slot_of[comparison.base_run], slot_of[comparison.sft_run])
             a, b = slots[key[0]], slots[key[1]]
-            self.pairwise["top1_agree"][c][at] = _numpy(a.top.ids[:, 0] == b.top.ids[:, 0])
+            agree = (a.top.ids[:, 0] == b.top.ids[:, 0]).double()
+            known = a.logsumexp.isfinite() & b.logsumexp.isfinite()
+            self.pairwise["top1_agree"][c][at] = _numpy(agree.where(known, torch.nan))
             if key[0] == key[1]:
                 self.pairwise["kl_divergence"][c][at] = self.pairwise["kl_reverse"][c][at] = 0.0
                 self._list("pairwise", state.layer, c, at[1], "increased", None)

@@ -93,7 +93,7 @@ def can_shift(pair: Pair, heads: Sequence[Owner]) -> bool:
 
 
 def shifted_logits(pair: Pair, rows: Sequence[Tensor], heads: Sequence[Owner]) -> ShiftedLogits:
-    """As tile_logits, for slots whose logits hardly differ; only where `can_shift`."""
+    """As tile_logits, for slots whose logits hardly differ; only where `can_shift`, and for finite rows."""
     owners = list(dict.fromkeys(heads))
     first = {o: list(heads).index(o) for o in owners}
     root = own_logits(pair.models[heads[0]], rows[0])

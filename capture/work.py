@@ -207,7 +207,11 @@ class Work:
                 self._tell(state.layer, start, started)
         self.seconds["walk"] = time.monotonic() - started - self.seconds["write"]
         if self.collector.nonfinite:
-            log.warning("%d rows of logits are not finite: an overflow in %s?", self.collector.nonfinite, entry.dtype)
+            log.warning(
+                "%d rows of logits are not finite: an overflow in %s?",
+                self.collector.nonfinite,
+                pair.models["base"].model.dtype,
+            )
 
     def _go_on(self) -> int:
         """Take up what earlier attempts committed; the layer to go on with."""

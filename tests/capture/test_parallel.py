@@ -3,6 +3,7 @@
 import json
 import os
 import socket
+from contextlib import ExitStack
 from dataclasses import replace
 
 import agree
@@ -30,17 +31,20 @@ def pair_for(arch, pairs):
     return pairs(arch, num_key_value_heads=4, intermediate_size=128, **options)
 
 
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+def free_ports(n):
+    """Ports that were free a moment ago, all different."""
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(n)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
 
 
-def on_rank(rank, size, port, paths_of, out):
+def on_rank(rank, size, ports, paths_of, out):
     """Walk and capture every pair as one rank; rank 0 keeps the states, all keep what they read."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     torch.set_num_threads(1)
-    ranks = Ranks(rank, size, "127.0.0.1", port)
+    ranks = Ranks(rank, size, "127.0.0.1", ports[0])
     group = join_group(ranks, torch.device("cpu"), minutes=3)
     for arch, paths in paths_of.items():
         pair = open_pair(paths, group=group)
@@ -49,8 +53,8 @@ def on_rank(rank, size, port, paths_of, out):
             torch.save(got, out / f"{arch}.pt")
         (out / f"{arch}-{rank}.json").write_text(json.dumps(pair.models["base"].ledger.reads))
     leave_group(group)
-    for n, (arch, paths) in enumerate(paths_of.items()):
-        capture_pair(entry_of(paths), str(out / arch), ranks=replace(ranks, port=port + 1 + n))
+    for port, (arch, paths) in zip(ports[1:], paths_of.items(), strict=True):
+        capture_pair(entry_of(paths), str(out / arch), ranks=replace(ranks, port=port))
 
 
 @pytest.mark.parametrize(("arch", "size", "says"), [
@@ -67,7 +71,7 @@ def ranks(request, pairs, tmp_path_factory):
     """(size, pairs by architecture, where the ranks left what they found): started once for all architectures."""
     size, out = request.param, tmp_path_factory.mktemp("ranks")
     paths_of = {arch: pair_for(arch, pairs) for arch in ARCHS}
-    multiprocessing.spawn(on_rank, (size, free_port(), paths_of, out), nprocs=size)
+    multiprocessing.spawn(on_rank, (size, free_ports(1 + len(ARCHS)), paths_of, out), nprocs=size)
     return size, paths_of, out
 
 

@@ -35,7 +35,7 @@ def driving(out: Path, *names: str, address: str = "local", grace: float = 30) -
         driver.communicate()
 
 
-def until(what: Callable[[], Any], seconds: float = 30) -> Any:
+def until(what: Callable[[], Any], seconds: float = 90) -> Any:
     end = time.monotonic() + seconds
     while not (found := what()):
         assert time.monotonic() < end, "waited in vain"

@@ -33,7 +33,8 @@ table inet fence {{
 # moved out of /tmp before /tmp is covered; root's home is changed in passwd, since /root may hold the Python that all use.
 INIT = """#!/bin/bash
 exec 2> {folder}/init.log
-mount -t tmpfs tmpfs /mnt && mkdir /mnt/host && mount --bind {folder} /mnt/host && mount --bind /mnt/host/tmp /tmp || exit 1
+mount -t tmpfs tmpfs /mnt && mkdir /mnt/host && mount --bind {folder} /mnt/host || exit 1
+{keep}mount --rbind /mnt/host/tmp /tmp || exit 1
 mount --bind /mnt/host/passwd /etc/passwd && mount -t tmpfs -o size={shm} tmpfs /dev/shm && mount -t tmpfs tmpfs /run || exit 1
 mkdir -p /run/sshd
 hostname {name}
@@ -43,6 +44,13 @@ bash ~/.onstart > ~/.onstart.log 2>&1 < /dev/null &
 {sshd} -D -e -f /mnt/host/sshd_config > /mnt/host/sshd.log 2>&1 < /dev/null &
 wait $!
 """
+
+
+def _covered_by_tmp() -> list[Path]:
+    """The project and its Python, where they lie under /tmp: a host has a /tmp of its own, and needs both."""
+    roots = sorted({Path(__file__).resolve().parents[2], Path(sys.prefix).resolve(), Path(sys.base_prefix).resolve()})
+    under = [p for p in roots if p.is_relative_to("/tmp")]
+    return [p for p in under if not any(p != q and p.is_relative_to(q) for q in under)]
 
 
 def missing() -> str:
@@ -103,7 +111,10 @@ class Namespaces:
             f"UsePAM no\nPidFile none\nSetEnv PATH={here}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin\n"
         )
         init = folder / "init"
-        init.write_text(INIT.format(shm=SHM_BYTES, name=f"C.{instance}", sshd=_which("sshd"), folder=folder))
+        keep = "".join(
+            f"mkdir -p /mnt/host{path} && mount --bind {path} /mnt/host{path} || exit 1\n" for path in _covered_by_tmp()
+        )
+        init.write_text(INIT.format(shm=SHM_BYTES, name=f"C.{instance}", sshd=_which("sshd"), folder=folder, keep=keep))
         init.chmod(0o755)
         _do("ip", "netns", "add", name)
         # names of interfaces have 15 characters at most
