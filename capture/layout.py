@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from capture.errors import StoreError
+from capture.errors import StoreError, cannot_write
 from capture.schema import SCHEMA_VERSION
 
 MARKER = "_COMPLETE"
@@ -82,7 +82,7 @@ class RunDir:
         try:
             self.fs.create_dir(path.rsplit("/", 1)[0], recursive=True)
         except OSError as error:
-            raise StoreError(f"cannot write '{path}': {error}") from error
+            raise cannot_write(f"'{path}'", error) from error
         if not self.is_local:  # object stores publish an object only when it is closed
             with self.fs.open_output_stream(path) as stream:
                 stream.write(data)
@@ -96,7 +96,7 @@ class RunDir:
             os.replace(tmp, path)
         except OSError as error:
             Path(tmp).unlink(missing_ok=True)
-            raise StoreError(f"cannot write '{path}': {error.strerror or error}") from error
+            raise cannot_write(f"'{path}'", error) from error
 
     def marker(self, path: str) -> dict[str, Any] | None:
         """The marker of a capture directory, or None where it is missing or broken."""

@@ -6,15 +6,14 @@ are nine tenths of the bytes, and are written as soon as they pass a budget inst
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
 import shutil
 import socket
 import tempfile
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from capture.errors import StoreError
+from capture.errors import cannot_write
 from capture.layout import MARKER, RunDir
 from capture.manifest import now
 from capture.schema import BY_NAME, SCHEMA_VERSION, arrow_schema
@@ -145,23 +144,13 @@ def _sync_directory(path: str) -> None:
         os.close(fd)
 
 
-class storing:
+@contextmanager
+def storing(path: str) -> Iterator[None]:
     """Turn what a file system can say no with into one StoreError that names the path."""
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: Any, _: Any) -> None:
-        if isinstance(error, OSError):
-            why = {errno.ENOSPC: "the disk is full", errno.EACCES: "no permission", errno.EROFS: "read-only"}.get(
-                error.errno or 0, str(error)
-            )
-            raise StoreError(
-                f"cannot write '{self.path}': {why}. Choose another --out, or make room and run again"
-            ) from error
+    try:
+        yield
+    except OSError as error:
+        raise cannot_write(f"'{path}'", error) from error
 
 
 def _array(values: Any, field: pa.Field) -> pa.Array:

@@ -173,8 +173,8 @@ def cost_order(option: Option) -> tuple[float, float, int, int, int]:
 
 def split_order(option: Option) -> tuple[float, float, int, int, int]:
     """As cost_order, with a twentieth added to the price for every doubling of the GPUs that share the pair."""
-    _, *rest = cost_order(option)
-    return (option.usd * (1 + 0.05 * math.log2(option.degree)), *rest)  # type: ignore[return-value]
+    _, hours, auto, mode, gpus = cost_order(option)
+    return (option.usd * (1 + 0.05 * math.log2(option.degree)), hours, auto, mode, gpus)
 
 
 def time_order(option: Option) -> tuple[float, float]:

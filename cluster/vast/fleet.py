@@ -22,11 +22,6 @@ from cluster.vast.state import State
 
 logger = logging.getLogger(__name__)
 
-LOST = {
-    "stopped",
-    "exited",
-    "offline",
-}  # outbid, ended or unreachable: such a machine bills its disk and never comes back
 LOST_AFTER_S = {"stopped": 0.0}  # outbid is final; the others get LOST_GRACE_S
 LOST_GRACE_S = 120.0
 GREETING_S = 3.0
