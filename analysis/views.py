@@ -83,6 +83,7 @@ STORED_DOC = {
     "runs_topk": "the likeliest next tokens of the lens, as lists",
     "pairwise": "how two passes differ at each layer and token; stored and cheap columns only, so scans are quick",
     "pairwise_topk": "the tokens whose logits moved most between two passes, as lists",
+    "spectrum": "how many dimensions the difference of two passes has at each layer, over all tokens; where asked for",
 }
 
 _CELL = (PAIR, CAPTURE, PROMPT, VARIANT)
@@ -99,10 +100,11 @@ _SLOT = (
 _JOINED = (
     Column("norm_base", "float32", "norm of the base_run state", "residual", True),
     Column("norm_sft", "float32", "norm of the sft_run state", "residual", True),
+    Column("norm_delta", "float64", "norm_base minus norm_sft", "residual", True),
     Column("norm_diff_relative", "float64", "norm_diff divided by norm_base; null where that is 0", "1", True),
     Column("entropy_base", "float32", "lens entropy of base_run", "nats", True),
     Column("entropy_sft", "float32", "lens entropy of sft_run", "nats", True),
-    Column("entropy_delta", "float64", "entropy_sft minus entropy_base", "nats", True),
+    Column("entropy_delta", "float64", "entropy_base minus entropy_sft", "nats", True),
     Column("base_cosine_prev", "float64", "cosine_prev of base_run", "1", True),
     Column("base_norm_delta", "float32", "norm_delta of base_run", "residual", True),
     Column("sft_cosine_prev", "float64", "cosine_prev of sft_run", "1", True),
@@ -153,7 +155,7 @@ SQL_VIEWS = (
             *_SLOT,
             Column("base", "float32", "logit in base_run", "logit", True),
             Column("sft", "float32", "logit in sft_run", "logit", True),
-            Column("diff", "float64", "sft minus base", "logit", True),
+            Column("diff", "float64", "base minus sft", "logit", True),
         ),
     ),
     View(
@@ -177,6 +179,30 @@ SQL_VIEWS = (
             Column("rank", "int64", "1 for the largest rise, or the largest fall"),
             *_TOKEN,
             Column("shift", "float32", "its logit in sft_run minus that in base_run", "logit"),
+        ),
+    ),
+    View(
+        "noise",
+        "run, layer",
+        "what running a prompt alone, not in its batch, changed: the noise floor; no rows where it was not measured",
+        (
+            *(PAIR, CAPTURE, RUN, LAYER),
+            Column("norm_diff", "float64", "largest norm of the difference over the tokens of one prompt", "residual"),
+            Column("norm_diff_relative", "float64", "largest such norm divided by that of the state", "1"),
+            Column("cosine_distance", "float64", "largest 1 - cosine", "1"),
+        ),
+    ),
+    View(
+        "pairwise_floor",
+        _PAIRWISE.grain,
+        "differences of states next to the noise floor: the larger of the two passes' at that layer",
+        (
+            *(*_CELL, BASE_RUN, SFT_RUN, COMPARISON, LAYER, POSITION),
+            Column("norm_diff", "float32", "norm of the difference of the two states", "residual"),
+            Column("norm_diff_floor", "float64", "its noise floor; null where that was not measured", "residual", True),
+            Column("cosine_distance", "float32", "1 - cosine between the two states", "1"),
+            Column("cosine_distance_floor", "float64", "its noise floor; null where that was not measured", "1", True),
+            Column("below_floor", "bool", "true where norm_diff is not above its floor: no difference is seen", "", True),
         ),
     ),
 )

@@ -20,6 +20,7 @@ from capture.lens_plan import LensPlan
 from capture.lockstep import Pair, State
 from capture.logits import Logits, PlainLogits, can_shift, shifted_logits, tile_logits
 from capture.replay import run_tail
+from capture.spectrum import Spectra
 
 LensSlot = tuple[int, Owner | None, Owner]  # state, whose final norm (None: as it is), whose unembedding
 Floats = np.ndarray[Any, np.dtype[np.float32]]
@@ -31,9 +32,10 @@ class Collector:
 
     def __init__(
         self, pair: Pair, batches: Sequence[Batch], lengths: Sequence[int], ids: Sequence[Sequence[int]],
-        passes: Sequence[Pass], comparisons: Sequence[Comparison], lens: LensPlan,
+        passes: Sequence[Pass], comparisons: Sequence[Comparison], lens: LensPlan, spectra: Spectra | None = None,
     ) -> None:  # fmt: skip
-        self.pair, self.batches, self.lens = pair, batches, lens
+        self.pair, self.batches, self.lens, self.spectra = pair, batches, lens, spectra
+        self.last_batch = max(i for i, b in enumerate(batches) if not b.probe)
         self.passes, self.comparisons = list(passes), list(comparisons)
         self.pass_of = {p.name: p for p in passes}
         offsets = np.concatenate([[0], np.cumsum(lengths)])
@@ -67,6 +69,8 @@ class Collector:
         found = {f"runs/{name}": array[:, layers] for name, array in self.runs.items()}
         found |= {f"pairwise/{name}": array[:, layers] for name, array in self.pairwise.items()}
         found["tracked/logits"] = self.tracked[:, layers]
+        if self.spectra is not None:
+            found |= {f"spectrum/{name}": array[:, layers] for name, array in self.spectra.arrays.items()}
         for layer, lists in self.topk.items():
             for (table, name), (ids, values) in lists.items():
                 found |= {f"topk/{layer}/{table}/{name}/ids": ids, f"topk/{layer}/{table}/{name}/values": values}
@@ -77,7 +81,9 @@ class Collector:
         layers = slice(first + 1, last + 2)
         for key, array in columns.items():
             table, _, name = key.partition("/")
-            if table != "topk":
+            if table == "spectrum" and self.spectra is not None:
+                self.spectra.arrays[name][:, layers] = array
+            elif table != "topk":
                 whole = self.tracked if table == "tracked" else getattr(self, table)[name]
                 whole[:, layers] = array
 
@@ -107,6 +113,8 @@ class Collector:
         self._keep_probed(state)
         at = (state.layer + 1, self.where[state.batch])
         self._residuals(state, batch, rows, at)
+        if self.spectra is not None:
+            self.spectra.take(state.layer, rows, state.slot_of, at[1], last=state.batch == self.last_batch)
         if state.layer in self.lens.layers:
             self._lens(state, rows, at)
 

@@ -59,6 +59,7 @@ class Entry(Frozen):
     output: Output = Output()
     spans: Spans = Spans()
     noise_floor: bool = True
+    spectrum: bool = False
     local_run: LocalRun = LocalRun()
     tensor_parallel: int = 1
     gpus: float | None = None
@@ -190,6 +191,7 @@ class Config:
             output=block.output,
             spans=block.spans,
             noise_floor=block.noise_floor,
+            spectrum=block.spectrum,
             local_run=block.local_run,
             tensor_parallel=pick("tensor_parallel"),
             gpus=pick("gpus"),

@@ -24,6 +24,7 @@ IN_ID = frozenset(
         "tokenizer_kwargs", "model_kwargs", "dtype", "top_k", "prompts", "trim_prompts", "add_special_tokens",
         "prompt_variants", "prompt_variant_options", "tracked_token_ids", "tracked_token_strings", "interesting_token_map",
         "passes", "comparisons", "embedding_variants", "lens", "batching", "output", "noise_floor",
+        "spectrum",
     }
 )  # fmt: skip
 NOT_IN_ID = {

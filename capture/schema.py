@@ -136,6 +136,42 @@ TABLES: tuple[Table, ...] = (
             Column("decreased", "list<float32>", "their shifts (negative), largest fall first", "logit"),
         ),
     ),
+    Table(
+        "spectrum",
+        "variant, comparison, layer",
+        (PAIR, CAPTURE, VARIANT, BASE_RUN, SFT_RUN, LAYER),
+        (
+            Column(
+                "singular_values",
+                "list<float32>",
+                "singular values of the tokens x hidden matrix of differences (sft_run minus base_run), largest first",
+                "residual",
+                True,
+            ),
+            Column(
+                "effective_rank",
+                "float32",
+                "exp of the entropy of the singular values' shares; null where nothing differs",
+                "1",
+                True,
+            ),
+            Column(
+                "participation_ratio",
+                "float32",
+                "(sum of squares)^2 / sum of fourth powers of the singular values; null where nothing differs",
+                "1",
+                True,
+            ),
+            Column(
+                "mean_shift_share",
+                "float32",
+                "share of the squared differences that is one shift common to all tokens; null where nothing differs",
+                "1",
+                True,
+            ),
+        ),
+        optional=True,
+    ),
 )
 
 BY_NAME = {table.name: table for table in TABLES}

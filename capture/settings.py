@@ -190,6 +190,10 @@ class Settings(Frozen):
     output: Output = Field(default=Output(), description="how tables are written")
     spans: Spans = Field(default=Spans(), description="how often a walk commits what it has")
     noise_floor: bool = Field(default=True, description="measure what batching alone changes, on one prompt")
+    spectrum: bool = Field(
+        default=False,
+        description="write singular values of every comparison's token x hidden differences, layer by layer",
+    )
     tensor_parallel: Int = Field(
         default=1,
         ge=1,

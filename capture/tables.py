@@ -9,6 +9,7 @@ import numpy as np
 
 from capture.collector import Collector
 from capture.prompts import Prompt
+from capture.spectrum import Spectra
 from capture.store import ROW_GROUP, category
 
 Columns = dict[str, Any]
@@ -78,6 +79,25 @@ class Rows:
                         _LayerStack([self.collector.topk[int(x)][(kind, name)][which] for x in layers])
                     )
             yield keys | columns
+
+    def spectrum(self, spectra: Spectra) -> Iterator[Columns]:
+        """Rows of `spectrum`, a chunk for each variant: variants with few tokens have fewer singular values."""
+        sides = self.collector.comparisons
+        layers = np.arange(self.collector.pair.n_layers + 2)
+        c, layer = (g.reshape(-1) for g in np.meshgrid(np.arange(len(sides)), layers, indexing="ij"))
+        for v, variant in enumerate(self.variants):
+            arrays = {name: array[c, layer, v] for name, array in spectra.arrays.items()}
+            n = sum(len(i.ids) for i in self.items if i.variant == variant)
+            yield {
+                "pair": category(np.zeros(len(c)), [self.pair]),
+                "capture": category(np.zeros(len(c)), [self.capture]),
+                "variant": category(np.full(len(c), v), self.variants),
+                "base_run": category([self.runs.index(sides[i].base_run) for i in c], self.runs),
+                "sft_run": category([self.runs.index(sides[i].sft_run) for i in c], self.runs),
+                "layer": (layer - 1).astype(np.int16),
+                **arrays,
+                "singular_values": arrays["singular_values"][:, :n],
+            }
 
     def _cells(self, kind: str, layers: Any) -> Iterator[tuple[Columns, Any]]:
         """Chunks of whole prompts: their key columns, and a function that picks the chunk's cells from [P or C, L, N, ...]."""

@@ -34,6 +34,7 @@ from capture.replay import run_tail
 from capture.run import Resolved
 from capture.selfcheck import replay_check
 from capture.spans import SpanStore
+from capture.spectrum import Spectra
 from capture.store import CaptureWriter
 from capture.tables import Rows
 from capture.unembed import check_against_model
@@ -193,7 +194,9 @@ class Work:
     def _walk(self, writer: CaptureWriter | None) -> None:
         entry, pair = self.entry, self.pair
         lengths = [len(i) for i in self.ids]
-        self.collector = Collector(pair, self.batches, lengths, self.ids, entry.passes, entry.comparisons, self.lens)
+        self.collector = Collector(
+            pair, self.batches, lengths, self.ids, entry.passes, entry.comparisons, self.lens, self._spectra()
+        )
         self.rows = Rows(entry.name, self.resolved.capture, self.prompts.items, self.collector)
         self.seconds["write"] = 0.0
         start = self._go_on()
@@ -212,6 +215,15 @@ class Work:
                 self.collector.nonfinite,
                 pair.models["base"].model.dtype,
             )
+
+    def _spectra(self) -> Spectra | None:
+        if not self.entry.spectrum:
+            return None
+        items = self.prompts.items
+        variants = list(dict.fromkeys(i.variant for i in items))
+        variant_of = np.repeat([variants.index(i.variant) for i in items], [len(i.ids) for i in items])
+        hidden = self.pair.models["base"].config.hidden_size
+        return Spectra(self.entry.comparisons, self.pair.n_layers, hidden, variant_of, len(variants))
 
     def _go_on(self) -> int:
         """Take up what earlier attempts committed; the layer to go on with."""
@@ -290,6 +302,8 @@ class Work:
             self._write_lists(writer, part)
         for table in ("runs", "pairwise"):
             writer.table(table, self.rows.scalars(table))
+        if self.collector.spectra is not None:
+            writer.table("spectrum", self.rows.spectrum(self.collector.spectra))
         writer.table("prompts", self.rows.prompts())
         writer.table("tokens", self.rows.tokens(dict(self.prompts.tokens), set(self.prompts.special_ids)))
         if self.tracked:

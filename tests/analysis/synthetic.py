@@ -8,6 +8,7 @@ digits only. Pair `beta`: passes BB and SS alone, one prompt in two variants, an
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -99,6 +100,14 @@ def rows_of(capture: Capture, table: str) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     if table == "tracked_tokens":
         return [top | {"slot": i, "token_id": t, "token": s, "label": n} for i, (t, s, n) in enumerate(TRACKED)]
+    if table == "spectrum":
+        variants = dict.fromkeys(variant for _, variant in capture.tokens)
+        for variant, (a, b), layer in itertools.product(variants, capture.comparisons, capture.layers):
+            size = layer + 2.0
+            measures = {"effective_rank": 1.5, "participation_ratio": 1.25, "mean_shift_share": 0.5}
+            where = {"variant": variant, "base_run": a, "sft_run": b, "layer": layer}
+            rows.append(top | where | {"singular_values": [size, size / 4]} | measures)
+        return rows
     for (prompt, variant), texts in capture.tokens.items():
         key = top | {"prompt_idx": prompt, "variant": variant}
         if table == "prompts":
@@ -130,8 +139,12 @@ def write_capture(out: Path, capture: Capture, *, marker: bool = True) -> Path:
     path = out / "captures" / f"pair={capture.pair}" / f"capture={capture.capture}"
     path.mkdir(parents=True)
     files = []
-    for table in ("prompts", "tokens", "tracked_tokens", "runs", "runs_topk", "pairwise", "pairwise_topk"):
-        name = f"{table}.parquet" if table in ("prompts", "tokens", "tracked_tokens") else f"{table}-00000.parquet"
+    for table in ("prompts", "tokens", "tracked_tokens", "runs", "runs_topk", "pairwise", "pairwise_topk", "spectrum"):
+        name = (
+            f"{table}.parquet"
+            if table in ("prompts", "tokens", "tracked_tokens", "spectrum")
+            else f"{table}-00000.parquet"
+        )
         rows = rows_of(capture, table)
         parquet.write_table(pa.Table.from_pylist(rows, schema=arrow_schema(table)), path / name)
         data = (path / name).read_bytes()

@@ -47,6 +47,7 @@ CHANGES: dict[str, Any] = {
     "batching": Batching(padding="left"),
     "output": Output(topk=False),
     "noise_floor": False,
+    "spectrum": True,
 }
 OTHERS: dict[str, Any] = {
     "name": "f",
