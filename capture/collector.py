@@ -212,7 +212,9 @@ class Collector:
             return
         logits = shifted_logits(self.pair, [r[where] for r in rows], heads)
         pairs = list(found)
-        _, better = lens_tile(logits, pairs, following[where], tracked, self.lens.vocabulary, rows=self.lens.rows)
+        _, better = lens_tile(
+            logits, pairs, following[where], tracked, self.lens.vocabulary, rows=self.lens.rows, exact=True
+        )
         for key in pairs:
             found[key].put(where, better[key])
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from capture.errors import ConfigError
-from capture.lens import Vocabulary
+from capture.topk import Vocabulary
 
 CELLS_IN_CACHE = 400_000  # logits of one slot that the statistics work on at a time, on a CPU
 TILE_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}  # logits of all slots of one tile

@@ -23,7 +23,6 @@ from capture.files import ModelFiles
 from capture.group import ALONE, join_group, leave_group
 from capture.layout import RunDir
 from capture.ledger import Ledger
-from capture.lens import Vocabulary
 from capture.lens_plan import CELLS_IN_CACHE, TILE_BYTES, LensPlan, plan_lens_layers
 from capture.lockstep import Pair, State
 from capture.memory import ModeChoice, choose_mode
@@ -37,6 +36,7 @@ from capture.spans import SpanStore
 from capture.spectrum import Spectra
 from capture.store import CaptureWriter
 from capture.tables import Rows
+from capture.topk import Vocabulary
 from capture.unembed import check_against_model
 
 log = logging.getLogger(__name__)

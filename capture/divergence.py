@@ -1,0 +1,236 @@
+"""Entropies and KL divergences of several distributions over one vocabulary, all from one pass over their logits.
+
+Shapes: S slots, R rows, V vocabulary (this rank's share of it). Units: nats. Reference for the definitions: Cover and Thomas,
+Elements of Information Theory, 2nd ed., chapter 2.
+
+With y_s = logits - their maximum, e = exp(y_0), x_s = y_s - y_0 and g_s = e expm1(x_s), the weights of slot s are e + g_s:
+
+    Z_s = sum e + sum g_s,        log(Z_s / Z_0) = log1p(sum g_s / sum e) = u_s
+    H_s = log Z_s - sum (e + g_s)(y_0 + x_s) / Z_s
+    KL(s || t) = sum (e + g_s)(x_s - x_t) / Z_s - u_s + u_t
+
+So the products of [e, g_1, ...] with [1, y_0, x_1, ...], summed in float32 within blocks and in float64 between them, give
+all entropies and all divergences. A divergence of two slots that are close to each other and far from slot 0 loses digits
+that way, and a row with a shift beyond FAR may leave the range of float32: such rows go through `plain`, pair by pair.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from capture.group import Group
+
+SUM_BLOCK = 512  # products added up in float32
+FAR = 16.0  # rows with larger shifts of logits between slots take the plain way
+SUM_ERROR = 2e-7  # of a mean shift of 1, as the sums have it; found by trial against float64
+ENTROPY_ERROR = 2e-6  # nats: where an entropy may be off by more, its row takes the plain way
+KL_ERROR = 2e-4  # relative error of a KL from which on it is computed the plain way
+PLAIN_FAR = 60.0  # nats: beyond this shift exp() of the plain form may leave the range of float32
+
+Pairs = Sequence[tuple[int, int]]
+
+
+@dataclass
+class Divergences:
+    """float64. entropy, logsumexp: [S, R]; ba, ab: KL(b || a) and KL(a || b) of each pair (a, b), [pairs, R]."""
+
+    entropy: Tensor
+    logsumexp: Tensor
+    ba: Tensor
+    ab: Tensor
+
+
+def divergences(
+    logits: Sequence[Tensor], maxima_SR: Tensor, pairs: Pairs, group: Group, space: Space | None = None
+) -> Divergences:
+    """Everything about S slots of logits [R, V]. maxima_SR: of each row, over all ranks. space: kept by the caller."""
+    sums, far = _sums(logits, maxima_SR, group, space or Space())
+    found = _from_sums(sums, maxima_SR, pairs)
+    far |= _lossy(sums)
+    rows = far.nonzero().flatten()
+    if len(rows):
+        again = plain([x[rows] for x in logits], maxima_SR[:, rows], pairs, group)
+        for mine, theirs in zip(vars(found).values(), vars(again).values(), strict=True):
+            mine[:, rows] = theirs
+    for i, (a, b) in enumerate(pairs):
+        close = _unsure(sums, found, i, a, b) & ~far
+        rows = close.nonzero().flatten()
+        if not len(rows):
+            continue
+        two = [logits[a][rows], logits[b][rows]]
+        again = plain(two, maxima_SR[[a, b]][:, rows], [(0, 1)], group)
+        found.ba[i, rows], found.ab[i, rows] = again.ba[0], again.ab[0]
+    return found
+
+
+class Space:
+    """Memory for the sums of one chunk of rows, kept between chunks: fresh memory costs as much as the arithmetic."""
+
+    def __init__(self) -> None:
+        self.left = self.right = torch.empty(0, 0, 0)
+
+    def take(self, n_slots: int, rows: int, size: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """left and right [S, R, whole blocks of SUM_BLOCK], zero behind `size`."""
+        shape = (
+            n_slots,
+            rows,
+            max(2, -(-size // SUM_BLOCK)) * SUM_BLOCK,
+        )  # two: one matrix alone is multiplied otherwise
+        if self.left.shape != shape:
+            self.left, self.right = like.new_zeros(shape), like.new_zeros(shape)
+        return self.left, self.right
+
+
+def _sums(logits: Sequence[Tensor], maxima_SR: Tensor, group: Group, space: Space) -> tuple[Tensor, Tensor]:
+    """(sums [S, S + 1, R] float64 of (e, g_1, ...) times (1, y_0, x_1, ...); which rows have shifts beyond FAR, [R])."""
+    n_slots, (rows, size) = len(logits), logits[0].shape
+    left, right = space.take(n_slots, rows, size, logits[0])
+    e, y = left[0, :, :size], right[0, :, :size]
+    torch.sub(logits[0], maxima_SR[0][:, None], out=y)
+    torch.exp(y, out=e)
+    for s in range(1, n_slots):
+        g, x = left[s, :, :size], right[s, :, :size]
+        torch.sub(logits[s], logits[0], out=x)
+        x.sub_((maxima_SR[s] - maxima_SR[0])[:, None])
+        torch.expm1(x, out=g)
+        g.mul_(e)
+    far = ~maxima_SR.isfinite().all(0)
+    if n_slots > 1:
+        shift = torch.maximum(right[1:].amax((0, 2)), -right[1:].amin((0, 2)))
+        offset = (maxima_SR[1:] - maxima_SR[0]).abs().amax(0)  # a shift of logits is rounded before it is taken off
+        far |= group.max((shift + offset > FAR).float()).bool()
+    return group.sum(_products(left, right)), far
+
+
+def _products(left: Tensor, right: Tensor) -> Tensor:
+    """sum over V of left_i times (1, right_j): [S, S + 1, R] float64 from [S, R, V] float32, block by block."""
+    n_slots, rows, _ = left.shape
+    a, b = (x.view(n_slots, -1, SUM_BLOCK) for x in (left, right))  # [S, R * blocks, SUM_BLOCK]
+    product = torch.bmm(a.permute(1, 0, 2), b.permute(1, 2, 0))
+    out = left.new_empty(n_slots, n_slots + 1, rows, dtype=torch.float64)
+    out[:, 1:] = product.double().unflatten(0, (rows, -1)).sum(1).permute(1, 2, 0)
+    out[:, 0] = a.sum(2).double().unflatten(1, (rows, -1)).sum(2)
+    return out
+
+
+def _from_sums(sums: Tensor, maxima_SR: Tensor, pairs: Pairs) -> Divergences:
+    weights = sums.clone()
+    weights[1:] += sums[0]  # of e + g_s
+    z = weights[:, 0]
+    shift = weights[:, 1:] / z[:, None]  # [s, t]: mean of (y_0, x_1, ...) under slot s
+    log_z = z[0].log() + torch.log1p(sums[:, 0] / sums[0, 0]).index_fill(0, torch.tensor([0], device=z.device), 0.0)
+    u = log_z - log_z[0]
+    own = shift[:, 0].clone()
+    for s in range(1, len(sums)):
+        own[s] += shift[s, s]
+
+    def kl(s: int, t: int) -> Tensor:
+        zero = torch.zeros_like(u[0])
+        mine, other = (shift[s, i] if i else zero for i in (s, t))
+        return (mine - other - u[s] + u[t]).clamp(min=0)
+
+    ba = [kl(b, a) for a, b in pairs]
+    ab = [kl(a, b) for a, b in pairs]
+    none = u.new_empty(0, u.shape[1])
+    return Divergences(
+        log_z - own,
+        log_z + maxima_SR.double(),
+        torch.stack(ba) if ba else none,
+        torch.stack(ab) if ab else none.clone(),
+    )
+
+
+def _lossy(sums: Tensor) -> Tensor:
+    """Rows where some slot's sums are small differences of large ones, [R]: where slot 0 has much weight that it has not."""
+    own = torch.stack([sums[s, [1, 1 + s]].abs().sum(0) + sums[0, [1, 1 + s]].abs().sum(0) for s in range(len(sums))])
+    z = sums[:, 0].clone()
+    z[1:] += sums[0, 0]
+    return (SUM_ERROR * own > ENTROPY_ERROR * z).any(0)
+
+
+def _unsure(sums: Tensor, found: Divergences, i: int, a: int, b: int) -> Tensor:
+    """Rows where the sums' own rounding may be more than KL_ERROR of the i-th pair's divergence, [R].
+
+    A sum of products with shifts x carries an error in proportion to x: to the mean of x under slot 0, and its spread.
+    """
+    z = sums[0, 0]
+    scale = torch.zeros_like(z)
+    for s in (a, b):
+        if s:
+            mean = sums[0, 1 + s] / z
+            spread = ((sums[s, 1 + s]).abs() / z).sqrt()
+            scale += mean.abs() + spread
+    return SUM_ERROR * scale > KL_ERROR * torch.minimum(found.ba[i], found.ab[i])
+
+
+def plain(
+    logits: Sequence[Tensor],
+    maxima_SR: Tensor,
+    pairs: Pairs,
+    group: Group,
+    shifts: Sequence[Tensor] | None = None,
+) -> Divergences:
+    """The same, slot by slot and pair by pair, at any distance. shifts: logits of b minus a [R, V] for each pair, where they
+    are known better than as the difference of two logits."""
+    slots = [_slot(x, m, group) for x, m in zip(logits, maxima_SR, strict=True)]
+    both = []
+    for i, (a, b) in enumerate(pairs):
+        shift = logits[b] - logits[a] if shifts is None else shifts[i]
+        both.append(kl_both(shift, slots[b][1] - slots[a][1], slots[a][2], slots[b][2], group))
+    none = maxima_SR.new_empty(0, maxima_SR.shape[1], dtype=torch.float64)
+    return Divergences(
+        torch.stack([s[0] for s in slots]),
+        torch.stack([s[1] for s in slots]),
+        torch.stack([k[0] for k in both]) if both else none,
+        torch.stack([k[1] for k in both]) if both else none.clone(),
+    )
+
+
+def _slot(x_RV: Tensor, largest_R: Tensor, group: Group) -> tuple[Tensor, Tensor, Tensor]:
+    """Entropy H = log Z - sum(e t) / Z with t = x - max, e = exp(t), Z = sum(e); log-sum-exp; probabilities e / Z [R, V].
+
+    Sums are float32 within a row (pairwise summation), float64 from there on.
+    """
+    t = x_RV - largest_R[:, None]
+    p = t.exp()
+    z = group.sum(p.sum(1).double())
+    mean_t = group.sum(t.mul_(p).sum(1).double()) / z
+    p.mul_((1 / z).float()[:, None])
+    return z.log() - mean_t, z.log() + largest_R.double(), p
+
+
+def kl_both(shift_RV: Tensor, c_R: Tensor, pa_RV: Tensor, pb_RV: Tensor, group: Group) -> tuple[Tensor, Tensor]:
+    """KL(b || a) and KL(a || b) [R] float64 from the logit shift x_b - x_a; exact zeros for equal slots, never negative.
+
+    With d = log p_b - log p_a = shift - c, c = logZ_b - logZ_a and W = expm1(d) = p_b / p_a - 1:
+        KL(a || b) = sum p_a (W - d)            (the terms p_b - p_a = p_a W add up to zero over the vocabulary)
+        KL(b || a) = sum p_a (W d - (W - d))
+    Every term is >= 0 and keeps its relative accuracy at small shifts, which p (log p - log q) loses. Where some d is above
+    PLAIN_FAR, p_a may underflow while p_b does not, so the larger of the two leads instead. An error e in c changes a KL by
+    e^2 / 2 only; one in the shift counts in full.
+    """
+    d = shift_RV - c_R.float()[:, None]
+    if bool(group.max(d.amax(1)).max() > PLAIN_FAR):
+        ba, ab = _kl_far(d, pa_RV, pb_RV)
+    else:
+        w = torch.expm1(d)
+        z = w - d
+        y = d.mul_(w).sub_(z)
+        ba, ab = y.mul_(pa_RV).sum(1).double(), z.mul_(pa_RV).sum(1).double()
+    return group.sum(ba).clamp_(min=0), group.sum(ab).clamp_(min=0)
+
+
+def _kl_far(d: Tensor, pa: Tensor, pb: Tensor) -> tuple[Tensor, Tensor]:
+    """As kl_both for any d: with u = |d|, w = expm1(-u), hi = max(p_a, p_b): KL(hi || lo) has the terms hi (u + w), and
+    KL(lo || hi) the terms -hi (u w + u + w)."""
+    u = d.abs()
+    w = torch.expm1(-u)
+    hi = torch.maximum(pa, pb)
+    down = hi * (u + w)
+    up = -hi * (u * w + u + w)
+    b_leads = d >= 0
+    return torch.where(b_leads, down, up).sum(1).double(), torch.where(b_leads, up, down).sum(1).double()

@@ -1,0 +1,137 @@
+"""The k largest and smallest entries of many long rows at once: exact, best first, equal values by smaller id.
+
+Shapes: R rows, V vocabulary, n <= V entries that may be listed, K top-k, BLOCK entries a block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from capture.group import ALONE, Group
+
+BLOCK = 16  # entries per block, and blocks per block of blocks
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What of the vocabulary a rank has, and what may be listed.
+
+    first: id of its first row. n: how many of its rows may be in top-k lists (the tokenizer's ids). k: length of the lists.
+    """
+
+    n: int
+    k: int
+    first: int = 0
+    group: Group = ALONE
+
+    def pick(self, x_RV: Tensor, ids: Tensor) -> Tensor:
+        """x at the given ids [R, N] or [N], wherever in the group they are: [R, N]."""
+        ids = ids.expand(x_RV.shape[0], -1) - self.first
+        mine = (ids >= 0) & (ids < x_RV.shape[1])
+        return self.group.sum(x_RV.gather(1, ids.clamp(0, x_RV.shape[1] - 1)).where(mine, 0.0))
+
+
+@dataclass
+class TopK:
+    """ids [R, K] int64 and values [R, K] float32, best first; equal values by smaller id."""
+
+    ids: Tensor
+    values: Tensor
+
+
+def block_view(x_RN: Tensor) -> Tensor:
+    """The entries of whole blocks as [R, BLOCK, C], C = N // BLOCK: block c holds entries c, C + c, 2C + c, ...
+
+    The maximum over the middle axis is then a run of vector maxima; over a short last axis it is seven times slower.
+    """
+    columns = x_RN.shape[1] // BLOCK
+    return x_RN[:, : columns * BLOCK].unflatten(1, (BLOCK, columns))
+
+
+@dataclass
+class Search:
+    """One search in rows x [R, V]: for the largest of the first n entries or, with `lowest`, for the smallest.
+
+    maxima [R, C]: of block_view(x[:, :n]); for `lowest` of -x.
+    """
+
+    x_RV: Tensor
+    maxima_RC: Tensor
+    lowest: bool = False
+
+
+def search(x_RV: Tensor, n: int, *, lowest: bool = False) -> Search:
+    """A search, with the block maxima that it needs."""
+    blocks = block_view(x_RV[:, :n])
+    return Search(x_RV, -blocks.amin(1) if lowest else blocks.amax(1), lowest)
+
+
+def top_k(searches: Sequence[Search], v: Vocabulary) -> list[TopK]:
+    """The answer to each search over the whole vocabulary. Each rank sends its own k best; the best of those are the answer."""
+    mine = local_top_k(searches, v.n, v.k)
+    if v.group.size == 1:
+        return mine
+    return [_merge(one, s.lowest, v) for one, s in zip(mine, searches, strict=True)]
+
+
+def _merge(mine: TopK, lowest: bool, v: Vocabulary) -> TopK:
+    worst = torch.inf if lowest else -torch.inf
+    missing = v.k - mine.ids.shape[1]
+    values = v.group.gather(pad(mine.values, (0, missing), value=worst))
+    ids = v.group.gather(pad(mine.ids + v.first, (0, missing), value=torch.iinfo(torch.int64).max))
+    by_id = ids.sort(dim=1)
+    best = values.gather(1, by_id.indices).sort(dim=1, descending=not lowest, stable=True)
+    k = min(v.k, int(values[0].isfinite().sum()))
+    return TopK(by_id.values.gather(1, best.indices[:, :k]), best.values[:, :k])
+
+
+def local_top_k(searches: Sequence[Search], n: int, k: int) -> list[TopK]:
+    """The k best of the first n entries for each search; fewer where n is smaller.
+
+    The m blocks of largest maxima hold the m largest entries of all blocks, up to the choice among equal ones; so do the m
+    blocks of blocks of largest maxima, for the m best blocks. The few entries after the last whole block are candidates
+    too. All searches go down together with m = k + 1: where no two of those m values are equal, the first k are the
+    answer. A row with equal values is searched again in full, so that ties never depend on the order of the search.
+    """
+    k = min(k, n)
+    m = min(k + 1, n)
+    rows = searches[0].x_RV.shape[0]
+    maxima = torch.cat([s.maxima_RC for s in searches])
+    columns = maxima.shape[1]
+    above = block_view(maxima).amax(1)
+    blocks = _within(above.topk(min(m, above.shape[1]), dim=1).indices, above.shape[1], columns)
+    chosen = maxima.gather(1, blocks).topk(min(m, blocks.shape[1]), dim=1).indices
+    ids = _within(blocks.gather(1, chosen), columns, n)
+    parts = [s.x_RV.gather(1, i) for s, i in zip(searches, ids.split(rows), strict=True)]
+    values = torch.cat([-x if s.lowest else x for s, x in zip(searches, parts, strict=True)])
+    best, where = values.topk(m, dim=1)
+    best_ids = ids.gather(1, where)
+    ties = (best[:, :-1] == best[:, 1:]).any(1).nonzero().flatten().tolist()
+    for row in ties:
+        s = searches[row // rows]
+        x_V = s.x_RV[row % rows, :n]
+        best_ids[row, :k], best[row, :k] = _with_ties(-x_V if s.lowest else x_V, best[row, k - 1], k)
+    answers = zip(searches, best_ids.split(rows), best.split(rows), strict=True)
+    return [TopK(i[:, :k], -x[:, :k] if s.lowest else x[:, :k]) for s, i, x in answers]
+
+
+def _within(blocks_RM: Tensor, columns: int, n: int) -> Tensor:
+    """Indices of the entries of the given blocks, and of the entries after the last whole block: [R, M * BLOCK + rest]."""
+    steps = torch.arange(0, BLOCK * columns, columns, device=blocks_RM.device) if columns else blocks_RM.new_empty(0)
+    inside = (blocks_RM[:, :, None] + steps).flatten(1) if columns else blocks_RM.flatten(1)
+    rest = torch.arange(columns * BLOCK, n, device=blocks_RM.device).expand(blocks_RM.shape[0], -1)
+    return torch.cat([inside, rest], dim=1)
+
+
+def _with_ties(x_V: Tensor, threshold: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Ids and values of the k largest entries of one row: all above the k-th value, then the smallest ids at it."""
+    above = (x_V > threshold).nonzero().flatten()
+    equal = (x_V == threshold).nonzero().flatten()
+    ids = torch.cat([above, equal[: k - above.numel()]]).sort().values
+    order = x_V[ids].sort(descending=True, stable=True)
+    return ids[order.indices], order.values
