@@ -12,7 +12,7 @@ import time
 import traceback
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from capture.attemptlog import append_log, attempt_log, header
@@ -22,11 +22,13 @@ from capture.layout import RunDir
 from capture.manifest import Attempt
 from capture.progress import Progress
 from capture.ranks import Ranks
+from capture.relay import Handover, LostError, Relay
 
 logger = logging.getLogger(__name__)
 
 WORK = "capture.run:capture_pair"  # module:function with the signature of capture_pair
 SMALLER_TILES = 4
+SMALLER_MODES = ("streamed", "streamed-2", "sub-layer")  # each takes less memory than the one before
 PROBE_BYTES = 16384  # an empty file can be made on a full disk
 _MANIFEST_FROM_RESULT = ("capture", "gpu", "mode", "n_prompts", "n_tokens", "peak_memory_bytes", "planned_memory_bytes")
 
@@ -36,18 +38,20 @@ class Try:
     """How an entry is tried: nothing here changes a number, only the memory that it takes and what happened before."""
 
     tile_divisor: int = 1
-    streamed: bool = False
+    mode: str | None = None
     deaths: int = 0
+    losses: int = 0
 
     def apply(self, entry: Entry) -> Entry:
-        return entry.model_copy(update={"mode": "streamed"}) if self.streamed else entry
+        return entry.model_copy(update={"mode": self.mode}) if self.mode else entry
 
     @property
     def note(self) -> str:
         """What differs from a first try, for logs; empty for a first try."""
         parts = [f"tiles divided by {self.tile_divisor}"] if self.tile_divisor > 1 else []
-        parts += ["mode streamed"] if self.streamed else []
+        parts += [f"mode {self.mode}"] if self.mode else []
         parts += ["again, after its worker died"] if self.deaths else []
+        parts += ["again, layers first that were lost with their node"] if self.losses else []
         return ", ".join(parts)
 
 
@@ -56,7 +60,7 @@ class Outcome:
     """How one attempt ended; plain values only, so that it always survives the way from a worker to the driver.
 
     state: complete, failed or interrupted. fields: values for the manifest row. bug: not an error meant for a user, its
-    traceback is in the log. out_of_memory, died: the causes that are worth another try.
+    traceback is in the log. out_of_memory, died, lost_span: the causes that are worth another try.
     """
 
     state: str
@@ -64,6 +68,8 @@ class Outcome:
     bug: bool = False
     out_of_memory: bool = False
     died: bool = False
+    handover: Handover | None = None  # of a worker whose layers others go on behind
+    lost_span: int | None = None  # whose handover was gone when it was needed
 
     @property
     def error(self) -> str:
@@ -75,18 +81,27 @@ INTERRUPTED = Outcome("interrupted", {"error_class": "Interrupted", "error": "st
 
 
 def next_try(tried: Try, entry: Entry, outcome: Outcome) -> Try | None:
-    """What to try after a failure: out of memory goes to smaller tiles, then to streaming; a dead worker gets one more."""
+    """What to try after a failure: out of memory goes to smaller tiles, then to modes that take less; a dead worker gets
+    one more, and so does what was lost."""
     if outcome.state != "failed":
         return None
     if outcome.out_of_memory:
         if tried.tile_divisor == 1:
-            return Try(SMALLER_TILES, tried.streamed, tried.deaths)
-        if not tried.streamed and entry.mode != "streamed":
-            return Try(tried.tile_divisor, True, tried.deaths)
+            return replace(tried, tile_divisor=SMALLER_TILES)
+        mode = _smaller_mode(tried.apply(entry))
+        return replace(tried, mode=mode) if mode else None
+    if outcome.lost_span is not None:  # a node that goes takes its worker and what it had handed over: two failures
+        return replace(tried, losses=1) if tried.losses == 0 else None
+    return replace(tried, deaths=1) if outcome.died and tried.deaths == 0 else None
+
+
+def _smaller_mode(entry: Entry) -> str | None:
+    """The next mode that takes less memory; None where there is none, or where the weights must be whole."""
+    if "quantization_config" in entry.model_kwargs:
         return None
-    if outcome.died and tried.deaths == 0:
-        return Try(tried.tile_divisor, tried.streamed, 1)
-    return None
+    rest = SMALLER_MODES[SMALLER_MODES.index(entry.mode) + 1 :] if entry.mode in SMALLER_MODES else SMALLER_MODES
+    shared = entry.tensor_parallel != 1
+    return next((m for m in rest if not (shared and m == "sub-layer")), None)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -107,8 +122,9 @@ def failure(error: BaseException, **fields: Any) -> Outcome:
     return Outcome(
         "failed",
         fields=fields | error_fields(error),
-        bug=not isinstance(error, PairscopeError) and not is_out_of_memory(error),
+        bug=not isinstance(error, PairscopeError | LostError) and not is_out_of_memory(error),
         out_of_memory=is_out_of_memory(error),
+        lost_span=error.span if isinstance(error, LostError) else None,
     )
 
 
@@ -137,6 +153,7 @@ def work_on(
     stop: Callable[[], bool] | None = None,
     own_process: bool = False,
     ranks: Ranks | None = None,
+    relay: Relay | None = None,
 ) -> Outcome:
     """Do the work of one attempt with its log file open, and turn whatever happens into an Outcome.
 
@@ -152,7 +169,8 @@ def work_on(
         run = RunDir(out)
         with attempt_log(run, log, header(entry, tried.note), own_process=own_process):
             try:
-                shared = {} if ranks is None else {"ranks": ranks}
+                shared: dict[str, Any] = {} if ranks is None else {"ranks": ranks}
+                shared |= {} if relay is None else {"relay": relay}
                 result = find(work)(
                     tried.apply(entry),
                     out,
@@ -171,7 +189,7 @@ def work_on(
             known = _MANIFEST_FROM_RESULT if result.state == "complete" else ("capture",)  # skipped: nothing was run
             fields = {name: getattr(result, name) for name in known}
             logger.info("%s in %.1f s: %s", result.state, result.seconds, result.path)
-        return Outcome("complete", fields)
+        return Outcome("complete", fields, handover=getattr(result, "handover", None))
     except BaseException as error:
         if asked(error):
             return INTERRUPTED

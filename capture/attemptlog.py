@@ -22,6 +22,7 @@ from capture.layout import RunDir
 from capture.machine import gpu_lines
 
 PROMPTS_SHOWN = 3
+OURS = ("capture", "cluster")
 
 
 def header(entry: Entry, note: str = "") -> str:
@@ -50,7 +51,7 @@ class _OursAndWarnings(logging.Filter):
     """Lets through what our own packages say and what anyone warns of."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        return record.levelno >= logging.WARNING or record.name.split(".")[0] in ("capture", "cluster")
+        return record.levelno >= logging.WARNING or record.name.split(".")[0] in OURS
 
 
 @contextlib.contextmanager
@@ -106,9 +107,9 @@ def _records_go_to(stream: TextIO) -> Iterator[None]:
     handler.addFilter(_OursAndWarnings())
     # transformers stops its records from reaching the root logger, so it gets the handler as well
     loggers = [logging.getLogger(), logging.getLogger("transformers")]
-    ours = logging.getLogger("capture")
-    level = ours.level
-    ours.setLevel(logging.INFO)
+    ours = {logger: logger.level for logger in map(logging.getLogger, OURS)}
+    for logger in ours:
+        logger.setLevel(logging.INFO)
     for logger in loggers:
         logger.addHandler(handler)
     logging.captureWarnings(True)
@@ -118,7 +119,8 @@ def _records_go_to(stream: TextIO) -> Iterator[None]:
         logging.captureWarnings(False)
         for logger in loggers:
             logger.removeHandler(handler)
-        ours.setLevel(level)
+        for logger, level in ours.items():
+            logger.setLevel(level)
 
 
 def _redirect(fd: int) -> None:

@@ -4,6 +4,7 @@ bfloat16 residual as much as a light fine-tune does, so it is part of a capture'
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -30,6 +31,22 @@ class Batch:
     def rows(self, x_BTD: Tensor) -> Tensor:
         """[B, T, D] -> [R, D]: the rows of real tokens, prompt after prompt."""
         return x_BTD.flatten(0, 1) if self.keep_BT is None else x_BTD[self.keep_BT]
+
+    def part(self, some: slice) -> Batch:
+        """Some of the prompts, at the batch's own width."""
+
+        def cut(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x[some]
+
+        ids, mask, positions, keep = self.ids_BT[some], cut(self.mask_BT), cut(self.positions_BT), cut(self.keep_BT)
+        return Batch(self.items[some], ids, mask, positions, keep, self.probe)
+
+
+def halves(batch: Batch, n: int) -> list[slice]:
+    """A batch's prompts in n parts, as equal as can be, the larger ones first. 1 <= n <= prompts of the batch."""
+    size, more = divmod(len(batch.items), n)
+    starts = [i * size + min(i, more) for i in range(n + 1)]
+    return [slice(a, b) for a, b in itertools.pairwise(starts)]
 
 
 def make_batches(ids: Sequence[Sequence[int]], batching: Batching, device: torch.device, *, probe: bool) -> list[Batch]:

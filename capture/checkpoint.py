@@ -1,75 +1,36 @@
 """Open a checkpoint without loading it, then load and free one group of weights at a time.
 
-This is the only module that touches private functions of transformers, and it is written for one range of versions
-(`SUPPORTED`). What it borrows, each covered by a test of its own in tests/capture/test_checkpoint.py:
-
-- `PreTrainedModel._load_pretrained_model`: replaced for the duration of one `from_pretrained` by a function that records
-  the model (all weights on meta), its files and the load config. Dtype, quantizer, key conversion and the finalisation of
-  non-persistent buffers stay the library's own.
-- `core_model_loading.rename_source_key`: maps each checkpoint key to its parameter.
-- `core_model_loading.convert_and_load_state_dict_in_model`: loads one group of keys: renames, fuses experts, casts.
+What is private to transformers is borrowed by capture/borrowed.py; how one weight is put together is in capture/assemble.py.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import gc
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from pathlib import Path
+import logging
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
-import transformers
-from safetensors import safe_open
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel, core_model_loading
 from transformers.distributed import DistributedConfig
-from transformers.utils import logging as hf_logging
 
-from capture.degrees import check_degree
+from capture import borrowed
+from capture.assemble import Misshapen, Place, Recipe, assemble, held
+from capture.degrees import check_degree, whole_attention_plan
 from capture.errors import CheckpointError, UnsupportedModelError
-from capture.group import ALONE, Group, local, vocabulary_shard
-from capture.ledger import CountedSlice, Ledger
+from capture.group import ALONE, Group, is_plain, local, nbytes_of, vocabulary_shard
+from capture.ledger import CountedSlice, Ledger, is_out_of_memory
+from capture.opening import find_layers, open_model
+from capture.quantize import quantization_of
+from capture.stored import Stored
+from capture.sublayer import HeadRows, embed_rows
 
-SUPPORTED = ("5.23.0", "5.24")
+log = logging.getLogger(__name__)
+
 EMBEDDING, HEAD, REST = "embedding", "head", "rest"
-
-
-def check_version() -> None:
-    """Raise unless the installed transformers is one that this module was written for."""
-    from packaging.version import Version
-
-    low, high = SUPPORTED
-    if not Version(low) <= Version(transformers.__version__) < Version(high):
-        raise UnsupportedModelError(
-            f"transformers {transformers.__version__} is installed; capture needs >= {low} and < {high}, because it uses "
-            f"private functions of that version. Run: pip install -c constraints.txt transformers"
-        )
-
-
-@contextmanager
-def _recording(record: dict[str, Any]) -> Iterator[None]:
-    """Make from_pretrained stop short of reading weights, and keep what it would have read them with."""
-    original = PreTrainedModel.__dict__["_load_pretrained_model"]
-
-    def instead(model: PreTrainedModel, state_dict: Any, files: list[str] | None, load_config: Any, *_: Any) -> Any:
-        record.update(files=files, load_config=load_config)
-        for tensor in (*model.parameters(), *model.buffers()):
-            tensor._is_hf_initialized = True
-        for _, buffer in model.named_non_persistent_buffers():
-            buffer._is_hf_initialized = False
-        info = core_model_loading.LoadStateDictInfo(
-            missing_keys=set(), unexpected_keys=set(), mismatched_keys=set(), conversion_errors={}, error_msgs=[],
-            skipped_pp_keys=set(),
-        )  # fmt: skip
-        return info, None
-
-    PreTrainedModel._load_pretrained_model = staticmethod(instead)
-    try:
-        yield
-    finally:
-        PreTrainedModel._load_pretrained_model = original
+LIBRARY_LOADING = 1.6  # bytes beside a weight's own while transformers puts it together, as a share of it (measured)
 
 
 class StreamedModel:
@@ -90,51 +51,54 @@ class StreamedModel:
         whole: bool = False,
         group: Group | None = None,
     ) -> None:
-        """group: the ranks that share the model's weights; None is this process alone. whole: load everything at once by the library's own means and free nothing: for pickled checkpoints."""
-        check_version()
+        """group: the ranks that share the model's weights; None is this process alone. whole: load everything at once by the
+        library's own means and free nothing: for pickled checkpoints; quantized weights are loaded so in any case."""
+        borrowed.check_version()
         self.label, self.device, self.ledger, self.directory = label, device, ledger, directory
-        self.whole, self.group = whole, group or ALONE
+        self.group = group or ALONE
         self.linear_head: bool | None = None  # found out and kept by capture/unembed.py
-        if self.group.size > 1:
-            check_degree(directory, self.group.size, label)
-            model_kwargs = model_kwargs | {
-                "distributed_config": DistributedConfig(tp_size=self.group.size, tp_plan="auto")
-            }
+        self.quantization = quantization_of(directory, model_kwargs, label)
+        self.whole = whole or self.quantization.method is not None
+        self.by_leaf = False  # layers are loaded leaf by leaf: capture/sublayer.py
+        self.head_rows: HeadRows | None = None
         self.loaded: dict[Any, int] = {}  # group -> bytes, from the moment that its reading may begin
         self._ready: set[Any] = set()
-        record: dict[str, Any] = {}
-        hf_logging.disable_progress_bar()  # else one bar per group
-        try:
-            with nullcontext() if whole else _recording(record):
-                self.model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, **model_kwargs)
-        except (OSError, ValueError, KeyError, AttributeError, TypeError, ImportError) as error:
-            text = str(error)
-            if "does not recognize this architecture" in text or "Unrecognized configuration class" in text:
-                raise UnsupportedModelError(
-                    f"{label} model '{directory}': transformers {transformers.__version__} has no causal language model for the "
-                    "model_type in its config.json"
-                ) from error
-            raise CheckpointError(f"{label} model '{directory}' cannot be opened: {text}") from error
-        self.ignored_keys: list[str] = []
-        self.layers_name, self.layers = _find_layers(self.model)
-        if whole:
-            self.model.to(device)
+        self.model, record = open_model(
+            directory, label, dtype, model_kwargs, self.quantization, device, whole=self.whole, ranks=self._ranks()
+        )
+        self.layers_name, self.layers = find_layers(self.model)
+        if self.whole:
+            if self.quantization.method is None:
+                self.model.to(device)
             self._name_groups()
-            for group in self.groups():
-                self.reserve(group)
-                self._ready.add(group)
+            for each in self.groups():
+                self.reserve(each)
+                self._ready.add(each)
             return
-        if not record.get("files"):
-            raise CheckpointError(f"{label} model '{directory}': transformers found no weight files in it")
+        self.stored = Stored(record.get("files") or [], label, directory, ledger)
         self.load_config = dataclasses.replace(record["load_config"], device_map={"": device})
-        self.files: list[str] = record["files"]
-        if not all(f.endswith(".safetensors") for f in self.files):
-            raise CheckpointError(
-                f"{label} model '{directory}': '{Path(self.files[0]).name}' is not a safetensors file"
-            )
         self._move_buffers()
         self._name_groups()
         self._map_keys()
+
+    def _ranks(self) -> DistributedConfig | None:
+        """How the weights are divided among ranks; None where they are not."""
+        if self.group.size == 1:
+            return None
+        if self.quantization.method is not None:
+            raise UnsupportedModelError(
+                f"{self.label} model '{self.directory}' has weights quantized by {self.quantization.method}, which stay on one "
+                "GPU; set tensor_parallel: 1"
+            )
+        apart = self.group.whole_attention
+        check_degree(self.directory, self.group.size, self.label, whole_attention=apart)
+        plan: Any = whole_attention_plan(self.directory) if apart else "auto"
+        return DistributedConfig(tp_size=self.group.size, tp_plan=plan)
+
+    @property
+    def ignored_keys(self) -> list[str]:
+        """Stored tensors that the model has no weight for."""
+        return [] if self.whole else self.stored.ignored_keys
 
     # -- structure ---------------------------------------------------------------------------------------------------
 
@@ -156,15 +120,19 @@ class StreamedModel:
         return self.model.get_output_embeddings()
 
     @property
-    def head_weight(self) -> torch.Tensor:
-        """The unembedding [V, D]."""
+    def head_weight(self) -> torch.Tensor | HeadRows:
+        """The unembedding [V, D]; in sub-layer mode only slices of its rows are tensors."""
+        if self.head_rows is not None:
+            return self.head_rows
         weight: torch.Tensor = self.head.weight  # type: ignore[assignment]
         return weight
 
-    def head_shard(self) -> tuple[int, torch.Tensor, torch.Tensor | None]:
+    def head_shard(self) -> tuple[int, torch.Tensor | HeadRows, torch.Tensor | None]:
         """(id of the first row, rows [V, D], bias [V] or None) of the unembedding that this rank holds."""
-        first, weight = vocabulary_shard(self.head_weight)
         bias = getattr(self.head, "bias", None)
+        if self.head_rows is not None:
+            return 0, self.head_rows, bias
+        first, weight = vocabulary_shard(self.head.weight)  # type: ignore[arg-type]
         return first, weight, None if bias is None else local(bias)
 
     @property
@@ -177,6 +145,13 @@ class StreamedModel:
     def n_layers(self) -> int:
         return len(self.layers)
 
+    def embed(self, ids_BT: torch.Tensor) -> torch.Tensor:
+        """What the embedding module gives for one batch of ids [B, T]: [B, T, D]."""
+        if self.by_leaf:
+            return embed_rows(self, ids_BT)
+        embeds: torch.Tensor = self.embedding(ids_BT)
+        return embeds
+
     def _move_buffers(self) -> None:
         for name, buffer in list(self.model.named_non_persistent_buffers()):
             if buffer.device != self.device:
@@ -185,22 +160,50 @@ class StreamedModel:
 
     def _name_groups(self) -> None:
         self.ties: dict[str, str] = {}  # target -> source
-        if self.embedding is None or self.head is None:
-            raise UnsupportedModelError(f"{type(self.model).__name__} has no input embedding or no unembedding")
         names = {id(m): n for n, m in self.model.named_modules(remove_duplicate=False)}
         embedding, head = names[id(self.embedding)] + ".", names[id(self.head)] + "."
         ties = self.model.all_tied_weights_keys.items()
         self.tied = any({t.startswith(head), s.startswith(head)} == {True, False} for t, s in ties)
         # Tied weights are one group: they come and go together.
         self._prefix = {embedding: EMBEDDING, head: EMBEDDING if self.tied else HEAD}
-        self._tensors: dict[Any, list[str]] = {g: [] for g in self.groups()}
+        self._tensors: dict[Any, list[str]] = {
+            g: [] for g in (EMBEDDING, HEAD, REST, *(("layer", i) for i in range(self.n_layers)))
+        }
         self._meta: dict[str, torch.Tensor] = {}
-        for name, tensor in self.model.state_dict(keep_vars=True).items():
-            self._tensors[self.group_of(name)].append(name)
-            self._meta[name] = tensor
+        saved = self.model.state_dict().keys()
+        named = (
+            *self.model.named_parameters(remove_duplicate=False),
+            *self.model.named_buffers(remove_duplicate=False),
+        )
+        for name, tensor in named:
+            if name in saved:  # buffers that a checkpoint does not hold are no weights
+                self._tensors[self.group_of(name)].append(name)
+                self._meta[name] = tensor
 
     def groups(self) -> list[Any]:
-        return [EMBEDDING, HEAD, REST, *(("layer", i) for i in range(self.n_layers))]
+        return list(self._tensors)
+
+    def names(self, group: Any) -> list[str]:
+        """The weights of a group, by name."""
+        return self._tensors[group]
+
+    def meta(self, name: str) -> torch.Tensor:
+        """A weight as it will stand, without data."""
+        return self._meta[name]
+
+    def recipe(self, name: str) -> Recipe | None:
+        """How a weight, or the one that it is tied to, is put together; None where nothing is stored for it."""
+        return self._recipes.get(name) or self._recipes.get(self.ties.get(name, ""))
+
+    def split(self, leaves: dict[Any, list[str]]) -> None:
+        """From now on load layers leaf by leaf: what is named in `leaves` leaves its layer's group for one of its own, and
+        embedding and unembedding are read by rows."""
+        own = {name for names in leaves.values() for name in names}
+        for group, names in self._tensors.items():
+            ends = group in (EMBEDDING, HEAD)
+            self._tensors[group] = [n for n in names if n not in own and not (ends and self._meta[n].dim() >= 2)]
+        self._tensors |= leaves
+        self.head_rows, self.by_leaf = HeadRows(self), True
 
     def group_of(self, name: str) -> Any:
         """The group that a parameter belongs to."""
@@ -212,33 +215,22 @@ class StreamedModel:
         return REST
 
     def _map_keys(self) -> None:
-        """Map every checkpoint key to its group once: 0.3 ms a key, so not again at every load."""
-        mapping = self.load_config.weight_mapping or []
-        renamings = [m for m in mapping if isinstance(m, core_model_loading.WeightRenaming)]
-        converters = [m for m in mapping if isinstance(m, core_model_loading.WeightConverter)]
-        prefix = self.model.base_model_prefix
-        self._keys: dict[Any, list[tuple[str, str]]] = {g: [] for g in self.groups()}
-        found: set[str] = set()
-        for file in self.files:
-            try:
-                with safe_open(file, framework="pt") as handle:
-                    keys = list(handle.keys())
-            except Exception as error:
-                raise CheckpointError(f"'{file}' is not a readable safetensors file: {error}") from error
-            for key in keys:
-                target, _ = core_model_loading.rename_source_key(key, renamings, converters, prefix, self._meta)
-                if target not in self._meta and key in self._meta:
-                    target = key
-                if target not in self._meta:
-                    self.ignored_keys.append(key)
-                    continue
-                self._keys[self.group_of(target)].append((file, key))
-                found.add(target)
-        self._tie(found)
-        if all(len(c.target_patterns) == 1 for c in converters):  # else one key may fill several weights
+        """Find out once for every weight which stored tensors make it: 0.3 ms a key, so not again at every load."""
+        self._recipes, all_stored = self.stored.recipes(self.model, self.load_config, self._meta)
+        self._tie(set(self._recipes))
+        for name, dtype in borrowed.kept_in_float32(self.load_config, list(self._meta)).items():
+            if self._meta[name].dtype != dtype:  # so that its bytes are counted as it will stand
+                with torch.no_grad():
+                    self._meta[name] = self._as_weight(name, self._meta[name].to(dtype))
+                self._set(name, self._meta[name])
+        if all_stored:
             for name in self._meta:
-                if name not in found and self.ties.get(name) not in found:
+                if name not in self._recipes and self.ties.get(name) not in self._recipes:
                     self._lacks(name)
+        left = {recipe.by_library for recipe in self._recipes.values() if recipe.by_library}
+        if left:
+            log.info("%s model: transformers puts some weights together by itself, which takes more memory: %s",
+                     self.label, "; ".join(sorted(left)))  # fmt: skip
 
     def _lacks(self, name: str) -> None:
         raise CheckpointError(
@@ -267,45 +259,71 @@ class StreamedModel:
         if group in self._ready:
             return
         self.reserve(group)
-        handles: dict[str, Any] = {}
-        state: dict[str, Any] = {}
+        name = ""
         try:
-            for file, key in self._keys[group]:
-                if file not in handles:
-                    handles[file] = safe_open(file, framework="pt").__enter__()
-                state[key] = CountedSlice(handles[file].get_slice(key), f"{self.label}:{key}", self.ledger)
-            if state:
-                info, _ = core_model_loading.convert_and_load_state_dict_in_model(self.model, state, self.load_config)
-                self._check(group, info)
+            left = []
+            for name in self._tensors[group]:
+                recipe = self._recipes.get(name)
+                if recipe is not None and recipe.by_library:
+                    left.append(recipe)
+                elif recipe is not None:
+                    self._set(name, self._assembled(name, recipe))
+            if left:
+                self._load_by_library(group, left)
+        except Misshapen as error:
+            self._misshapen(name, error.got, error.expected)
         except (OSError, RuntimeError, ValueError) as error:
-            if _is_out_of_memory(error):
+            if is_out_of_memory(error):
                 raise
             raise CheckpointError(f"{self.label} model '{self.directory}', {_name(group)}: {error}") from error
-        finally:
-            for handle in handles.values():
-                handle.__exit__(None, None, None)
         self._apply_ties(group)
-        self._require(group)
+        for name in self._tensors[group]:
+            if self._get(name).is_meta:
+                self._lacks(name)
         nbytes = self._live_bytes(group)
         self.ledger.add(nbytes - self.loaded[group])
         self.loaded[group] = nbytes
         self._ready.add(group)
 
-    def _check(self, group: Any, info: Any) -> None:
-        if info.conversion_errors or info.error_msgs:
-            first = next(iter(info.conversion_errors.values()), None) or info.error_msgs[0]
-            raise CheckpointError(f"{self.label} model '{self.directory}', {_name(group)}: {first}")
-        if info.mismatched_keys:
-            name, got, expected = min(info.mismatched_keys, key=str)
-            raise CheckpointError(
-                f"{self.label} model '{self.directory}': '{name}' has shape {tuple(got)} in the checkpoint, the config says "
-                f"{tuple(expected)}"
-            )
+    def _assembled(self, name: str, recipe: Recipe) -> torch.Tensor:
+        meta = self._meta[name]
+        if borrowed.interleaved(meta) and recipe.parts[0].expert is None:
+            (part,) = recipe.parts
+            tensor = borrowed.read_share(meta, self.opened(part.file, part.key), self.device)
+        else:
+            place = Place(local(meta).shape, meta.dtype, self.device, partial(borrowed.share_of, meta),
+                          borrowed.first_expert(meta), self.quantization.block)  # fmt: skip
+            tensor = assemble(recipe, place, self.opened, self.ledger)
+        return self._as_weight(name, borrowed.wrapped(tensor, meta))
+
+    def _as_weight(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        owner, _, leaf = name.rpartition(".")
+        is_parameter = leaf in self.model.get_submodule(owner)._parameters
+        return nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor
+
+    def opened(self, file: str, key: str) -> CountedSlice:
+        """One stored tensor, not read yet. What is read of it is counted."""
+        return self.stored.opened(file, key)
+
+    def _load_by_library(self, group: Any, recipes: Sequence[Recipe]) -> None:
+        state = {key: self.opened(file, key) for recipe in recipes for file, key in recipe.keys}
+        with held(self.ledger, int(LIBRARY_LOADING * self.group_bytes(group))):
+            errors, misshapen = borrowed.load_by_library(self.model, state, self.load_config)
+        if errors:
+            raise CheckpointError(f"{self.label} model '{self.directory}', {_name(group)}: {errors[0]}")
+        for name, got, expected in misshapen:
+            self._misshapen(name, got, expected)
+
+    def _misshapen(self, name: str, got: Sequence[int], expected: Sequence[int]) -> None:
+        raise CheckpointError(
+            f"{self.label} model '{self.directory}': '{name}' has shape {tuple(got)} in the checkpoint, the config says "
+            f"{tuple(expected)}"
+        )
 
     def _live_bytes(self, group: Any) -> int:
         """Bytes of a group's tensors that hold data, a tied tensor once."""
         tensors = {id(t): t for t in map(self._get, self._tensors[group]) if not t.is_meta}
-        return sum(local(t).nbytes for t in tensors.values())
+        return sum(nbytes_of(t) for t in tensors.values())
 
     def _get(self, name: str) -> torch.Tensor:
         owner, _, leaf = name.rpartition(".")
@@ -326,24 +344,20 @@ class StreamedModel:
     def _apply_ties(self, group: Any) -> None:
         """Let a tied weight be the very same Parameter as its source."""
         for target, source in self.ties.items():
-            if self.group_of(target) != group or self._get(source).is_meta:
+            if target not in self._tensors[group] or self._get(source).is_meta:
                 continue
             both = (local(self._get(target)), local(self._get(source)))
             if target in self._both and not self.group.all(torch.equal(*both), self.device):
                 continue  # both stored and different: the library does not tie them either
             self._set(target, self._get(source))
 
-    def _require(self, group: Any) -> None:
-        """Raise if a weight of the group is still on meta."""
-        for name in self._tensors[group]:
-            if self._get(name).is_meta:
-                self._lacks(name)
-
     def free(self, group: Any) -> None:
         """Put the group's weights back on meta."""
         if group not in self.loaded or self.whole:
             return
         self._ready.discard(group)
+        if self.head_rows is not None and group == (EMBEDDING if self.tied else HEAD):
+            self.head_rows.release()
         for name in self._tensors[group]:
             self._set(name, self._meta[name])
         self.ledger.add(-self.loaded.pop(group))
@@ -355,27 +369,11 @@ class StreamedModel:
     def group_bytes(self, group: Any) -> int:
         """Bytes of one group when loaded; a tied tensor counts once."""
         tensors = {id(t): t for t in (self._meta[n] for n in self._tensors[group] if n not in self.ties)}
-        return sum(local(t).nbytes for t in tensors.values())
+        return sum(nbytes_of(t) for t in tensors.values())
 
 
 def _name(group: Any) -> str:
     return f"layer {group[1]}" if isinstance(group, tuple) else f"group '{group}'"
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower()
-
-
-def _find_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """The list of decoder layers: the outermost ModuleList as long as the config says."""
-    config = model.config.get_text_config()
-    wanted = config.num_hidden_layers
-    lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == wanted]
-    if not lists:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} has no list of {wanted} decoder layers; its layers cannot be walked one by one"
-        )
-    return min(lists, key=lambda item: item[0].count("."))
 
 
 def free_memory() -> None:
@@ -386,14 +384,20 @@ def free_memory() -> None:
 
 
 def layers_equal(base: StreamedModel, sft: StreamedModel, groups: Sequence[Any]) -> bool:
-    """True if both models hold the same weights, bit for bit, in all the given (loaded) groups."""
+    """True if both models hold the same weights, bit for bit, in all the given (loaded) groups.
+
+    False without a look where that would mean to read them (layers that come leaf by leaf) or to know a backend's formats.
+    """
     if base is sft:
         return True
+    if base.by_leaf and any(isinstance(group, tuple) for group in groups):
+        return False
     for group in groups:
         if len(base._tensors[group]) != len(sft._tensors[group]):
             return False  # the same on all ranks
         for a, b in zip(base._tensors[group], sft._tensors[group], strict=True):
             x, y = local(base._get(a)), local(sft._get(b))
-            if x.shape != y.shape or x.dtype != y.dtype or not torch.equal(x, y):
+            same = is_plain(x) and is_plain(y) and x.shape == y.shape and x.dtype == y.dtype and torch.equal(x, y)
+            if not same:
                 return base.group.all(False, base.device)
     return base.group.all(True, base.device)

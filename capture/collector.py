@@ -5,7 +5,8 @@ Shapes: P passes, C comparisons, N tokens of the whole capture (prompt after pro
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,13 +15,17 @@ from torch import Tensor
 
 from capture import statistics
 from capture.batches import Batch
+from capture.checkpoint import free_memory
 from capture.config import Comparison, Owner, Pass
+from capture.ledger import is_out_of_memory
 from capture.lens import PairStats, SlotStats, join, lens_tile
 from capture.lens_plan import LensPlan
 from capture.lockstep import Pair, State
 from capture.logits import Logits, PlainLogits, can_shift, shifted_logits, tile_logits
 from capture.replay import run_tail
 from capture.spectrum import Spectra
+
+log = logging.getLogger(__name__)
 
 LensSlot = tuple[int, Owner | None, Owner]  # state, whose final norm (None: as it is), whose unembedding
 Floats = np.ndarray[Any, np.dtype[np.float32]]
@@ -33,11 +38,14 @@ class Collector:
     def __init__(
         self, pair: Pair, batches: Sequence[Batch], lengths: Sequence[int], ids: Sequence[Sequence[int]],
         passes: Sequence[Pass], comparisons: Sequence[Comparison], lens: LensPlan, spectra: Spectra | None = None,
+        layers: frozenset[int] | None = None, stage: Callable[[str], None] = lambda _: None,
     ) -> None:  # fmt: skip
+        """layers: whose statistics are wanted; None is all. stage: told "lens" and "layers" when one of them begins."""
         self.pair, self.batches, self.lens, self.spectra = pair, batches, lens, spectra
         self.last_batch = max(i for i, b in enumerate(batches) if not b.probe)
         self.passes, self.comparisons = list(passes), list(comparisons)
-        self.pass_of = {p.name: p for p in passes}
+        self.layers = frozenset(range(-1, pair.n_layers + 1)) if layers is None else layers
+        self.stage = stage
         offsets = np.concatenate([[0], np.cumsum(lengths)])
         # where the rows of each batch stand among the N tokens of the capture
         self.where = [np.concatenate([np.arange(offsets[i], offsets[i + 1]) for i in b.items]) for b in batches]
@@ -111,12 +119,16 @@ class Collector:
             self._noise(state, rows)
             return
         self._keep_probed(state)
+        if state.layer not in self.layers:
+            return
         at = (state.layer + 1, self.where[state.batch])
         self._residuals(state, batch, rows, at)
         if self.spectra is not None:
             self.spectra.take(state.layer, rows, state.slot_of, at[1], last=state.batch == self.last_batch)
         if state.layer in self.lens.layers:
+            self.stage("lens")
             self._lens(state, rows, at)
+            self.stage("layers")
 
     def _residuals(self, state: State, batch: Batch, rows: list[Tensor], at: tuple[int, Any]) -> None:
         norms = [_numpy(statistics.norm(r)) for r in rows]
@@ -167,36 +179,58 @@ class Collector:
         if is_last and self.lens.final_norm and state.batch in self._last_lens:
             self._store_lens(*self._last_lens.pop(state.batch), state, at)  # norm + head of layer L-1 is layer L's lens
             return
-        normed = [run_tail(self.pair.tails[norm], rows[slot]) if norm else rows[slot] for slot, norm, _ in order]
         pairs = {(slot_of[c.base_run], slot_of[c.sft_run]) for c in self.comparisons}
         wanted = sorted(p for p in pairs if p[0] != p[1])
         parts: list[tuple[list[SlotStats], dict[tuple[int, int], PairStats]]] = []
-        per_row = len(order) * self.lens.n_vocab * 4
-        tile = max(1, self.lens.tile_bytes // per_row)
         heads = [head for _, _, head in order]
         can_refine = bool(wanted) and can_shift(self.pair, heads)
         following = self.next_ids[state.batch].to(rows[0].device)
         tracked = torch.tensor(self.lens.tracked, dtype=torch.long, device=rows[0].device)
-        for start in range(0, rows[0].shape[0], tile):
-            part = slice(start, start + tile)
-            tile_rows = [r[part] for r in normed]
+
+        def tile(part: slice) -> tuple[list[SlotStats], dict[tuple[int, int], PairStats]]:
+            some = [rows[slot][part] for slot, _, _ in order]
+            some = [run_tail(self.pair.tails[k[1]], r) if k[1] else r for k, r in zip(order, some, strict=True)]
             found = lens_tile(
-                self._logits(tile_rows, heads),
+                self._logits(some, heads),
                 wanted,
                 following[part],
                 tracked,
                 self.lens.vocabulary,
-                rows=self.lens.rows,
+                rows=self.lens.statistics_rows(),
             )
             if can_refine:
-                self._refine(found[1], tile_rows, heads, following[part], tracked)
-            parts.append(found)
+                self._refine(found[1], some, heads, following[part], tracked)
+            return found
+
+        start, n_rows = 0, rows[0].shape[0]
+        while start < n_rows:
+            part = slice(start, min(n_rows, start + self.lens.tile_rows(len(order))))
+            if (one := self._or_smaller(tile, part, len(order))) is not None:
+                parts.append(one)
+                start = part.stop
         slots = [join([p[0][s] for p in parts]) for s in range(len(order))]
         compared = {key: join([p[1][key] for p in parts]) for key in wanted}
         self.nonfinite += sum(int((~torch.isfinite(s.logsumexp)).sum()) for s in slots)
         if self.lens.final_norm and state.layer == self.pair.n_layers - 1:
             self._last_lens[state.batch] = (slots, compared, slot_of)
         self._store_lens(slots, compared, slot_of, state, at)
+
+    def _or_smaller(self, tile: Callable[[slice], Any], part: slice, n_slots: int) -> Any:
+        """A tile; or None where memory ran out: all tiles have half as many rows from now on.
+
+        Ranks of a group cannot do this: they reduce over the vocabulary together, tile by tile.
+        """
+        try:
+            return tile(part)
+        except RuntimeError as error:
+            rows = part.stop - part.start
+            if not is_out_of_memory(error) or rows == 1 or self.lens.vocabulary.group.size > 1:
+                raise
+            why = str(error).splitlines()[0]
+        free_memory()  # outside of the handler: the traceback holds what the tile had made
+        log.warning("lens: %s; going on with tiles of %d rows instead of %d", why, rows // 2, rows)
+        self.lens.tile_bytes = rows // 2 * n_slots * self.lens.n_vocab * 4
+        return None
 
     def _refine(
         self, found: dict[tuple[int, int], PairStats], rows: list[Tensor], heads: list[Owner], following: Tensor,
@@ -210,13 +244,15 @@ class Collector:
         where = (small & finite).nonzero().flatten()
         if not len(where):
             return
-        logits = shifted_logits(self.pair, [r[where] for r in rows], heads)
         pairs = list(found)
-        _, better = lens_tile(
-            logits, pairs, following[where], tracked, self.lens.vocabulary, rows=self.lens.rows, exact=True
-        )
-        for key in pairs:
-            found[key].put(where, better[key])
+        for some in where.split(self.lens.refine_rows(rows[0].shape[0], len(rows))):
+            logits = shifted_logits(self.pair, [r[some] for r in rows], heads)
+            _, better = lens_tile(
+                logits, pairs, following[some], tracked, self.lens.vocabulary,
+                rows=self.lens.statistics_rows(exact=True), exact=True,
+            )  # fmt: skip
+            for key in pairs:
+                found[key].put(some, better[key])
 
     def _logits(self, rows: list[Tensor], heads: list[Owner]) -> Logits:
         """Logits of each slot's rows, over the rows that both vocabularies have."""
@@ -289,7 +325,7 @@ class Collector:
         if probe.probe and probe.items[0] in batch.items:
             row = batch.items.index(probe.items[0])
             keep = slice(None) if batch.keep_BT is None else batch.keep_BT[row]
-            self._probed = [s[row][keep] for s in state.slots]
+            self._probed = [s[row][keep].clone() for s in state.slots]  # a view would keep the whole batch
 
     def _noise(self, state: State, rows: list[Tensor]) -> None:
         assert self._probed is not None

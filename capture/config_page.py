@@ -73,6 +73,24 @@ its parents up to the one with a `pyproject.toml`, and in the current directory.
 Weights are safetensors. Pickled weights need `allow_pickle: true`, code that comes with a checkpoint needs
 `trust_remote_code: true` in `model_kwargs` (or `tokenizer_kwargs`).
 
+Checkpoints stored in FP8 with a scale for each block, as DeepSeek-V3's are, need no key: they are read layer by layer and
+multiplied out, and are bfloat16 in memory (or `dtype`; float32 is the product unrounded).
+
+Weights of 8 or 4 bits in memory are an option of an entry, for pairs that fit a card in no other way you can bear:
+
+```yaml
+model_kwargs:
+  quantization_config: {quant_method: bitsandbytes, load_in_4bit: true, bnb_4bit_quant_type: nf4}
+model_kwargs:
+  quantization_config: {quant_method: torchao, quant_type: Int8WeightOnlyConfig}
+```
+
+Keys are those of transformers' `BitsAndBytesConfig`, or `TorchAoConfig`; with torchao, `quant_type` names a class of
+`torchao.quantization`, and further keys go to it. It takes `pip install 'pairscope[quantized]'`, mode resident (auto is) and
+one GPU. Embeddings and unembedding stay as they are: the lens multiplies with them. Such a capture has an id of its own, says
+what it was made with in `status` and in the column `quantization` of the view `captures`, and its numbers are those of
+other weights: do not compare them with a capture in bfloat16.
+
 A value under a key of `*_kwargs` that says token, secret or password is shown as `***` in messages, logs and records. Better
 still, log in with `hf auth login` and write none.
 

@@ -29,6 +29,7 @@ FAR = 16.0  # rows with larger shifts of logits between slots take the plain way
 SUM_ERROR = 2e-7  # of a mean shift of 1, as the sums have it; found by trial against float64
 ENTROPY_ERROR = 2e-6  # nats: where an entropy may be off by more, its row takes the plain way
 KL_ERROR = 2e-4  # relative error of a KL from which on it is computed the plain way
+PLAIN_PIECES = 8  # a chunk's rows go the plain way in so many pieces, should all of them have to
 PLAIN_FAR = 60.0  # nats: beyond this shift exp() of the plain form may leave the range of float32
 
 Pairs = Sequence[tuple[int, int]]
@@ -51,20 +52,24 @@ def divergences(
     sums, far = _sums(logits, maxima_SR, group, space or Space())
     found = _from_sums(sums, maxima_SR, pairs)
     far |= _lossy(sums)
-    rows = far.nonzero().flatten()
-    if len(rows):
+    piece = max(1, logits[0].shape[0] // PLAIN_PIECES)
+    for rows in _pieces(far, piece):
         again = plain([x[rows] for x in logits], maxima_SR[:, rows], pairs, group)
         for mine, theirs in zip(vars(found).values(), vars(again).values(), strict=True):
             mine[:, rows] = theirs
     for i, (a, b) in enumerate(pairs):
         close = _unsure(sums, found, i, a, b) & ~far
-        rows = close.nonzero().flatten()
-        if not len(rows):
-            continue
-        two = [logits[a][rows], logits[b][rows]]
-        again = plain(two, maxima_SR[[a, b]][:, rows], [(0, 1)], group)
-        found.ba[i, rows], found.ab[i, rows] = again.ba[0], again.ab[0]
+        for rows in _pieces(close, piece):
+            two = [logits[a][rows], logits[b][rows]]
+            again = plain(two, maxima_SR[[a, b]][:, rows], [(0, 1)], group)
+            found.ba[i, rows], found.ab[i, rows] = again.ba[0], again.ab[0]
     return found
+
+
+def _pieces(chosen_R: Tensor, size: int) -> Sequence[Tensor]:
+    """Indices of the chosen rows, so many at a time: what `plain` takes for all at once may be more than all else."""
+    rows = chosen_R.nonzero().flatten()
+    return rows.split(size) if len(rows) else ()
 
 
 class Space:

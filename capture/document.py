@@ -13,13 +13,14 @@ from capture.identity import NUMERICS_VERSION
 from capture.schema import SCHEMA_VERSION
 
 if TYPE_CHECKING:
+    from capture.lockstep import Pair
     from capture.work import Work
 
 
 def document(work: Work, files: list[dict[str, Any]]) -> dict[str, Any]:
     """The content of capture.json. files: the marker's list of what was written. Seconds, bytes; secrets are masked."""
     entry, pair, lens, collector = work.entry, work.pair, work.lens, work.collector
-    base = pair.models["base"]
+    base, need = pair.models["base"], work.mode.need
     return {
         "schema_version": SCHEMA_VERSION,
         "numerics_version": NUMERICS_VERSION,
@@ -33,11 +34,13 @@ def document(work: Work, files: list[dict[str, Any]]) -> dict[str, Any]:
         "n_prompts": len(work.prompts.items),
         "n_tokens": work.prompts.n_tokens,
         "trimmed_to": work.prompts.trimmed_to,
+        "layers": sorted(work.layers),
         "passes": [p.name for p in entry.passes],
         "comparisons": [c.name for c in entry.comparisons],
         "embedding_variants": entry.embedding_variants,
         "dtype": str(base.model.dtype).removeprefix("torch."),
         "attention": base.model.config._attn_implementation,
+        "quantization": _quantization(pair),
         "lens": {
             "layers": sorted(lens.layers),
             "norm": entry.lens.norm,
@@ -59,29 +62,41 @@ def document(work: Work, files: list[dict[str, Any]]) -> dict[str, Any]:
             "same_unembedding": pair.same_head,
         },
         "spans": [
-            {"first": s.first, "last": s.last, "host": s.meta["host"], "process": s.meta["process"]} for s in work.spans
+            {"first": s.first, "last": s.last, "host": s.meta["host"], "process": s.meta["process"]}
+            for s in work.course.spans
         ],
+        "workers": work.course.workers(work.mode.mode),
         "passes_share_a_batch": pair.stacked,
         "batches": [
             {"tokens": int(b.ids_BT.shape[1]), "items": list(b.items), "padded": b.mask_BT is not None}
-            for b in work.batches
+            | ({"split": split} if (split := _split(pair, number)) else {})
+            for number, b in enumerate(work.batches)
             if not b.probe
         ],
         "noise_floor": _noise_floor(work),
         "self_checks": work.checks,
         "tensor_parallel": work.group.size,
+        "replicate_attention": work.group.whole_attention,
         "mode": work.mode.mode,
         "mode_reason": work.mode.why,
         "device": work.choice.device,
         "gpu": work.choice.name,
         "seconds": {stage: round(seconds, 3) for stage, seconds in work.seconds.items()},
         "bytes": {
-            "checkpoints_read": work.ledger.read_bytes,
+            "checkpoints_read": sum(w["bytes_read"] for w in work.course.workers(work.mode.mode)),
             "weights_peak": work.ledger.peak,
             "tables": sum(f["bytes"] for f in files),
         },
         "peak_memory_bytes": work.peak_memory(),
-        "planned_memory_bytes": work.mode.weight_bytes,
+        "planned_memory_bytes": work.mode.need.peak,
+        "memory": {
+            "free_bytes": work.choice.free_bytes,
+            "planned": {"open": need.open, "layers": need.layers, "lens": need.lens, "weights": need.weights},
+            "peak": work.peaks.bytes,
+            "peak_of": work.peaks.measured,
+            "lens_tile_bytes": lens.tile_bytes,
+            "waiting_states_on_host": pair.home.away,
+        },
         "versions": {
             "pairscope": __version__,
             "python": platform.python_version(),
@@ -89,6 +104,17 @@ def document(work: Work, files: list[dict[str, Any]]) -> dict[str, Any]:
             "transformers": transformers.__version__,
         },
     }
+
+
+def _split(pair: Pair, batch: int) -> list[dict[str, int]]:
+    """From which layer on a batch went through layers in how many parts: part of its numbers, as its composition is."""
+    return [{"from_layer": s.layer, "parts": s.parts} for s in pair.splits if s.batch == batch]
+
+
+def _quantization(pair: Pair) -> dict[str, Any] | None:
+    """By what each model's weights are quantized, in memory or as stored; None where neither is."""
+    found: dict[str, Any] = {owner: model.quantization.record for owner, model in pair.models.items()}
+    return found if any(found.values()) else None
 
 
 def _models(work: Work) -> dict[str, Any]:

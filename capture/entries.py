@@ -8,14 +8,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
 from capture.errors import ConfigError, PromptError
 from capture.fields import Frozen, masked, near
 from capture.passes import FOUR_PASSES, Comparison, MultiPass, Pass, single_comparisons
-from capture.settings import AllowedPair, Batching, Lens, LocalRun, Mode, Output, Settings, Spans, SweepEntry
+from capture.quantize import check_asked
+from capture.settings import AllowedPair, Batching, Layers, Lens, LocalRun, Mode, Output, Settings, Spans, SweepEntry
 
 BLOCK = "residual_compare"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -55,13 +56,15 @@ class Entry(Frozen):
         default={}
     )  # name of the variant -> its comparison; empty where multi_pass is on
     lens: Lens = Lens()
+    layers: Layers = "all"
     batching: Batching = Batching()
     output: Output = Output()
     spans: Spans = Spans()
     noise_floor: bool = True
     spectrum: bool = False
     local_run: LocalRun = LocalRun()
-    tensor_parallel: int = 1
+    tensor_parallel: int | Literal["auto"] = 1
+    replicate_attention: bool = False
     gpus: float | None = None
     accelerator_type: str | None = None
     device_memory_gib: float | None = None
@@ -153,6 +156,10 @@ class Config:
                     return value
             return None
 
+        try:
+            check_asked(pick("model_kwargs"), pick("mode"), pick("tensor_parallel"))
+        except ConfigError as error:
+            raise ConfigError(f"{self._where(f'{prefix}model_kwargs')}: {error}") from error
         passes, comparisons = block.multi_pass.runs, block.multi_pass.comparisons()
         variants: dict[str, str] = {}
         if not block.multi_pass.enabled:
@@ -187,13 +194,15 @@ class Config:
             comparisons=comparisons,
             embedding_variants=variants,
             lens=block.lens,
+            layers=block.layers,
             batching=block.batching,
             output=block.output,
-            spans=block.spans,
+            spans=pick("spans"),
             noise_floor=block.noise_floor,
             spectrum=block.spectrum,
             local_run=block.local_run,
             tensor_parallel=pick("tensor_parallel"),
+            replicate_attention=pick("replicate_attention"),
             gpus=pick("gpus"),
             accelerator_type=pick("accelerator_type"),
             device_memory_gib=block.device_memory_gib,

@@ -1,28 +1,34 @@
-"""How many bytes a capture needs on its device, from sizes alone: no torch, no file is read, nothing is loaded.
+"""How many bytes a capture needs on its device: one arithmetic for the engine and the planner.
 
-The engine and the planner share this arithmetic. All sizes are bytes of tensors as they stand in memory.
+No torch, no file is read, nothing is loaded. The engine fills `Activations` with what it measured without data
+(capture/measure.py), the planner with the formulas below; `needs` is the same for both. All sizes are bytes of tensors as they
+stand in memory.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
-# All modes that are planned, from the one with the most weights in memory to the one with the fewest.
+# All modes, from the one with the most weights in memory to the one with the fewest.
 MODES = {
     "resident": "both models stay loaded",
     "one-at-a-time": "one model is loaded, then the other; states wait in main memory",
     "streamed": "a layer of each model in use, the next of each being read: 4 layer buffers",
     "streamed-2": "one layer in use, the next being read, the models taking turns: 2 layer buffers",
-    "sub-layer": "one matrix in use, the next being read; the unembedding in chunks",
+    "sub-layer": "one matrix in use, the next being read; the unembedding in chunks; matrices are read once a batch",
 }
+# What `mode: auto` takes, the first that fits. Not one-at-a-time: streamed needs less and reads while it computes.
+AUTO = ("resident", "streamed", "streamed-2", "sub-layer")
 # What this version runs. Everything else is arithmetic for planning; when the engine learns it, add it here.
-RUNNABLE = frozenset({"resident", "streamed"})
+RUNNABLE = frozenset(MODES)
 RUNNABLE_DEGREES = frozenset({1, 2, 4, 8})  # GPUs that one capture is split over
-RUNNABLE_STORED = frozenset({"float32", "bfloat16", "float16"})  # dtypes of checkpoints
+RUNNABLE_STORED = frozenset({"float32", "bfloat16", "float16", "float8"})  # dtypes of checkpoints
 
-RESIDENT_SHARE = 0.5  # mode auto keeps both models where their weights take less than this share of the free memory
+# Share of the free memory that `mode: auto` fills. Main memory is shared with all else that runs on the machine.
+ROOM = {"cuda": 0.95, "cpu": 0.5}
 
 DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "float8": 1}
 
@@ -30,12 +36,12 @@ DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "float8"
 LENS_TILE_BYTES = 1 << 30
 LENS_STATISTICS_CELLS = 400_000 * 64
 LENS_HEAD_CHUNK = 16384
-# [rows, V] float32 tensors alive at most in lens.pair_stats, beside each slot's probabilities
-LENS_TEMPORARIES = 8
-# float64 [rows, D] tensors alive at most in statistics.cosine_distance
+# [rows, V] float32 tensors alive at most in lens.lens_tile, beside the logits (a test measures them)
+LENS_TEMPORARIES = 40
+STATISTICS_CELLS = 1 << 21  # numbers of a state that the residual statistics work on at a time
+# float64 tensors of that size alive at most in statistics.cosine_distance
 STATISTICS_TEMPORARIES = 6
-# A layer of fused experts takes 2.6 times its size while it is put together, as transformers does it (measured).
-FUSED_LOADING = 1.6
+FP8_STRIP = 1 << 22  # elements of an FP8 weight that are multiplied with their scales at a time (capture/assemble.py)
 
 
 @dataclass(frozen=True)
@@ -44,7 +50,8 @@ class ModelBytes:
 
     embedding holds a tied unembedding too, and head is 0 then. layers: each layer in order. replicated: the bytes of each
     layer that tensor parallelism does not divide (empty: none). matrix: the largest single matrix of any layer; row: one
-    row of the unembedding. fused: layers hold fused experts.
+    row of the unembedding. fused: layers hold fused experts. leaves: the most that sub-layer mode has of the layers at a
+    time, where that is known. loading: what each layer takes beside itself while it is read (empty: nothing).
     """
 
     embedding: int
@@ -56,49 +63,89 @@ class ModelBytes:
     matrix: int = 0
     row: int = 0
     fused: bool = False
+    leaves: int = 0
+    loading: tuple[int, ...] = ()
 
     @property
     def total(self) -> int:
         return self.embedding + self.head + self.rest + sum(self.layers)
 
+    @property
+    def reading(self) -> tuple[int, ...]:
+        return self.loading or (0,) * len(self.layers)
+
+    @property
+    def ends(self) -> int:
+        """What stays beside the layers: unembedding (with a tied embedding) and rest."""
+        return self.head + self.rest + (self.embedding if self.tied else 0)
+
+    @property
+    def most_leaves(self) -> int:
+        """Of sub-layer mode: the two largest matrices. Fused experts are one: then it is taken to be the whole layer."""
+        return self.leaves or (max(self.layers) if self.fused else 2 * self.matrix)
+
+    @property
+    def chunk(self) -> int:
+        """A chunk of the unembedding."""
+        return min(self.embedding if self.tied else self.head, LENS_HEAD_CHUNK * self.row)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The most bytes of weights alive in each stage: while the first states are made; while layers run; while lenses do."""
+
+    open: int
+    layers: int
+    lens: int
+
+    @property
+    def peak(self) -> int:
+        return max(self.open, self.layers, self.lens)
+
+
+def weights(models: Sequence[ModelBytes], mode: str) -> Weights:
+    """Weights alive in one mode. models: base and sft, or one of them where both are the same.
+
+    Embedding tables are read one after the other; only one that is an unembedding as well stays. Then both models' ends
+    stay, and of the layers: resident all; streamed the largest two consecutive layers of every model; streamed-2 the largest
+    two in the order base 0, sft 0, base 1, sft 1, ...; one-at-a-time all of one model, in whose time no unembedding is there.
+    sub-layer: two leaves, and a chunk of each unembedding.
+    """
+    rests = sum(m.rest for m in models)
+    if mode == "sub-layer":
+        stay = rests + sum(m.chunk for m in models)
+        return Weights(stay, stay + max(m.most_leaves + max(m.reading) for m in models), stay)
+    tables = [sum(m.embedding for m in models[:i] if m.tied) + one.embedding for i, one in enumerate(models)]
+    ends = sum(m.ends for m in models)
+    opening = max(*tables, ends)
+    if mode == "one-at-a-time":
+        return Weights(opening, rests + max(_all(list(zip(m.layers, m.reading, strict=True))) for m in models), ends)
+    steps = [list(step) for step in zip(*(list(zip(m.layers, m.reading, strict=True)) for m in models), strict=True)]
+    both = [(sum(size for size, _ in step), max(more for _, more in step)) for step in steps]
+    turns = [one for step in steps for one in step]
+    held = {"resident": _all, "streamed": _largest_two, "streamed-2": _largest_two}[mode]
+    layers = held(turns if mode == "streamed-2" else both)
+    return Weights(opening, ends + layers, ends + layers)
+
 
 def weight_bytes(models: Sequence[ModelBytes]) -> dict[str, int]:
-    """The most bytes of weights alive at once, by mode. models: base and sft, or one of them where both are the same.
-
-    Embeddings that are no unembedding at the same time are freed after the first states are made. So each peak is the
-    larger of two moments: all ends loaded (embedding, unembedding, rest), or the ends without such embeddings and layers:
-    resident all of them, streamed the largest two consecutive layers of every model, streamed-2 the largest two in the
-    order base 0, sft 0, base 1, sft 1, ...; one-at-a-time the same for the larger model, or both unembeddings at the end.
-    sub-layer: the two largest matrices, `rest`, and two chunks of the unembedding.
-    """
-    kept = sum(m.head + m.rest for m in models)
-    embeddings = sum(m.embedding for m in models)
-    freed = sum(m.embedding for m in models if not m.tied)
-    layers = [sum(sizes) for sizes in zip(*(m.layers for m in models), strict=True)]
-    turns = [size for sizes in zip(*(m.layers for m in models), strict=True) for size in sizes]
-    start, later = kept + embeddings, kept + embeddings - freed
-    alone = max(max(m.embedding, sum(m.layers) + (m.embedding if m.tied else 0)) + m.head + m.rest for m in models)
-    heads = sum(m.head + m.rest + (m.embedding if m.tied else 0) for m in models)
-    chunks = 2 * max(min(m.embedding if m.tied else m.head, LENS_HEAD_CHUNK * m.row) for m in models)
-    return {
-        "resident": max(start, later + sum(layers)),
-        "one-at-a-time": max(alone, heads),
-        "streamed": max(start, later + _largest_two(layers)),
-        "streamed-2": max(start, later + _largest_two(turns)),
-        "sub-layer": sum(m.rest for m in models) + 2 * max(m.matrix for m in models) + chunks,
-    }
+    """The most bytes of weights alive at once, by mode."""
+    return {mode: weights(models, mode).peak for mode in MODES}
 
 
-def _largest_two(sizes: Sequence[int]) -> int:
-    """The largest sum of two consecutive sizes; of one where there is only one."""
-    return max((a + b for a, b in itertools.pairwise(sizes)), default=sizes[0])
+Steps = Sequence[tuple[int, int]]  # bytes of what is read in one step; what that takes beside them
 
 
-def loading_bytes(models: Sequence[ModelBytes], mode: str) -> int:
-    """What a layer takes beyond its own size while it is read. Layers are read one after the other, of one model at a time."""
-    if mode == "sub-layer":
-        return 0
-    return max((int(FUSED_LOADING * max(m.layers)) for m in models if m.fused), default=0)
+def _all(steps: Steps) -> int:
+    """The most while all steps are read one after the other."""
+    so_far = itertools.accumulate(size for size, _ in steps)
+    return max(size + more for size, (_, more) in zip(so_far, steps, strict=True))
+
+
+def _largest_two(steps: Steps) -> int:
+    """The most while every step is read when the one before it is in use."""
+    pairs = (a + b + more for (a, _), (b, more) in itertools.pairwise(steps))
+    return max([sum(steps[0]), *pairs])
 
 
 def rank_share(model: ModelBytes, degree: int) -> ModelBytes:
@@ -118,11 +165,98 @@ def rank_share(model: ModelBytes, degree: int) -> ModelBytes:
         replicated=(),
         matrix=max(_ceil(model.matrix, degree), min(model.matrix, max(whole))),
         row=_ceil(model.row, degree),
+        leaves=0,
     )
 
 
 def _ceil(size: int, parts: int) -> int:
     return -(-size // parts)
+
+
+@dataclass(frozen=True)
+class Activations:
+    """What the device needs beside weights, each at most.
+
+    states: of all passes and batches between two layers; batch: of those, the largest batch's. calls, batch_calls: likewise
+    what the model gave its layers with them (masks, rotary tables). opening: while first states are made, beside them.
+    forward: a layer at work on a batch, with the new states; statistics, lens: of one batch, beside its states.
+    """
+
+    states: int
+    batch: int
+    calls: int
+    batch_calls: int
+    opening: int
+    forward: int
+    statistics: int
+    lens: int
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes on the device in each stage, weights included; weights: of those, at most."""
+
+    open: int
+    layers: int
+    lens: int
+    weights: int
+
+    @property
+    def peak(self) -> int:
+        return max(self.open, self.layers, self.lens)
+
+
+def needs(
+    models: Sequence[ModelBytes], mode: str, act: Activations, *, spill: bool = False, on_host: bool = False
+) -> Need:
+    """What a capture needs at most in each stage.
+
+    spill: states of batches that are not at work wait in main memory. on_host: the device is the main memory, so that states
+    which wait there count too.
+
+    While a layer runs on a batch there are the states that entered it, of all batches, and those that it makes, of this batch;
+    where the models take turns those of all batches. When they are compared, both are there.
+    """
+    held = weights(models, mode)
+    alone = act.batch + act.batch_calls if spill and not on_host else act.states + act.calls
+    others = 0 if spill and not on_host else act.states - act.batch  # made, and waiting for the other model's turn
+    waiting = 0
+    if mode in ("streamed-2", "sub-layer"):
+        waiting = others
+    elif mode == "one-at-a-time" and on_host:
+        waiting = act.states * (len(models[0].layers) - 1) + others
+    return Need(
+        held.open + alone + act.opening,
+        held.layers + max(alone + waiting + act.forward, alone + waiting + act.batch + act.statistics),
+        held.lens + alone + waiting + act.batch + act.lens,
+        held.peak,
+    )
+
+
+SHRINK = (1, 4, 16, 64, 256, 1024)  # what lens tiles are divided by, until the rest fits
+
+
+@dataclass(frozen=True)
+class Way:
+    """One mode with its lens tiles, and whether states that wait are in main memory."""
+
+    mode: str
+    spill: bool
+    tile_bytes: int
+    need: Need
+
+
+def ways(
+    models: Sequence[ModelBytes], mode: str, act: Callable[[int], Activations], tile_bytes: int, *, on_host: bool
+) -> Iterator[Way]:
+    """What a mode can do to need less, in the order in which it is tried; none of it changes a state.
+
+    act: tile bytes -> activations. tile_bytes: of the largest lens tile. on_host: the device is the main memory.
+    """
+    for spill in (False,) if on_host else (False, True):
+        for divisor in SHRINK:
+            tile = max(1, tile_bytes // divisor)
+            yield Way(mode, spill, tile, needs(models, mode, act(tile), spill=spill, on_host=on_host))
 
 
 @dataclass(frozen=True)
@@ -145,44 +279,66 @@ class Walk:
     lens: bool = True
 
 
-def state_bytes(walk: Walk) -> int:
-    """The states of all passes between two layers, and what the model gave its layers with them (rotary tables).
+def ffn_width(config: Mapping[str, Any], hidden: int) -> int:
+    """The width of the feed-forward that one token goes through: of the dense one, or of all experts that it is sent to."""
+    dense = int(config.get("intermediate_size") or config.get("n_inner") or config.get("ffn_dim") or 4 * hidden)
+    routed = int(config.get("moe_intermediate_size") or 0)
+    if not routed:
+        return dense * int(config.get("num_experts_per_tok") or 1)
+    return max(dense, routed * (int(config.get("num_experts_per_tok") or 1) + int(config.get("n_shared_experts") or 0)))
 
-    passes x tokens x hidden, and 2 x head_dim a token for each pass, each of `element` bytes.
-    """
-    return walk.passes * walk.tokens * (walk.hidden + 2 * walk.head_dim) * walk.element
+
+def state_bytes(walk: Walk) -> int:
+    """The states of all passes between two layers: passes x tokens x hidden, each of `element` bytes."""
+    return walk.passes * walk.tokens * walk.hidden * walk.element
 
 
 def forward_bytes(walk: Walk) -> int:
     """One layer at work on its largest batch: hidden states, queries, keys, values and the feed-forward's products.
 
-    rows x (4 hidden + 3 ffn + (heads + 2 kv_heads) x head_dim) elements, rows = batch tokens x the passes of one model that
-    run together, and the new states of all passes. Measured once at 14.6 MB where this says 15.5 MB.
+    rows x (5 hidden + 3 ffn + 2 (heads + 2 kv_heads) x head_dim) elements, rows = batch tokens x the passes of one model that
+    run together, and the new states of the other passes.
     """
     rows = walk.batch_tokens * walk.passes_of_one
-    wide = 4 * walk.hidden + 3 * walk.ffn + (walk.heads + 2 * walk.kv_heads) * walk.head_dim
-    return (rows * wide + walk.passes * walk.batch_tokens * walk.hidden) * walk.element
+    wide = 5 * walk.hidden + 3 * walk.ffn + 2 * (walk.heads + 2 * walk.kv_heads) * walk.head_dim
+    others = (walk.passes - walk.passes_of_one) * walk.batch_tokens
+    return (rows * wide + others * walk.hidden) * walk.element
 
 
-def lens_bytes(walk: Walk) -> int:
+def lens_bytes(walk: Walk, tile_bytes: int = LENS_TILE_BYTES) -> int:
     """One tile of the lens: float32 logits of all passes, a chunk of the unembedding in float32, and the statistics."""
     if not walk.lens:
         return 0
     per_row = walk.passes * walk.vocab * 4
-    tile = min(walk.batch_tokens, max(1, LENS_TILE_BYTES // per_row))
-    rows = min(tile, max(1, LENS_STATISTICS_CELLS // walk.vocab))
+    tile = min(walk.batch_tokens, max(1, tile_bytes // per_row))
+    rows = min(tile, statistics_rows(walk.vocab, tile_bytes, LENS_STATISTICS_CELLS))
     chunk = min(LENS_HEAD_CHUNK, walk.vocab)
     upcast = 0 if walk.element == 4 else chunk * walk.hidden * 4 + tile * walk.passes_of_one * chunk * 4
-    return tile * per_row + upcast + rows * walk.vocab * 4 * (walk.passes + LENS_TEMPORARIES)
+    return tile * per_row + upcast + rows * walk.vocab * 4 * LENS_TEMPORARIES
+
+
+def statistics_rows(vocab: int, tile_bytes: int, cells: int) -> int:
+    """Rows of a tile whose statistics are worked on at a time: `cells` logits of one pass, their work in no more than a tile."""
+    return max(1, min(cells // vocab, tile_bytes // (vocab * 4 * LENS_TEMPORARIES)))
 
 
 def statistics_bytes(walk: Walk) -> int:
-    """Norms, differences and cosines of one batch in float64, and the new states of all passes beside them."""
-    new = walk.passes * walk.batch_tokens * walk.hidden * walk.element
-    return walk.batch_tokens * walk.hidden * 8 * STATISTICS_TEMPORARIES + new
+    """Norms, differences and cosines in float64, some rows of a batch at a time."""
+    cells = min(walk.batch_tokens * walk.hidden, max(walk.hidden, STATISTICS_CELLS))
+    return cells * 8 * STATISTICS_TEMPORARIES
+
+
+def activations(walk: Walk, tile_bytes: int = LENS_TILE_BYTES) -> Activations:
+    """By the formulas above. Rotary tables and the like: 2 x head_dim elements a token."""
+    states, batch = state_bytes(walk), state_bytes(replace(walk, tokens=walk.batch_tokens))
+    rotary = 2 * 2 * walk.head_dim * walk.element
+    return Activations(
+        states, batch, walk.tokens * rotary, walk.batch_tokens * rotary, 2 * batch, forward_bytes(walk),
+        statistics_bytes(walk), lens_bytes(walk, tile_bytes),
+    )  # fmt: skip
 
 
 def activation_bytes(walk: Walk) -> int:
-    """What the device needs beside weights: the states, and the largest of forward, statistics and lens, one at a time."""
-    new = walk.passes * walk.batch_tokens * walk.hidden * walk.element
-    return state_bytes(walk) + max(forward_bytes(walk), statistics_bytes(walk), lens_bytes(walk) + new)
+    """What the device needs beside the weights of a streamed walk."""
+    act = activations(walk)
+    return act.states + act.calls + max(act.forward, act.batch + max(act.statistics, act.lens))

@@ -19,10 +19,11 @@ from capture.ranks import Ranks
 
 @dataclass(frozen=True)
 class Group:
-    """rank of size; all ranks call every method, in the same order."""
+    """rank of size; all ranks call every method, in the same order. whole_attention: each holds the whole attention."""
 
     rank: int = 0
     size: int = 1
+    whole_attention: bool = False
 
     def max(self, x: Tensor) -> Tensor:
         """Elementwise maximum over ranks, in place."""
@@ -54,7 +55,7 @@ class Group:
 ALONE = Group()
 
 
-def join_group(ranks: Ranks, device: torch.device, *, minutes: float = 30) -> Group:
+def join_group(ranks: Ranks, device: torch.device, *, minutes: float = 30, whole_attention: bool = False) -> Group:
     """Meet the other ranks (NCCL on CUDA, gloo on the CPU). All collectives give up after `minutes`.
 
     Each process sees one GPU, its own, so that the local rank is 0 everywhere.
@@ -77,7 +78,7 @@ def join_group(ranks: Ranks, device: torch.device, *, minutes: float = 30) -> Gr
             timeout=datetime.timedelta(minutes=minutes),
             device_id=device if device.type == "cuda" else None,
         )
-    return Group(ranks.rank, ranks.size)
+    return Group(ranks.rank, ranks.size, whole_attention)
 
 
 def leave_group(group: Group) -> None:
@@ -102,3 +103,28 @@ def vocabulary_shard(weight: Tensor) -> tuple[int, Tensor]:
         return 0, local(weight)
     _, offset = compute_local_shape_and_global_offset(weight.shape, weight.device_mesh, weight.placements)
     return offset[0], weight.to_local()
+
+
+def is_distributed(x: Tensor) -> bool:
+    """True for a tensor of which this rank holds a share."""
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(x, DTensor)
+
+
+def is_plain(x: object) -> bool:
+    """True for a tensor of numbers, false for what a quantization backend stores."""
+    return type(x) in (Tensor, torch.nn.Parameter)
+
+
+def nbytes_of(x: Tensor) -> int:
+    """Bytes of this rank's share of a tensor, or of the tensors that a quantized one is made of."""
+    x = local(x)
+    if hasattr(x, "__tensor_flatten__"):
+        names, _ = x.__tensor_flatten__()
+        return sum(nbytes_of(getattr(x, name)) for name in names)
+    scales = (
+        getattr(getattr(x, "quant_state", None), "absmax", None),
+        getattr(x, "SCB", None),
+    )  # bitsandbytes, 4 and 8 bits
+    return x.nbytes + sum(s.nbytes for s in scales if isinstance(s, Tensor))

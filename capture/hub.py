@@ -7,7 +7,7 @@ import glob
 import json
 import logging
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,24 @@ def model_snapshot(
     `check_config` sees config.json before the weights are downloaded, and may raise. Without `download`, or offline, what is
     in the cache is taken. Raises CheckpointError.
     """
+    want = _model_files(repo, allow_pickle, check_config)
+    return _snapshot(repo, revision, download, token, want, known_file="config.json")
+
+
+def download_bytes(repo: str, revision: str | None, *, allow_pickle: bool, token: str | bool | None) -> int:
+    """Bytes that `model_snapshot` would download now: asks the hub for sizes and small files only. Raises CheckpointError."""
+    from huggingface_hub.errors import EntryNotFoundError, HFValidationError, HTTPError
+
+    try:
+        info = _info(repo, revision, token)
+        sizes = _needed(repo, info, token, _model_files(repo, allow_pickle, lambda config: None))
+    except (OSError, HTTPError, EntryNotFoundError, HFValidationError) as error:
+        raise hub_error(repo, revision, error) from error
+    return sum(sizes[n] for n in _missing(repo, info.sha, sizes))
+
+
+def _model_files(repo: str, allow_pickle: bool, check_config: Callable[[dict[str, Any]], None]) -> Want:
+    """What of a model's repository is needed."""
 
     def want(sizes: Mapping[str, int], read: Read) -> list[str]:
         where = f"hub model '{repo}'"
@@ -50,7 +68,7 @@ def model_snapshot(
         code = (".py",) if "auto_map" in config else ()
         return [*_small(sizes, code), *weights.files]
 
-    return _snapshot(repo, revision, download, token, want, known_file="config.json")
+    return want
 
 
 def tokenizer_snapshot(repo: str, revision: str | None, *, download: bool, token: str | bool | None) -> Path:
@@ -74,24 +92,44 @@ def _snapshot(
         return _cached(repo, revision, known_file, why)
     try:
         try:
-            info = hub.HfApi().model_info(repo, revision=revision, files_metadata=True, token=token)
+            info = _info(repo, revision, token)
         except (OSError, HTTPError) as error:
             if isinstance(error, HfHubHTTPError):  # the hub answered, and the answer is no
                 raise
             log.warning("the hub cannot be reached for '%s' (%s); trying the cache", repo, type(error).__name__)
             return _cached(repo, revision, known_file, f"the hub cannot be reached ({_one_line(error)})")
-        sizes = {s.rfilename: s.size or 0 for s in info.siblings or []}
-
-        def read(name: str) -> bytes:
-            return Path(hub.hf_hub_download(repo, name, revision=info.sha, token=token)).read_bytes()
-
-        names = want(sizes, read)
-        _check_disk(repo, info.sha, {n: sizes[n] for n in names})
+        sizes = _needed(repo, info, token, want)
+        _check_disk(repo, info.sha, sizes)
         # By the branch's name, not by its commit: only then does the cache know the branch when the network is gone.
-        patterns = [glob.escape(n) for n in names]
+        patterns = [glob.escape(n) for n in sizes]
         return Path(hub.snapshot_download(repo, revision=revision, token=token, allow_patterns=patterns))
     except (OSError, HTTPError, EntryNotFoundError, HFValidationError) as error:
         raise hub_error(repo, revision, error) from error
+
+
+def _info(repo: str, revision: str | None, token: str | bool | None) -> Any:
+    import huggingface_hub as hub
+
+    return hub.HfApi().model_info(repo, revision=revision, files_metadata=True, token=token)
+
+
+def _needed(repo: str, info: Any, token: str | bool | None, want: Want) -> dict[str, int]:
+    """The files that are needed, and the bytes of each."""
+    import huggingface_hub as hub
+
+    sizes = {s.rfilename: s.size or 0 for s in info.siblings or []}
+
+    def read(name: str) -> bytes:
+        return Path(hub.hf_hub_download(repo, name, revision=info.sha, token=token)).read_bytes()
+
+    return {n: sizes[n] for n in want(sizes, read)}
+
+
+def _missing(repo: str, commit: str, names: Iterable[str]) -> list[str]:
+    """Those of the files that are not in the cache."""
+    import huggingface_hub as hub
+
+    return [n for n in names if not isinstance(hub.try_to_load_from_cache(repo, n, revision=commit), str)]
 
 
 def _cached(repo: str, revision: str | None, known_file: str, why: str) -> Path:
@@ -112,10 +150,9 @@ def _cached(repo: str, revision: str | None, known_file: str, why: str) -> Path:
 
 def _check_disk(repo: str, commit: str, sizes: Mapping[str, int]) -> None:
     """Raise if what is still to be downloaded does not fit the disk."""
-    import huggingface_hub as hub
     from huggingface_hub import constants
 
-    missing = [n for n in sizes if not isinstance(hub.try_to_load_from_cache(repo, n, revision=commit), str)]
+    missing = _missing(repo, commit, sizes)
     need = sum(sizes[n] for n in missing)
     cache = Path(constants.HF_HUB_CACHE)
     there = next(d for d in (cache, *cache.parents) if d.exists())

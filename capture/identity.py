@@ -23,7 +23,7 @@ IN_ID = frozenset(
     {
         "tokenizer_kwargs", "model_kwargs", "dtype", "top_k", "prompts", "trim_prompts", "add_special_tokens",
         "prompt_variants", "prompt_variant_options", "tracked_token_ids", "tracked_token_strings", "interesting_token_map",
-        "passes", "comparisons", "embedding_variants", "lens", "batching", "output", "noise_floor",
+        "passes", "comparisons", "embedding_variants", "layers", "lens", "batching", "output", "noise_floor",
         "spectrum",
     }
 )  # fmt: skip
@@ -36,10 +36,11 @@ NOT_IN_ID = {
     "tokenizer": "the hash of its files stands for it",
     "prompt_sources": "where a prompt stands, not what it says",
     "device": "where it runs",
-    "mode": "both modes give the same numbers",
+    "mode": "all modes give the same numbers",
     "spans": "where a walk is cut changes no number",
     "local_run": "guards; what they override is in dtype and the kwargs",
     "tensor_parallel": "where it runs; capture.json records it",
+    "replicate_attention": "where it runs; capture.json records it",
     "gpus": "scheduling",
     "accelerator_type": "scheduling",
     "device_memory_gib": "scheduling",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,9 @@ from capture.errors import StoreError, cannot_write
 from capture.schema import SCHEMA_VERSION
 
 MARKER = "_COMPLETE"
+
+# scheme -> what opens a URI that pyarrow does not know, as (file system, path); whoever has such a place adds it
+OPENERS: dict[str, Callable[[str], tuple[Any, str]]] = {}
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,9 @@ class RunDir:
 
         self.out = str(out)
         try:
-            if "://" in self.out:
+            if self.out.partition("://")[0] in OPENERS:
+                self.fs, self.root = OPENERS[self.out.partition("://")[0]](self.out)
+            elif "://" in self.out:
                 self.fs, self.root = fs.FileSystem.from_uri(self.out)
             else:
                 self.fs, self.root = fs.LocalFileSystem(), str(Path(self.out).expanduser().absolute())
@@ -123,8 +128,10 @@ class RunDir:
             i.type == fs.FileType.File and i.size == f["bytes"] for i, f in zip(infos, marker["files"], strict=True)
         )
 
-    def captures(self, include_partial: bool = False) -> Iterator[CaptureDir]:
-        """The complete captures by pair and id. A marker of another schema version is an error that names it."""
+    def captures(self, include_partial: bool = False, refused: list[str] | None = None) -> Iterator[CaptureDir]:
+        """The complete captures by pair and id. A marker of another schema version is an error that names it; where a list
+        is given for such errors, they go there and the capture is left out.
+        """
         for pair_info in self.list_dir(f"{self.root}/captures"):
             pair = pair_info.base_name.removeprefix("pair=")
             for info in self.list_dir(pair_info.path):
@@ -135,10 +142,14 @@ class RunDir:
                     marker = {"files": [{"name": f.base_name} for f in self.list_dir(info.path)
                                         if f.base_name.endswith(".parquet")], "partial": True}  # fmt: skip
                 elif marker.get("schema_version") != SCHEMA_VERSION:
-                    raise StoreError(
+                    why = (
                         f"'{info.path}' was written with schema version {marker.get('schema_version')}, this pairscope "
                         f"reads version {SCHEMA_VERSION}; write to another --out, or read it with the version that wrote it"
                     )
+                    if refused is None:
+                        raise StoreError(why)
+                    refused.append(why)
+                    continue
                 yield CaptureDir(pair, info.base_name.removeprefix("capture="), info.path, marker)
 
     def manifest_rows(self) -> list[dict[str, Any]]:

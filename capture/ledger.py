@@ -15,6 +15,7 @@ class Ledger:
         self._lock = threading.Lock()
         self.live = 0
         self.peak = 0
+        self.stage_peak = 0  # since begin_stage
         self.read_bytes = 0
         self.reads: dict[str, int] = {}
 
@@ -22,6 +23,12 @@ class Ledger:
         with self._lock:
             self.live += nbytes
             self.peak = max(self.peak, self.live)
+            self.stage_peak = max(self.stage_peak, self.live)
+
+    def begin_stage(self) -> None:
+        """Count `stage_peak` from here on."""
+        with self._lock:
+            self.stage_peak = self.live
 
     def read(self, key: str, nbytes: int) -> None:
         with self._lock:
@@ -49,3 +56,8 @@ class CountedSlice:
         tensor: torch.Tensor = self._inner[index]
         self._ledger.read(self._key, tensor.nbytes)
         return tensor
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """True for what torch raises when an allocation fails: its own class on CUDA, a plain RuntimeError on the CPU."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -29,15 +29,25 @@ class LensPlan:
     tile_bytes: int
     rows: int
 
+    def tile_rows(self, n_slots: int, tile_bytes: int | None = None) -> int:
+        """Rows of one tile: as many as tile_bytes hold logits of."""
+        return max(1, (tile_bytes or self.tile_bytes) // (n_slots * self.n_vocab * 4))
 
-def plan_lens_layers(layers: str | int | tuple[int, ...], enabled: bool, n_layers: int) -> frozenset[int]:
-    """The layers that the lens reads: all; every n-th and L; or a list, in which -1 is the entering state.
+    def statistics_rows(self, *, exact: bool = False) -> int:
+        """Rows whose statistics are worked on at a time. exact: where shifts are sums of products, which take more."""
+        return max(1, self.rows * 3 // 4 if exact else self.rows)
+
+    def refine_rows(self, rows: int, n_slots: int) -> int:
+        """Of a tile's rows, those whose shifts are products of their own at a time: these take more for each row."""
+        return max(1, rows * n_slots // (n_slots + 3))
+
+
+def plan_layers(layers: str | int | tuple[int, ...], n_layers: int, key: str) -> frozenset[int]:
+    """The layers chosen under a config key: all; every n-th and L; or a list, in which -1 is the entering state.
 
     Raises ConfigError for a layer that the model has not.
     """
     every = range(-1, n_layers + 1)
-    if not enabled:
-        return frozenset()
     if layers == "all":
         return frozenset(every)
     if isinstance(layers, int):
@@ -45,7 +55,7 @@ def plan_lens_layers(layers: str | int | tuple[int, ...], enabled: bool, n_layer
     assert not isinstance(layers, str)
     if wrong := [layer for layer in layers if layer not in every]:
         raise ConfigError(
-            f"residual_compare.lens.layers names the layer {wrong[0]}; this model has -1 (what enters block 0) to {n_layers} "
+            f"residual_compare.{key} names the layer {wrong[0]}; this model has -1 (what enters block 0) to {n_layers} "
             "(after the final norm)"
         )
     return frozenset(layers)

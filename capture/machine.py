@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import json
 import os
 import platform
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from capture.device import _host_memory as host_memory
 
 GIB = 1024**3
 MIB = 1024**2
+MESH_SILENT_S = 15.0  # its daemon writes every three
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,7 @@ def gpu_lines() -> list[str]:
 
 def checks() -> list[Check]:
     """Everything `pairscope doctor` shows, in order."""
-    return [_python(), *_packages(), *_gpus(), _memory(), _disk(), _hf_login(), _vast_key(), *_tools()]
+    return [_python(), *_packages(), *_gpus(), _memory(), _disk(), _hf_login(), _vast_key(), *_tools(), *_mesh()]
 
 
 def _python() -> Check:
@@ -163,4 +166,27 @@ def _tools() -> list[Check]:
     for tool, what in remedy.items():
         where = shutil.which(tool, path=path)
         lines.append(Check(tool, where is not None, where or "not found", what))
+    return lines
+
+
+def _mesh() -> list[Check]:
+    """On a node of a rented cluster: each of its tunnels, from the file that the mesh's daemon writes every few seconds."""
+    folder = Path(os.environ.get("PAIRSCOPE_HOME") or Path.home() / ".pairscope") / "mesh"
+    if not (folder / "node.json").exists():
+        return []
+    remedy = "start it: cd ~/pairscope && python3 -m cluster.mesh up"
+    try:
+        found = json.loads((folder / "status.json").read_text())
+        silent = time.time() - found["at"]
+        lines = [Check("mesh", True, f"node {found['k']} of at most {found['slots']}, {len(found['tunnels'])} tunnels")]
+        for t in found["tunnels"]:
+            state = f"up for {t['seconds']:.0f} s" if t["alive"] else f"down: {t['last_error'] or 'ssh is trying'}"
+            text = f"{t['to']}, {state}, started {t['starts']}x"
+            lines.append(Check(f"tunnel to node {t['k']}", t["alive"], text, "it is tried again every two seconds"))
+    except FileNotFoundError:
+        return [Check("mesh", False, "its daemon is not running", remedy)]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return [Check("mesh", False, f"its state cannot be read: {error}", remedy)]
+    if silent > MESH_SILENT_S:
+        return [Check("mesh", False, f"its daemon has been silent for {silent:.0f} s", remedy)]
     return lines

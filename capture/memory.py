@@ -1,66 +1,145 @@
-"""How much memory a pair's weights need in each mode, and which mode to take. Both modes give the same numbers."""
+"""Which mode a capture runs in: memory is a promise. What each mode needs is compared with what the device has free before
+anything large is loaded, and the first one that fits is taken. All modes give the same states, bit for bit.
+"""
 
 from __future__ import annotations
 
-import itertools
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
-from capture.checkpoint import EMBEDDING, HEAD, REST, StreamedModel
+from capture.checkpoint import StreamedModel
 from capture.config import Entry
 from capture.device import DeviceChoice
-from capture.errors import DeviceMemoryError
-
-RESIDENT_SHARE = 0.5  # mode auto keeps both models where they take less than this share of the free memory
+from capture.errors import DeviceMemoryError, UnsupportedModelError
+from capture.footprint import AUTO, MODES, ROOM, Activations, ModelBytes, Need, ways, weight_bytes
+from capture.measure import model_bytes
 
 
 @dataclass(frozen=True)
 class ModeChoice:
-    """mode: resident or streamed; weight_bytes: the most bytes of weights alive at once; why: for the log."""
+    """mode: one of footprint.MODES. spill: states that wait are in main memory. tile_bytes: of the lens. parts: in how many
+    parts every batch goes through the layers. need: bytes in each stage; why: for the log."""
 
     mode: str
-    weight_bytes: int
+    spill: bool
+    tile_bytes: int
+    parts: int
+    need: Need
     why: str
 
 
-def weight_needs(base: StreamedModel, sft: StreamedModel) -> dict[str, int]:
-    """Bytes of weights alive at most, by mode.
-
-    Embeddings that are no unembedding at the same time are freed after the first layer's states are made, so the peak is
-    the larger of two moments: all ends loaded, or the ends without such embeddings plus layers (all; or two of each
-    model, the one in use and the one being read ahead).
-    """
-    models = [base] if base is sft else [base, sft]
-    kept = sum(m.group_bytes(g) for m in models for g in (HEAD, REST))
-    embeddings = sum(m.group_bytes(EMBEDDING) for m in models)
-    freed = sum(m.group_bytes(EMBEDDING) for m in models if not m.tied)
-    layers = [sum(sizes) for sizes in zip(*(m.layer_bytes() for m in models), strict=True)]
-    two = max((a + b for a, b in itertools.pairwise(layers)), default=layers[0])
-    start, later = kept + embeddings, kept + embeddings - freed
-    return {"resident": max(start, later + sum(layers)), "streamed": max(start, later + two)}
+def possible_modes(models: Sequence[StreamedModel]) -> tuple[str, ...]:
+    """The modes that these models can be walked in at all."""
+    if any(m.whole for m in models):
+        return ("resident",)
+    if models[0].group.size > 1:
+        return tuple(m for m in MODES if m != "sub-layer")
+    return tuple(MODES)
 
 
-def choose_mode(entry: Entry, base: StreamedModel, sft: StreamedModel, device: DeviceChoice) -> ModeChoice:
-    """The entry's mode, or for `auto` resident where both models fit easily, else streamed.
+class Promise:
+    """Chooses the mode of one entry. measure: (tile bytes, parts) -> activations; asked for once the weights alone fit."""
 
-    Raises DeviceMemoryError, with the arithmetic, where even the weights of the mode do not fit.
-    """
-    need = weight_needs(base, sft)
-    gib = {mode: f"{size / 2**30:.2f} GiB" for mode, size in need.items()}
-    free = f"{device.free_bytes / 2**30:.2f} GiB"
-    if base.whole or sft.whole:
-        mode, why = "resident", f"pickled weights cannot be read layer by layer; both models take {gib['resident']}"
-    elif entry.mode != "auto":
-        mode, why = entry.mode, f"asked for; {gib[entry.mode]} of weights at most"
-    elif need["resident"] <= RESIDENT_SHARE * device.free_bytes:
-        mode, why = "resident", f"both models take {gib['resident']} of {free} free"
-    else:
-        mode, why = (
-            "streamed",
-            f"both models would take {gib['resident']} of {free} free; streamed takes {gib['streamed']}",
+    def __init__(
+        self, entry: Entry, models: Sequence[StreamedModel], device: DeviceChoice, layers: range | None = None
+    ) -> None:
+        """layers: those that this worker walks; None is all."""
+        self.entry, self.device = entry, device
+        self.modes = possible_modes(models)
+        self.on_host = device.device == "cpu"
+        self.sizes: list[ModelBytes] = [model_bytes(m) for m in models]
+        if layers is not None:
+            self.sizes = [_only(m, slice(layers.start, layers.stop)) for m in self.sizes]
+        self._check_asked()
+        self._check_weights()
+
+    def _check_asked(self) -> None:
+        asked = self.entry.mode
+        if asked != "auto" and asked not in self.modes:
+            raise UnsupportedModelError(
+                f"mode {asked} is not possible here, only {', '.join(self.modes)}: weights of a pickled or quantized checkpoint "
+                "cannot be read in parts, and ranks of a group cannot read theirs matrix by matrix; set mode: auto"
+            )
+
+    def _asked(self) -> tuple[str, ...]:
+        if self.entry.mode != "auto":
+            return (self.entry.mode,)
+        return tuple(m for m in AUTO if m in self.modes) or self.modes
+
+    def _check_weights(self) -> None:
+        """Raise where not even the weights of any mode asked for fit: nothing needs to be measured then."""
+        need = weight_bytes(self.sizes)
+        mode = min(self._asked(), key=lambda m: need[m])
+        if need[mode] > self.device.free_bytes:
+            others = [m for m in self.modes if need[m] <= self.device.free_bytes]
+            hint = f"; mode {others[0]} takes {gib(need[others[0]])} of weights" if others else self._no_other()
+            raise DeviceMemoryError(
+                f"mode {mode} needs {gib(need[mode])} for weights alone; {gib(self.device.free_bytes)} are free on "
+                f"{self.device.name}{hint}"
+            )
+
+    def _no_other(self) -> str:
+        more = "" if self.entry.tensor_parallel not in (1, "auto") else ", or tensor_parallel on several"
+        return f"; no mode fits: take a device with more memory{more}"
+
+    def choose(self, measure: Callable[[int, int], Activations], tile_bytes: int, most_parts: int) -> ModeChoice:
+        """The entry's mode, or for `auto` the first of AUTO that fits, with the largest lens tiles that do.
+
+        Smaller tiles, and states in main memory, come before another mode; batches in parts come after all modes, because
+        only they change numbers (within the noise floor). Raises DeviceMemoryError, with the arithmetic, where nothing fits.
+        """
+        free = self.device.free_bytes
+        share = ROOM["cpu" if self.on_host else "cuda"]
+        auto = self.entry.mode == "auto"
+        room = int(share * free) if auto and self.entry.device_memory_gib is None else free
+        for limit in dict.fromkeys((room, free)):
+            for found in self._ways(self._asked(), measure, tile_bytes, most_parts):
+                if found.need.peak <= limit:
+                    return self._with_reason(found)
+        raise DeviceMemoryError(self._refusal(measure, tile_bytes, most_parts))
+
+    def _ways(
+        self, modes: Sequence[str], measure: Callable[[int, int], Activations], tile_bytes: int, most_parts: int
+    ) -> Iterator[ModeChoice]:
+        parts = 1
+        while True:
+            for mode in modes:
+                act = lambda tile, parts=parts: measure(tile, parts)  # noqa: E731
+                for way in ways(self.sizes, mode, act, tile_bytes, on_host=self.on_host):
+                    yield ModeChoice(mode, way.spill, way.tile_bytes, parts, way.need, "")
+            if parts >= most_parts:
+                return
+            parts = min(2 * parts, most_parts)
+
+    def _with_reason(self, found: ModeChoice) -> ModeChoice:
+        need = f"{gib(found.need.peak)} ({gib(found.need.weights)} of weights)"
+        asked = "asked for" if self.entry.mode != "auto" else "the first that fits"
+        extra = ["states that wait are in main memory"] if found.spill else []
+        extra += [f"batches in up to {found.parts} parts"] if found.parts > 1 else []
+        why = "; ".join([f"{asked}: needs {need} of {gib(self.device.free_bytes)} free", *extra])
+        return ModeChoice(found.mode, found.spill, found.tile_bytes, found.parts, found.need, why)
+
+    def _refusal(self, measure: Callable[[int, int], Activations], tile_bytes: int, most_parts: int) -> str:
+        def least(modes: Sequence[str]) -> ModeChoice:
+            return min(self._ways(modes, measure, tile_bytes, most_parts), key=lambda w: w.need.peak)
+
+        mine = least(self._asked())
+        text = (
+            f"mode {mine.mode} needs {gib(mine.need.peak)} at least: {gib(mine.need.weights)} of weights, "
+            f"{gib(mine.need.peak - mine.need.weights)} of states and work, with the smallest lens tiles"
+            f"{f' and batches in {mine.parts} parts' if mine.parts > 1 else ''}; {gib(self.device.free_bytes)} are free on "
+            f"{self.device.name}"
         )
-    if need[mode] > device.free_bytes:
-        hint = "; set mode: streamed" if mode == "resident" and need["streamed"] <= device.free_bytes else ""
-        raise DeviceMemoryError(
-            f"mode {mode} needs {gib[mode]} for weights alone; {free} are free on {device.name}{hint}"
-        )
-    return ModeChoice(mode, need[mode], why)
+        best = least(self.modes)
+        if best.need.peak <= self.device.free_bytes:
+            return f"{text}; set mode: {best.mode}, which needs {gib(best.need.peak)}"
+        return f"{text}{self._no_other()}; shorter prompts or a smaller batching.max_tokens need less"
+
+
+def _only(model: ModelBytes, layers: slice) -> ModelBytes:
+    return replace(model, layers=model.layers[layers], loading=model.loading[layers])
+
+
+def gib(size: float) -> str:
+    """Bytes for people: 1.25 GiB, 3.1 MiB."""
+    return f"{size / 2**30:.2f} GiB" if size >= 2**28 else f"{size / 2**20:.2f} MiB"

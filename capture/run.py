@@ -19,6 +19,7 @@ from capture.layout import RunDir
 from capture.progress import Progress
 from capture.prompts import load_tokenizer, tokenize
 from capture.ranks import Ranks
+from capture.relay import Handover, Relay
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +55,7 @@ class CaptureResult:
     gpu: str
     peak_memory_bytes: int
     planned_memory_bytes: int
+    handover: Handover | None = None  # where other workers walk the layers behind this one's
 
 
 def resolve(entry: Entry, *, download: bool = True) -> Resolved:
@@ -89,12 +91,14 @@ def capture_pair(
     tile_divisor: int = 1,
     stop: Callable[[], bool] | None = None,
     ranks: Ranks | None = None,
+    relay: Relay | None = None,
 ) -> CaptureResult:
     """Capture one entry into the run directory `out`; skips what is complete unless `force`.
 
     tile_divisor: divides the lens tiles (after an out-of-memory error). stop: asked between batches; when it says True
     the capture ends with KeyboardInterrupt and leaves nothing behind. ranks: this process's place in a tensor-parallel group;
-    all ranks call this with the same arguments, and rank 0 writes. Raises errors of capture.errors.
+    all ranks call this with the same arguments, and rank 0 writes. relay: this worker's place among those that walk the layers
+    in turn; only the last writes, the others' results hold what they hand over. Raises errors of capture.errors.
     """
     began = time.monotonic()
     report = progress or (lambda _: None)
@@ -122,6 +126,7 @@ def capture_pair(
         tile_divisor=tile_divisor,
         stop=stop,
         ranks=ranks,
+        relay=relay,
         force=force,
     )
     work.seconds["resolve"] = time.monotonic() - began
@@ -134,9 +139,10 @@ def capture_pair(
         seconds=time.monotonic() - began,
         n_prompts=len(prompts.items),
         n_tokens=prompts.n_tokens,
-        mode=work.mode.mode,
+        mode=", ".join(filter(None, (work.mode.mode, work.pair.models["base"].quantization.label))),
         device=choice.device,
         gpu=choice.name,
         peak_memory_bytes=work.peak_memory(),
-        planned_memory_bytes=work.mode.weight_bytes,
+        planned_memory_bytes=work.mode.need.peak,
+        handover=work.handover,
     )

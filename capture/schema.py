@@ -68,10 +68,16 @@ TABLES: tuple[Table, ...] = (
         "prompt, variant, position",
         (*_CELL, POSITION),
         (
-            Column("token_id", "int32", "id given to both models"),
+            Column("token_id", "int32", "id given to both models; -1 where an imported file does not say"),
             Column("token", "string", "the id decoded alone; bytes that are no text on their own show as U+FFFD"),
             Column("is_special", "bool", "true for the tokenizer's special tokens"),
         ),
+    ),
+    Table(
+        "vocabulary",
+        "token id",
+        (PAIR, CAPTURE, Column("token_id", "int32", "an id that occurs in a prompt or in a top-k list")),
+        (Column("token", "string", "the id decoded alone; bytes that are no text on their own show as U+FFFD"),),
     ),
     Table(
         "tracked_tokens",
@@ -172,6 +178,18 @@ TABLES: tuple[Table, ...] = (
         ),
         optional=True,
     ),
+    Table(
+        "imported",
+        "record, part, layer, position",
+        (PAIR, CAPTURE, PROMPT, VARIANT),
+        (
+            Column("part", "string", "record, or a pass or comparison of it: run 0, run 1, ... pairwise 0, ..."),
+            Column("layer", "int16", "layer of a cell; null for the record or the part itself", "", True),
+            Column("position", "int32", "position of a cell; null for the record or the part itself", "", True),
+            Column("json", "string", "what the file says there and the other tables do not, as JSON"),
+        ),
+        optional=True,
+    ),
 )
 
 BY_NAME = {table.name: table for table in TABLES}
@@ -214,13 +232,13 @@ MANIFEST: tuple[ManifestField, ...] = (
     ManifestField("seconds", "DOUBLE", "wall clock of the attempt"),
     ManifestField("node", "VARCHAR", "host name of the worker"),
     ManifestField("gpu", "VARCHAR", "device name, or cpu"),
-    ManifestField("mode", "VARCHAR", "resident or streamed"),
+    ManifestField("mode", "VARCHAR", "how many weights were in memory at a time: a mode of the config"),
     ManifestField("error_class", "VARCHAR", "class of the error, null when complete"),
     ManifestField("error", "VARCHAR", "the error in one line"),
     ManifestField("log", "VARCHAR", "path of the log file below the run directory"),
     ManifestField("n_prompts", "BIGINT", "prompts times variants"),
     ManifestField("n_tokens", "BIGINT", "tokens over all prompts"),
     ManifestField("peak_memory_bytes", "BIGINT", "peak device memory (live weight bytes on CPU)"),
-    ManifestField("planned_memory_bytes", "BIGINT", "what was planned"),
+    ManifestField("planned_memory_bytes", "BIGINT", "what was planned: weights, states and work, on a CPU too"),
     ManifestField("dollars", "DOUBLE", "cost of the attempt, where a rate is known"),
 )

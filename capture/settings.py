@@ -7,13 +7,33 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from capture.fields import Device, Dtype, Frozen, Int, Kwargs, ModelKwargs, Number, Text, near, unique
 from capture.passes import EmbeddingVariant, MultiPass
 from capture.variants import OPTIONS, VARIANTS, option_error
 
-Mode = Literal["auto", "resident", "streamed"]
+Mode = Literal["auto", "resident", "one-at-a-time", "streamed", "streamed-2", "sub-layer"]
+
+
+def _layers(value: Any) -> Any:
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    listed = isinstance(value, list | tuple) and value and all(type(v) is int for v in value)
+    if not (value == "all" or (whole and value >= 1) or listed):
+        raise ValueError(f"got {value!r}; expected all, a whole number from 1 up, or a list of whole numbers")
+    return value
+
+
+Layers = Annotated[Literal["all"] | Int | tuple[Int, ...], BeforeValidator(_layers)]
+
+
+def _degree(value: Any) -> Any:
+    if value == "auto" or (type(value) is int and value >= 1):
+        return value
+    raise ValueError(f"got {value!r}; expected auto or a whole number from 1 up")
+
+
+Degree = Annotated[Literal["auto"] | Int, BeforeValidator(_degree)]
 
 
 class Lens(Frozen):
@@ -24,19 +44,10 @@ class Lens(Frozen):
         default="final",
         description="final: the final norm goes before the unembedding; none: the raw state",
     )
-    layers: Literal["all"] | Int | tuple[Int, ...] = Field(
+    layers: Layers = Field(
         default="all",
         description="all; n for every n-th layer and L; or a list out of -1 (what enters block 0), 0..L-1 and L (after the final norm)",
     )
-
-    @field_validator("layers", mode="before")
-    @classmethod
-    def _layers(cls, value: Any) -> Any:
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        listed = isinstance(value, list | tuple) and value and all(type(v) is int for v in value)
-        if not (value == "all" or (whole and value >= 1) or listed):
-            raise ValueError(f"got {value!r}; expected all, a whole number from 1 up, or a list of whole numbers")
-        return value
 
 
 class Batching(Frozen):
@@ -56,10 +67,19 @@ class Output(Frozen):
 
 
 class Spans(Frozen):
-    """How often a walk commits what it has: after a lost worker, the next attempt goes on after the last commit."""
+    """How the layers of a walk are cut: how often it commits what it has, and over how many workers it is spread.
+
+    After a lost worker, the next attempt goes on after the last commit.
+    """
 
     layers: Int | None = Field(default=None, ge=1, description="commit after every n layers")
     seconds: Number | None = Field(default=300, gt=0, description="commit at the next layer after so many seconds")
+    workers: Int = Field(
+        default=1,
+        ge=1,
+        description="cut the layers into so many ranges of about equal bytes, each walked in turn by a worker (or a "
+        "tensor-parallel group) of its own, on different nodes where there are some",
+    )
 
 
 class AllowedPair(Frozen):
@@ -130,9 +150,11 @@ class SweepEntry(Frozen):
         default=None, ge=0, description="GPUs to ask Ray for; by default 1 where the device is CUDA"
     )
     accelerator_type: Text | None = Field(default=None, description="Ray's accelerator type to ask for, such as H100")
-    tensor_parallel: Int | None = Field(
-        default=None, ge=1, description="share each layer among so many GPUs of one node"
+    spans: Spans | None = Field(default=None, description="how this entry's layers are cut, instead of the block's")
+    tensor_parallel: Degree | None = Field(
+        default=None, description="share each layer among so many GPUs of one node, or auto"
     )
+    replicate_attention: bool | None = Field(default=None, description="every GPU of a group holds the whole attention")
     estimated_vram_gb: Number | None = Field(
         default=None, ge=0, description="for people; the plan does its own arithmetic"
     )
@@ -182,9 +204,16 @@ class Settings(Frozen):
     model_sweep: tuple[SweepEntry, ...] = Field(default=(), description="the pairs of the sweep")
     local_run: LocalRun = Field(default=LocalRun(), description="guards for one's own GPU")
     lens: Lens = Field(default=Lens(), description="the logit lens")
+    layers: Layers = Field(
+        default="all",
+        description="layers to compute statistics of: all; n for every n-th and L; or a list as in lens.layers; the tables have "
+        "no rows of the others, and the lens reads none of them",
+    )
     mode: Mode = Field(
         default="auto",
-        description="resident keeps both models, streamed a few layers; auto: resident where it fits easily",
+        description="how many weights are in memory at a time: resident both models; one-at-a-time one; streamed two layers of "
+        "each; streamed-2 two layers in all; sub-layer two matrices. auto: the first that fits of resident, streamed, "
+        "streamed-2 and sub-layer. All give the same numbers",
     )
     batching: Batching = Field(default=Batching(), description="how prompts are batched")
     output: Output = Field(default=Output(), description="how tables are written")
@@ -194,10 +223,14 @@ class Settings(Frozen):
         default=False,
         description="write singular values of every comparison's token x hidden differences, layer by layer",
     )
-    tensor_parallel: Int = Field(
+    tensor_parallel: Degree = Field(
         default=1,
-        ge=1,
-        description="share each layer among so many GPUs of one node; heads and kv heads must divide by it",
+        description="share each layer among so many GPUs of one node; heads and kv heads must divide by it. auto: as few as "
+        "the plan's arithmetic says the mode needs",
+    )
+    replicate_attention: bool = Field(
+        default=False,
+        description="under tensor_parallel every GPU holds the whole attention: the way out where heads do not divide",
     )
     gpus: Number | None = Field(
         default=None, ge=0, description="GPUs to ask Ray for; by default 1 where the device is CUDA"

@@ -22,6 +22,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from capture.layout import RunDir
+from capture.parcels import pack_states, unpack_states
 
 SPANS = "spans"
 
@@ -53,48 +54,53 @@ class SpanStore:
         return f"{self.path}/state-{last}.safetensors"
 
     def commit(
-        self, first: int, last: int, columns: dict[str, Any], meta: dict[str, Any], states: list[list[Tensor]]
+        self,
+        first: int,
+        last: int,
+        columns: dict[str, Any],
+        meta: dict[str, Any],
+        states: list[list[Tensor]],
+        *,
+        since: int = -1,
     ) -> Span:
         """Write a span; then the states behind it; then forget the states behind the span before.
 
-        columns: name -> numpy array. states: [batch][slot] -> [B, T, D].
+        columns: name -> numpy array. states: [batch][slot] -> [B, T, D]. since: the first layer of this walk; states that
+        leave a layer before it are another worker's.
         """
         tensors = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in columns.items()}
         self.run.write_bytes(self.span_path(first, last), save(tensors, {"meta": json.dumps(meta)}))
-        named = {
-            f"{b}.{s}": t.contiguous().cpu().clone() for b, slots in enumerate(states) for s, t in enumerate(slots)
-        }
+        named = {name: tensor.contiguous().cpu().clone() for name, tensor in pack_states(states).items()}
         self.run.write_bytes(self.state_path(last), save(named))
         for info in self.run.list_dir(self.path):
-            if info.base_name.startswith("state-") and info.path != self.state_path(last):
+            found = re.fullmatch(r"state-(\d+)\.safetensors", info.base_name)
+            if found and since <= int(found[1]) < last:
                 self.run.fs.delete_file(info.path)
         return Span(self, first, last, meta)
 
-    def committed(self) -> list[Span]:
-        """The spans from layer -1 on, without a gap, up to the last one whose states are there; else none."""
+    def committed(self, first: int = -1, last: int | None = None) -> list[Span]:
+        """The spans from layer `first` on, without a gap, up to the last one whose states are there; else none.
+
+        last: the last layer of this worker; what others committed behind it is theirs.
+        """
         names = [i.base_name for i in self.run.list_dir(self.path)]
         starts = {}
         for name in names:
             if found := re.fullmatch(r"span-(-?\d+)-(\d+)\.safetensors", name):
                 starts[int(found[1])] = int(found[2])
         chain: list[Span] = []
-        at = -1
-        while at in starts:
-            last = starts[at]
-            chain.append(Span(self, at, last, self._meta(self.span_path(at, last))))
-            at = last + 1
+        at = first
+        while at in starts and (last is None or starts[at] <= last):
+            end = starts[at]
+            chain.append(Span(self, at, end, self._meta(self.span_path(at, end))))
+            at = end + 1
         while chain and f"state-{chain[-1].last}.safetensors" not in names:
             chain.pop()
         return chain
 
     def states(self, span: Span, device: torch.device) -> list[list[Tensor]]:
         """The states that leave a span, [batch][slot] -> [B, T, D]."""
-        named = load(self.run.read_bytes(self.state_path(span.last)))
-        found: dict[int, dict[int, Tensor]] = {}
-        for name, tensor in named.items():
-            batch, slot = map(int, name.split("."))
-            found.setdefault(batch, {})[slot] = tensor.to(device)
-        return [[found[b][s] for s in sorted(found[b])] for b in sorted(found)]
+        return unpack_states(load(self.run.read_bytes(self.state_path(span.last))), device)
 
     def _meta(self, path: str) -> dict[str, Any]:
         with self.run.fs.open_input_stream(path) as stream:

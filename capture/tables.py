@@ -23,6 +23,7 @@ class Rows:
         self.variants = list(dict.fromkeys(i.variant for i in items))
         self.offsets = np.concatenate([[0], np.cumsum([len(i.ids) for i in items])])
         self.runs = [p.name for p in collector.passes]
+        self.listed: set[int] = set()  # ids of all top-k lists made so far
 
     def prompts(self) -> Iterator[Columns]:
         items = self.items
@@ -45,6 +46,16 @@ class Rows:
             "is_special": np.array([i in special for i in ids.tolist()]),
         }
 
+    def vocabulary(self, text_of: dict[int, str]) -> Iterator[Columns]:
+        """text_of: token id -> decoded text."""
+        ids = sorted(text_of)
+        yield {
+            "pair": category(np.zeros(len(ids)), [self.pair]),
+            "capture": category(np.zeros(len(ids)), [self.capture]),
+            "token_id": np.array(ids, np.int32),
+            "token": np.array([text_of[i] for i in ids], object),
+        }
+
     def tracked_tokens(self, tracked: Sequence[tuple[int, str, str]]) -> Iterator[Columns]:
         n = len(tracked)
         yield {
@@ -57,14 +68,14 @@ class Rows:
         }
 
     def scalars(self, table: str) -> Iterator[Columns]:
-        """Rows of `runs` or `pairwise`, all layers."""
-        source = self.collector.runs if table == "runs" else self.collector.pairwise
-        n_layers = self.collector.pair.n_layers + 2
-        for keys, pick in self._cells(table, np.arange(n_layers) - 1):
-            columns = {name: pick(array) for name, array in source.items()}
-            if table == "runs":
-                columns["tracked_logits"] = pick(self.collector.tracked)
-            yield keys | columns
+        """Rows of `runs` or `pairwise`, of all layers whose statistics were wanted."""
+        source: dict[str, Any] = dict(self.collector.runs if table == "runs" else self.collector.pairwise)
+        if table == "runs":
+            source["tracked_logits"] = self.collector.tracked
+        layers = sorted(self.collector.layers)
+        stacks = {name: _LayerStack([array[:, x + 1] for x in layers]) for name, array in source.items()}
+        for keys, pick in self._cells(table, np.array(layers)):
+            yield keys | {name: pick(stack) for name, stack in stacks.items()}
 
     def lists(self, table: str, layers: Sequence[int]) -> Iterator[Columns]:
         """Rows of `runs_topk` or `pairwise_topk`, of some layers that the lens read."""
@@ -78,12 +89,14 @@ class Rows:
                     columns[column] = pick(
                         _LayerStack([self.collector.topk[int(x)][(kind, name)][which] for x in layers])
                     )
+            for ids, _ in names.values():
+                self.listed.update(np.unique(columns[ids]).tolist())
             yield keys | columns
 
     def spectrum(self, spectra: Spectra) -> Iterator[Columns]:
         """Rows of `spectrum`, a chunk for each variant: variants with few tokens have fewer singular values."""
         sides = self.collector.comparisons
-        layers = np.arange(self.collector.pair.n_layers + 2)
+        layers = np.array(sorted(self.collector.layers)) + 1
         c, layer = (g.reshape(-1) for g in np.meshgrid(np.arange(len(sides)), layers, indexing="ij"))
         for v, variant in enumerate(self.variants):
             arrays = {name: array[c, layer, v] for name, array in spectra.arrays.items()}

@@ -17,8 +17,11 @@ from torch.nn import functional
 
 from capture.checkpoint import StreamedModel
 from capture.errors import SelfCheckError
+from capture.sublayer import HeadRows
 
-HEAD_CHUNK = 16384  # vocabulary rows upcast at a time where the head is not float32
+HEAD_CHUNK = (
+    16384  # vocabulary rows multiplied at a time: upcast where they are not float32, read where they are not there
+)
 LOGIT_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 
 
@@ -66,16 +69,24 @@ def _precision(operands: torch.dtype) -> Iterator[None]:
         torch.backends.cuda.matmul.allow_tf32 = before
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x W^T + b in float32 from upcast operands, whatever their dtype; a chunk of the vocabulary at a time."""
-    if weight.dtype == torch.float32:
-        return functional.linear(x.float(), weight, bias)
+def _product(x: Tensor, weight: Tensor | HeadRows, bias: Tensor | None) -> Tensor:
+    """x W^T + b in float32 from upcast operands, whatever their dtype; a chunk of the vocabulary at a time.
+
+    The same chunks in every mode, because a product of another shape may round otherwise.
+    """
     x = x.float()
+    if weight.shape[0] <= HEAD_CHUNK:
+        return functional.linear(x, weight[:].float(), None if bias is None else bias.float())
     out = torch.empty(*x.shape[:-1], weight.shape[0], dtype=torch.float32, device=x.device)
-    for v in range(0, weight.shape[0], HEAD_CHUNK):
-        part = slice(v, v + HEAD_CHUNK)
+    for part in _chunks(weight):
         out[..., part] = functional.linear(x, weight[part].float(), None if bias is None else bias[part].float())
     return out
+
+
+def _chunks(weight: Tensor | HeadRows) -> Iterator[slice]:
+    """Ranges of rows that together are all of them."""
+    rows = weight.shape[0]
+    yield from (slice(v, min(v + HEAD_CHUNK, rows)) for v in range(0, rows, HEAD_CHUNK))
 
 
 class _Hidden(tuple[Tensor]):
@@ -117,8 +128,7 @@ def shift_of_heads(base: StreamedModel, other: StreamedModel, rows_RD: Tensor) -
     def product(x: Tensor) -> Tensor:
         x = x.float()
         out = torch.empty(*x.shape[:-1], wa.shape[0], dtype=torch.float32, device=x.device)
-        for v in range(0, wa.shape[0], HEAD_CHUNK):
-            part = slice(v, v + HEAD_CHUNK)
+        for part in _chunks(wa):
             bias = None if ba is None or bb is None else bb[part].float() - ba[part].float()
             out[..., part] = functional.linear(x, wb[part].float() - wa[part].float(), bias)
         return out
@@ -154,6 +164,24 @@ def _through(model: StreamedModel, rows_RD: Tensor, head: Callable[[Tensor], Ten
     return logits
 
 
+def _own_product(x: Tensor, weight: Tensor | HeadRows, bias: Tensor | None) -> Tensor:
+    """x W^T + b in the model's dtype, as its head gives it."""
+    parts = [functional.linear(x, weight[p], None if bias is None else bias[p]) for p in _chunks(weight)]
+    return torch.cat(parts, dim=-1)
+
+
+@torch.no_grad()
+def heads_equal(base: StreamedModel, sft: StreamedModel) -> bool:
+    """True if both models' unembeddings are the same numbers, on all ranks."""
+    if base is sft:
+        return True
+    (_, wa, ba), (_, wb, bb) = base.head_shard(), sft.head_shard()
+    same = wa.shape == wb.shape and wa.dtype == wb.dtype and (ba is None) == (bb is None)
+    same = same and (ba is None or bb is None or torch.equal(ba, bb))
+    same = same and all(torch.equal(wa[p], wb[p]) for p in _chunks(wa))
+    return base.group.all(same, base.device)
+
+
 @torch.no_grad()
 def check_against_model(model: StreamedModel, rows_RD: Tensor) -> float:
     """Compare our float32 logits of final states with the model's own in its own dtype; the largest relative error.
@@ -161,8 +189,9 @@ def check_against_model(model: StreamedModel, rows_RD: Tensor) -> float:
     Raises SelfCheckError where it is beyond what the dtype explains: the head found is then not the model's head.
     """
     _, weight, bias = model.head_shard()
-    whole = weight.shape == model.head_weight.shape  # else this rank's shard of the product, in the model's dtype
-    own = type(model.head).forward.__get__(model.head) if whole else lambda x: functional.linear(x, weight, bias)
+    # Else this rank's shard of the product, or a chunk after the other, in the model's dtype.
+    whole = isinstance(weight, Tensor) and weight.shape == model.head_weight.shape
+    own = type(model.head).forward.__get__(model.head) if whole else lambda x: _own_product(x, weight, bias)
     ours = own_logits(model, rows_RD)
     theirs = _through(model, rows_RD, own).float()
     error = float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-12))

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
-import socket
 import time
 from collections.abc import Callable
 from typing import Any
@@ -23,16 +21,21 @@ from capture.files import ModelFiles
 from capture.group import ALONE, join_group, leave_group
 from capture.layout import RunDir
 from capture.ledger import Ledger
-from capture.lens_plan import CELLS_IN_CACHE, TILE_BYTES, LensPlan, plan_lens_layers
-from capture.lockstep import Pair, State
-from capture.memory import ModeChoice, choose_mode
+from capture.lens_plan import CELLS_IN_CACHE, TILE_BYTES, LensPlan, plan_layers
+from capture.lockstep import Pair, Split
+from capture.measure import Measure
+from capture.memory import ModeChoice, Promise
+from capture.peaks import Peaks
 from capture.progress import Progress
-from capture.prompts import Prompts, check_ids, load_tokenizer, tracked_tokens
+from capture.prompts import Prompts, check_ids, load_tokenizer, token_text, tracked_tokens
 from capture.ranks import Ranks
+from capture.relay import Handover, Relay
 from capture.replay import run_tail
 from capture.run import Resolved
 from capture.selfcheck import replay_check
 from capture.spans import SpanStore
+from capture.spanwalk import ALONE as ALONE_RELAY
+from capture.spanwalk import SpanWalk, layers_of
 from capture.spectrum import Spectra
 from capture.store import CaptureWriter
 from capture.tables import Rows
@@ -40,8 +43,6 @@ from capture.topk import Vocabulary
 from capture.unembed import check_against_model
 
 log = logging.getLogger(__name__)
-
-TOPK_BUDGET = 512 << 20  # bytes of top-k lists kept before their span is committed
 
 
 class Work:
@@ -59,21 +60,25 @@ class Work:
         tile_divisor: int = 1,
         stop: Callable[[], bool] | None = None,
         ranks: Ranks | None = None,
+        relay: Relay | None = None,
         force: bool = False,
     ) -> None:
-        self.force, self.ranks = force, ranks or Ranks()
+        self.force, self.ranks, self.relay = force, ranks or Ranks(), relay or ALONE_RELAY
         self.group = ALONE
         self.entry, self.resolved, self.run, self.choice, self.prompts = entry, resolved, run, device, prompts
         self.report, self.tile_divisor, self.stop = report, tile_divisor, stop
         self.device = torch.device(device.device)
         self.ledger = Ledger()
+        self.peaks = Peaks(self.device, self.ledger)
         self.seconds: dict[str, float] = {}
         self.mode: ModeChoice
+        self.handover: Handover | None = None  # where others walk the layers behind this worker's
+        self.store = SpanStore(run, run.capture_path(entry.name, resolved.capture))
 
     def capture(self) -> None:
         """Do it. Raises errors of capture.errors; KeyboardInterrupt where `stop` said so. Leaves no partial tables."""
         try:
-            self.group = join_group(self.ranks, self.device)
+            self.group = join_group(self.ranks, self.device, whole_attention=self.entry.replicate_attention)
             self._capture()
         except torch.OutOfMemoryError as error:
             raise DeviceMemoryError(f"{self.choice.name} ran out of memory: {str(error).splitlines()[0]}") from error
@@ -82,46 +87,44 @@ class Work:
 
     def _capture(self) -> None:
         started = time.monotonic()
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
         self._open()
         entry = self.entry
         self.seconds["open"] = time.monotonic() - started
         writer = None
-        if self.group.rank == 0:  # every rank has the same numbers; one writes them
+        if self.group.rank == 0 and self.relay.is_last:  # every rank has the same numbers; one writes them
             level = entry.output.compression_level
             writer = CaptureWriter(self.run, entry.name, self.resolved.capture, compression_level=level)
         try:
-            self._walk(writer)
+            self._walk()
             self._check_zeros()
+            if self.group.rank == 0 and not self.relay.is_last:
+                self.handover = self.course.hand_over(self.mode.mode)
+            self.peaks.begin("write")
             if writer is not None:
                 started = time.monotonic()
                 self.report(Progress(entry.name, "write", self.pair.n_layers, self.pair.n_layers))
                 self._write(writer)
                 self.seconds["write"] += time.monotonic() - started
+                self.peaks.begin("write")
                 writer.finish(document(self, writer.files))
                 self.store.clear()
         finally:
             if writer is not None:
                 writer.discard()
-            for model in self.pair.models.values():
-                for group in model.groups():
-                    model.free(group)
+            self.pair.close()
             free_memory()
 
     def peak_memory(self) -> int:
         """Bytes: peak of the allocator on CUDA, peak of live weights on the CPU (where activations are not counted)."""
-        if self.device.type == "cuda":
-            return int(torch.cuda.max_memory_allocated(self.device))
-        return self.ledger.peak
+        return self.peaks.all()
 
     # -- opening -------------------------------------------------------------------------------------------------------
 
     def _open(self) -> None:
         entry = self.entry
         self.report(Progress(entry.name, "open", message="opening both models"))
-        tokenizer = load_tokenizer(entry, self.resolved.tokenizer_dir)
-        self.tracked = tracked_tokens(entry, tokenizer)
+        self.tokenizer = load_tokenizer(entry, self.resolved.tokenizer_dir)
+        self.tracked = tracked_tokens(entry, self.tokenizer)
         base = self._model("base", self.resolved.base)
         same = self.resolved.base.revision == self.resolved.sft.revision
         sft = base if same else self._model("sft", self.resolved.sft)
@@ -130,14 +133,30 @@ class Work:
         check_ids(self.prompts, sizes, self.tracked)
         for model in (base, sft):
             check_lengths(model, self.prompts.longest)
-        self.mode = choose_mode(entry, base, sft, self.choice)
-        log.info("mode %s: %s", self.mode.mode, self.mode.why)
         self.ids = [item.ids for item in self.prompts.items]
         self.batches = make_batches(self.ids, entry.batching, self.device, probe=entry.noise_floor)
         self.pair = Pair(base, sft, entry.passes)
-        self.pair.begin(self.batches)
-        self.lens = self._lens_plan(base, sft, len(tokenizer))
+        self.layers = plan_layers(entry.layers, base.n_layers, "layers")
+        self.lens = self._lens_plan(base, sft, len(self.tokenizer))
+        self.mode = self._choose_mode()
+        self.lens.tile_bytes = self.mode.tile_bytes
+        self.pair.begin(self.batches, mode=self.mode.mode, spill=self.mode.spill)
+        for b, batch in enumerate(self.batches):
+            if self.mode.parts > 1 and len(batch.items) > 1:
+                self.pair.split(Split(0, b, min(self.mode.parts, len(batch.items))))
         self.checks = self._self_checks()
+
+    def _choose_mode(self) -> ModeChoice:
+        """Compare what each mode needs with what is free, before anything large is loaded."""
+        entry, pair = self.entry, self.pair
+        first, last = layers_of(pair, self.relay)
+        promise = Promise(entry, pair.unique(), self.choice, range(max(first, 0), last + 1))
+        spectra = len(entry.comparisons) if entry.spectrum else 0
+        measure = Measure(pair, self.batches, self.lens, entry.passes, len(entry.comparisons), spectra)
+        most = 1 if self.group.size > 1 else max(len(b.items) for b in self.batches)
+        choice = promise.choose(measure.activations, self.lens.tile_bytes, most)
+        log.info("mode %s: %s", choice.mode, choice.why)
+        return choice
 
     def _model(self, label: str, files: ModelFiles) -> StreamedModel:
         kwargs = {k: v for k, v in self.entry.model_kwargs.items() if k not in ("token", "revision")}
@@ -165,7 +184,9 @@ class Work:
         mine = max(0, min(n_tokens - first, shard.shape[0]))
         cuda = self.device.type == "cuda"
         return LensPlan(
-            layers=plan_lens_layers(lens.layers, lens.enabled, base.n_layers),
+            layers=self.layers & plan_layers(lens.layers, base.n_layers, "lens.layers")
+            if lens.enabled
+            else frozenset(),
             final_norm=lens.norm == "final",
             n_vocab=n_vocab,
             n_tokens=n_tokens,
@@ -184,30 +205,43 @@ class Work:
                 continue
             found[f"{owner}_replay"] = replay_check(model)
             if owner in self.pair.tails:
-                rows = self.batches[0].rows(self.pair.states[0][0])[:8]
+                state = self.pair.home.get(self.pair.states[0][:1])[0]
+                rows = self.batches[0].rows(state)[:8]
                 error = check_against_model(model, run_tail(self.pair.tails[owner], rows))
                 found[f"{owner}_logits_relative_error"] = error
         return found
 
     # -- the walk ------------------------------------------------------------------------------------------------------
 
-    def _walk(self, writer: CaptureWriter | None) -> None:
+    def _walk(self) -> None:
         entry, pair = self.entry, self.pair
         lengths = [len(i) for i in self.ids]
         self.collector = Collector(
-            pair, self.batches, lengths, self.ids, entry.passes, entry.comparisons, self.lens, self._spectra()
-        )
+            pair, self.batches, lengths, self.ids, entry.passes, entry.comparisons, self.lens, self._spectra(),
+            self.layers, self.peaks.begin,
+        )  # fmt: skip
+        self.peaks.begin("layers")
         self.rows = Rows(entry.name, self.resolved.capture, self.prompts.items, self.collector)
-        self.seconds["write"] = 0.0
-        start = self._go_on()
-        self.first = start if start else -1  # of the span under way
-        started = self.committed = time.monotonic()
-        for state in pair.walk(streamed=self.mode.mode == "streamed", stop=self.stop, start=start):
-            self.collector.take(state)
-            if state.batch == len(self.batches) - 1:
-                if self._due(state.layer):
-                    self._commit(state)
-                self._tell(state.layer, start, started)
+        self.course = SpanWalk(
+            entry,
+            pair,
+            self.collector,
+            self.store,
+            relay=self.relay,
+            group=self.group,
+            ledger=self.ledger,
+            force=self.force,
+        )
+        start = self.course.begin(self.mode.mode, self.device, self.stop)
+        started = time.monotonic()
+        if start <= self.course.last:
+            for state in pair.walk(stop=self.stop, start=start, last=self.course.last):
+                self.collector.take(state)
+                if state.batch == len(self.batches) - 1:
+                    if self.course.due(state.layer):
+                        self.course.commit(state)
+                    self._tell(state.layer, start, started)
+        self.seconds["write"] = self.course.write_seconds
         self.seconds["walk"] = time.monotonic() - started - self.seconds["write"]
         if self.collector.nonfinite:
             log.warning(
@@ -224,49 +258,6 @@ class Work:
         variant_of = np.repeat([variants.index(i.variant) for i in items], [len(i.ids) for i in items])
         hidden = self.pair.models["base"].config.hidden_size
         return Spectra(self.entry.comparisons, self.pair.n_layers, hidden, variant_of, len(variants))
-
-    def _go_on(self) -> int:
-        """Take up what earlier attempts committed; the layer to go on with."""
-        path = self.run.capture_path(self.entry.name, self.resolved.capture)
-        self.store = SpanStore(self.run, path)
-        if self.force and self.group.rank == 0:
-            self.store.clear()
-        self.spans = [] if self.force else self.store.committed()
-        if not self.spans:
-            return 0
-        for span in self.spans:
-            self.collector.restore(span.first, span.last, span.columns())
-        last = self.spans[-1]
-        self.collector.restore_found(last.meta["found"])
-        self.pair.go_on_from(self.store.states(last, self.device), last.meta["slot_of"], last.meta["shared_layers"])
-        log.info("going on at layer %d: an earlier attempt committed the layers before", last.last + 1)
-        return last.last + 1
-
-    def _due(self, layer: int) -> bool:
-        """Whether to commit behind this layer: not behind the last, whose lens the final norm's layer takes over."""
-        if layer < 0 or layer >= self.pair.n_layers - 1:
-            return False
-        every = self.entry.spans
-        by_layers = every.layers is not None and layer - max(self.first, 0) + 1 >= every.layers
-        by_time = every.seconds is not None and time.monotonic() - self.committed >= every.seconds
-        return by_layers or by_time or self.collector.topk_bytes() > TOPK_BUDGET
-
-    def _commit(self, state: State) -> None:
-        """Commit the span that ends with this layer; rank 0 writes, all ranks forget the lists."""
-        started = time.monotonic()
-        if self.group.rank == 0:
-            meta = {
-                "slot_of": state.slot_of,
-                "shared_layers": self.pair.shared_layers,
-                "found": self.collector.found(),
-                "host": socket.gethostname(),
-                "process": os.getpid(),
-            }
-            columns = self.collector.columns(self.first, state.layer)
-            self.spans.append(self.store.commit(self.first, state.layer, columns, meta, self.pair.states))
-        self.collector.topk.clear()
-        self.first, self.committed = state.layer + 1, time.monotonic()
-        self.seconds["write"] += self.committed - started
 
     def _tell(self, layer: int, start: int, started: float) -> None:
         n_layers = self.pair.n_layers
@@ -296,8 +287,8 @@ class Work:
             self.collector.topk.clear()
 
     def _write(self, writer: CaptureWriter) -> None:
-        self._write_lists(writer, len(self.spans))
-        for part, span in enumerate(self.spans):
+        self._write_lists(writer, len(self.course.spans))
+        for part, span in enumerate(self.course.spans):
             self.collector.restore_lists(span.columns())
             self._write_lists(writer, part)
         for table in ("runs", "pairwise"):
@@ -306,6 +297,9 @@ class Work:
             writer.table("spectrum", self.rows.spectrum(self.collector.spectra))
         writer.table("prompts", self.rows.prompts())
         writer.table("tokens", self.rows.tokens(dict(self.prompts.tokens), set(self.prompts.special_ids)))
+        listed = self.rows.listed | {t[0] for t in self.tracked}
+        texts = dict(self.prompts.tokens) | {i: token_text(self.tokenizer, i) for i in listed}
+        writer.table("vocabulary", self.rows.vocabulary(texts))
         if self.tracked:
             writer.table("tracked_tokens", self.rows.tracked_tokens(self.tracked))
 

@@ -100,10 +100,10 @@ def test_streamed_and_resident_write_the_same_bytes(pairs, tmp_path):
 
 
 def test_smaller_tiles_and_parts_of_layers_change_no_number(pairs, tmp_path, monkeypatch):
-    from capture import work
+    from capture import spanwalk, work
 
     whole = capture_pair(entry_of(pairs("llama")), str(tmp_path / "whole"))
-    monkeypatch.setattr(work, "TOPK_BUDGET", 1)
+    monkeypatch.setattr(spanwalk, "TOPK_BUDGET", 1)
     monkeypatch.setitem(work.TILE_BYTES, "cpu", 4 * 307 * 4 * 8)
     parts = capture_pair(entry_of(pairs("llama")), str(tmp_path / "parts"), tile_divisor=2)
     a, b = agree.read_tables(whole.path), agree.read_tables(parts.path)

@@ -10,7 +10,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from capture import checkpoint
+from capture import borrowed
 from capture.checkpoint import EMBEDDING, HEAD, REST, StreamedModel, layers_equal
 from capture.errors import CheckpointError, UnsupportedModelError
 from capture.ledger import Ledger
@@ -123,7 +123,7 @@ def test_a_misshapen_weight_is_named_with_both_shapes(tmp_path):
     paths = tiny.make_pair("llama", tmp_path)
     config = json.loads((paths.base / "config.json").read_text())
     (paths.base / "config.json").write_text(json.dumps(config | {"intermediate_size": 96}))
-    with pytest.raises(CheckpointError, match=r"down_proj.*\(48, 80\).*\(48, 96\)"):
+    with pytest.raises(CheckpointError, match=r"gate_proj.*\(80, 48\).*\(96, 48\)"):
         opened(paths.base).load(("layer", 0))
 
 
@@ -135,7 +135,7 @@ def test_a_directory_without_weights_is_refused(tmp_path, pairs):
 
 
 def test_another_version_of_transformers_is_refused(monkeypatch, pairs):
-    monkeypatch.setattr(checkpoint.transformers, "__version__", "6.0.0")
+    monkeypatch.setattr(borrowed.transformers, "__version__", "6.0.0")
     with pytest.raises(UnsupportedModelError, match=r"transformers 6\.0\.0 is installed; capture needs >= 5\.23"):
         opened(pairs("llama").base)
 

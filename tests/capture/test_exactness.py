@@ -6,18 +6,18 @@ import tiny
 import torch
 from walked import open_pair, walk
 
+from capture import footprint
 from capture.config import Batching
 
 IDS = tiny.random_ids(3, 12)
 UNEQUAL = [IDS[0, :12].tolist(), IDS[1, :7].tolist(), IDS[2, :3].tolist(), IDS[1, :12].tolist()]
 
 
-@pytest.mark.parametrize("streamed", [True, False], ids=["streamed", "resident"])
+@pytest.mark.parametrize("mode", footprint.MODES)
 @pytest.mark.parametrize("arch", tiny.ARCHS)
-def test_states_equal_plain_transformers_bitwise_at_the_same_batch_shape(arch, streamed, pairs):
-    paths = pairs(arch)
-    want = reference.residuals(reference.load_pair(paths), IDS)
-    got = walk(open_pair(paths), IDS.tolist(), streamed=streamed)
+def test_states_equal_plain_transformers_bitwise_at_the_same_batch_shape(arch, mode, pairs, loaded):
+    want = reference.residuals(loaded(arch), IDS)
+    got = walk(open_pair(pairs(arch)), IDS.tolist(), mode=mode)
     for name, by_layer in want.items():
         assert got[name].keys() == by_layer.keys()
         for layer, state in by_layer.items():

@@ -12,6 +12,7 @@ from typing import Any
 import huggingface_hub as hub
 import pytest
 import torch
+import transformers.utils.hub  # noqa: F401  reads HfApi when it is imported, so before that is replaced
 from huggingface_hub import constants, errors
 from safetensors.torch import save_file
 
@@ -211,3 +212,19 @@ def test_a_tokenizer_of_its_own_needs_small_files_only(fake: FakeHub) -> None:
     assert resolve_tokenizer("org/model") == str(fake.cache)
     assert "model.safetensors" not in fake.patterns
     assert "tokenizer.json" in fake.patterns
+
+
+def test_what_is_still_to_be_downloaded_is_known_without_downloading_it(
+    fake: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = {p.name: p.stat().st_size for p in fake.remote.iterdir() if p.is_file()}
+    read = ("config.json", "merges.txt", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+    assert ours.download_bytes("org/model", None, allow_pickle=False, token=None) == sum(sizes[n] for n in read)
+    assert fake.patterns == []
+    cached = ("model.safetensors",)
+    monkeypatch.setattr(hub, "try_to_load_from_cache", lambda repo, name, revision: "/x" if name in cached else None)
+    left = ours.download_bytes("org/model", None, allow_pickle=False, token=None)
+    assert left == sum(sizes[n] for n in read if n not in cached)
+    fake.fails = {"model_info": http_error(errors.GatedRepoError)}
+    with pytest.raises(CheckpointError, match="is gated"):
+        ours.download_bytes("org/model", None, allow_pickle=False, token=None)

@@ -43,6 +43,7 @@ CHANGES: dict[str, Any] = {
     "passes": (Pass(name="BB", model="base"), Pass(name="SS", model="sft")),
     "comparisons": (Comparison(base_run="BB", sft_run="SS"),),
     "embedding_variants": {"default": "BB-SS"},
+    "layers": 2,
     "lens": Lens(norm="none"),
     "batching": Batching(padding="left"),
     "output": Output(topk=False),
@@ -65,6 +66,7 @@ OTHERS: dict[str, Any] = {
     "device_memory_gib": 8,
     "spans": {"layers": 1},
     "tensor_parallel": 2,
+    "replicate_attention": True,
     "allow_pickle": True,
     "notes": "mine",
 }

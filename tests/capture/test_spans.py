@@ -21,15 +21,15 @@ CUT = Spans(layers=1)
 # A worker that is killed the moment it has committed layer 1.
 KILLED = """
 import os, signal, sys
-from capture import work
+from capture import spanwalk
 from capture.config import Entry
 from capture.run import capture_pair
-commit = work.Work._commit
+commit = spanwalk.SpanWalk.commit
 def then_die(self, state):
     commit(self, state)
     if state.layer == 1:
         os.kill(os.getpid(), signal.SIGKILL)
-work.Work._commit = then_die
+spanwalk.SpanWalk.commit = then_die
 capture_pair(Entry.model_validate_json(sys.argv[1]), sys.argv[2])
 """
 

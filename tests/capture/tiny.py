@@ -8,6 +8,7 @@ than the tokenizer, as padded vocabularies are. Sliding windows are shorter than
 from __future__ import annotations
 
 import copy
+import json
 import math
 import shutil
 import zlib
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
@@ -264,3 +266,57 @@ def _save(model: PreTrainedModel, path: Path, tokenizer: Path, dtype: torch.dtyp
     rounded = model if dtype == torch.float32 else copy.deepcopy(model).to(dtype)
     rounded.save_pretrained(path, **({"max_shard_size": "100KB"} if sharded else {}))
     shutil.copytree(tokenizer, path, dirs_exist_ok=True)
+
+
+def store_in_fp8(
+    paths: PairPaths,
+    *,
+    block: tuple[int, int] | None = (128, 128),
+    further_layers: int = 1,
+    layers: str = "model.layers.",
+) -> None:
+    """Store a pair's matrices as DeepSeek-V3's checkpoints do: float8_e4m3fn, and a float32 scale for each block.
+
+    The router, the vectors and both ends stay as they are. block: None is one scale for each matrix. further_layers: that
+    many copies of the last layer are stored behind it, as multi-token prediction modules are; no model loads them.
+    """
+    for directory in dict.fromkeys((paths.base, paths.sft)):
+        config = json.loads((directory / "config.json").read_text())
+        config["quantization_config"] = {
+            "quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic",
+            "weight_block_size": None if block is None else list(block),
+        }  # fmt: skip
+        (directory / "config.json").write_text(json.dumps(config))
+        for file in directory.glob("*.safetensors"):
+            stored: dict[str, torch.Tensor] = {}
+            for key, tensor in load_file(file).items():
+                if key.startswith(layers) and tensor.ndim == 2 and not key.endswith("mlp.gate.weight"):
+                    stored[key], stored[f"{key}_scale_inv"] = to_fp8(tensor, block)
+                else:
+                    stored[key] = tensor
+            last = f"{layers}{config['num_hidden_layers'] - 1}."
+            for n in range(further_layers):
+                behind = f"{layers}{config['num_hidden_layers'] + n}."
+                stored |= {behind + k.removeprefix(last): t.clone() for k, t in stored.items() if k.startswith(last)}
+            save_file(stored, file, metadata={"format": "pt"})
+
+
+def to_fp8(weight: torch.Tensor, block: tuple[int, int] | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """A matrix [R, C] as float8_e4m3fn and one float32 scale for each block; the last blocks are cut off by its edge."""
+    m, n = block or tuple(weight.shape)
+    rows, columns = -(-weight.shape[0] // m), -(-weight.shape[1] // n)
+    scale = torch.empty(rows, columns)
+    stored = torch.empty(weight.shape, dtype=torch.float8_e4m3fn)
+    for i in range(rows):
+        for j in range(columns):
+            part = (slice(i * m, (i + 1) * m), slice(j * n, (j + 1) * n))
+            values = weight[part].float()
+            scale[i, j] = values.abs().max() / torch.finfo(torch.float8_e4m3fn).max
+            stored[part] = (values / scale[i, j]).to(torch.float8_e4m3fn)
+    return stored, scale if block else scale.reshape(())
+
+
+def from_fp8(stored: torch.Tensor, scale: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
+    """The numbers of an FP8 matrix in float32, written down from the format's definition."""
+    spread = scale.repeat_interleave(block[0], 0)[: stored.shape[0]].repeat_interleave(block[1], 1)
+    return stored.float() * spread[:, : stored.shape[1]]

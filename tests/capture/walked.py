@@ -33,12 +33,19 @@ def open_pair(
     return Pair(base, base if paths.sft == paths.base else opened("sft", paths.sft), passes)
 
 
-def walk(pair: Pair, prompts: Sequence[Sequence[int]], *, streamed: bool, batching: Batching | None = None) -> Walked:
-    """States of every pass, layer and prompt."""
+def walk(
+    pair: Pair,
+    prompts: Sequence[Sequence[int]],
+    *,
+    streamed: bool = True,
+    mode: str | None = None,
+    batching: Batching | None = None,
+) -> Walked:
+    """States of every pass, layer and prompt. mode: when left out, streamed or resident."""
     batches: list[Batch] = make_batches(prompts, batching or Batching(), CPU, probe=False)
-    pair.begin(batches)
+    pair.begin(batches, mode=mode or ("streamed" if streamed else "resident"))
     found: Walked = {p.name: {} for p in pair.passes}
-    for state in pair.walk(streamed=streamed):
+    for state in pair.walk():
         batch = batches[state.batch]
         for name, slot in state.slot_of.items():
             by_prompt = found[name].setdefault(state.layer, [torch.empty(0)] * len(prompts))

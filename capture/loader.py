@@ -1,0 +1,57 @@
+"""Bring weights in ahead of their use and let them go behind it: a list of steps, each a few groups of weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+from capture.checkpoint import StreamedModel
+
+Step = Sequence[tuple[StreamedModel, Any]]  # what is loaded together: (model, group)
+
+
+class Loader:
+    """Reads steps in order, in a thread of its own; what is being read counts as alive from the moment it may begin."""
+
+    def __init__(self, steps: Sequence[Step]) -> None:
+        self.steps = steps
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
+        self.coming: dict[int, Future[None]] = {}
+
+    def _load(self, step: int) -> None:
+        for model, group in self.steps[step]:
+            model.load(group)
+
+    def ahead(self, step: int) -> None:
+        """Start to read a step, if there is one and it is not on its way."""
+        if step < len(self.steps) and step not in self.coming:
+            for model, group in self.steps[step]:
+                model.reserve(group)
+            self.coming[step] = self.thread.submit(self._load, step)
+
+    def wait(self, step: int) -> None:
+        """Wait until a step is there; read it here and now where nobody started to."""
+        future = self.coming.pop(step, None)
+        if future is None:
+            self._load(step)
+        else:
+            future.result()
+
+    def get(self, step: int) -> None:
+        """Wait until a step is there, and start to read the next."""
+        self.wait(step)
+        self.ahead(step + 1)
+
+    def free(self, step: int) -> None:
+        for model, group in self.steps[step]:
+            model.free(group)
+
+    def drop_ahead(self) -> None:
+        """Take back what was read ahead: its memory is needed."""
+        for step in list(self.coming):
+            self.wait(step)
+            self.free(step)
+
+    def close(self) -> None:
+        self.thread.shutdown(wait=True, cancel_futures=True)

@@ -1,0 +1,84 @@
+"""Open a model without its weights: the transformers model on meta, what it would be read with, and its list of layers."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.distributed import DistributedConfig
+from transformers.utils import logging as hf_logging
+
+from capture import borrowed
+from capture.errors import CheckpointError, UnsupportedModelError
+from capture.group import is_plain
+from capture.ledger import is_out_of_memory
+from capture.quantize import Quantization
+
+
+def open_model(
+    directory: str, label: str, dtype: str, kwargs: dict[str, Any], quantization: Quantization, device: torch.device,
+    *, whole: bool, ranks: DistributedConfig | None,
+) -> tuple[PreTrainedModel, dict[str, Any]]:  # fmt: skip
+    """The model, on meta unless it is loaded whole, and what the library would have read it with (files, load_config).
+
+    Raises CheckpointError, UnsupportedModelError.
+    """
+    where = f"{label} model '{directory}'"
+    record: dict[str, Any] = {}
+    kwargs = kwargs | dict(quantization.kwargs)
+    if ranks is not None:
+        kwargs["distributed_config"] = ranks
+    if quantization.method is not None:
+        kwargs["device_map"] = {"": device}
+    hf_logging.disable_progress_bar()  # else one bar per group
+    try:
+        with nullcontext() if whole else borrowed.recording(record):
+            model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, **kwargs)
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, ImportError) as error:
+        text = str(error)
+        if "does not recognize this architecture" in text or "Unrecognized configuration class" in text:
+            raise UnsupportedModelError(
+                f"{where}: transformers {transformers.__version__} has no causal language model for the "
+                "model_type in its config.json"
+            ) from error
+        raise CheckpointError(f"{where} cannot be opened: {text}") from error
+    except RuntimeError as error:
+        if quantization.method is None or is_out_of_memory(error):
+            raise
+        raise CheckpointError(
+            f"{where}: {quantization.method} cannot make weights of this kind on this machine; the log says why: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+    if model.get_input_embeddings() is None or model.get_output_embeddings() is None:
+        raise UnsupportedModelError(f"{type(model).__name__} has no input embedding or no unembedding")
+    if whole:
+        _check_ends(model, where)
+    return model, record
+
+
+def _check_ends(model: PreTrainedModel, where: str) -> None:
+    """The lens multiplies with the unembedding: it must be numbers."""
+    ends = {"embedding": model.get_input_embeddings(), "unembedding": model.get_output_embeddings()}
+    for what, module in ends.items():
+        weight = module.weight
+        if not is_plain(weight) or not weight.is_floating_point() or weight.dim() != 2:
+            raise UnsupportedModelError(
+                f"{where}: its {what} is quantized too, which the lens cannot use; leave it out of the quantization "
+                "(modules_to_not_convert, or llm_int8_skip_modules with bitsandbytes)"
+            )
+
+
+def find_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """The list of decoder layers: the outermost ModuleList as long as the config says."""
+    config = model.config.get_text_config()
+    wanted = config.num_hidden_layers
+    lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == wanted]
+    if not lists:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no list of {wanted} decoder layers; its layers cannot be walked one by one"
+        )
+    return min(lists, key=lambda item: item[0].count("."))
