@@ -7,10 +7,15 @@ import socket
 import threading
 from typing import Any
 
-from capture.attempt import Outcome, Try, work_on
+import cluster.deliver  # noqa: F401  what opens an output on the head's disk
+from capture.attempt import WORK, Outcome, Try, work_on
 from capture.config import Entry
 from capture.progress import Progress
 from capture.ranks import Ranks
+from capture.relay import LostError, Relay, Sent
+from cluster.rate import share_of_rate
+
+PREPARED = "cluster.prepare:capture_prepared"
 
 
 class CaptureActor:
@@ -24,10 +29,19 @@ class CaptureActor:
                 os.environ[name] = value
         self._stop = threading.Event()
         self._progress: Progress | None = None
+        self._relay: Relay | None = None
+        self._outcome: Outcome | None = None
 
-    def prepare(self) -> dict[str, Any]:
-        """Answers once the actor is placed and alive: where it is."""
-        return {"node": socket.gethostname(), "pid": os.getpid()}
+    def prepare(self, turn: tuple[int, int] = (0, 1)) -> dict[str, Any]:
+        """Answers once the actor is placed and alive: where it is, and what it costs there (None where that is not known).
+
+        turn: (index, count) among the workers that walk the layers of one capture in turn.
+        """
+        if turn[1] > 1:
+            self._relay = Relay(*turn, fetch=_fetch)
+        return {
+            "node": socket.gethostname(), "node_id": _node_id(), "pid": os.getpid(), "dollars_per_hour": _rate()
+        }  # fmt: skip
 
     def meeting_place(self) -> tuple[str, int]:
         """Address and a free port of this node, where the ranks of a group meet: rank 0 is asked."""
@@ -39,10 +53,28 @@ class CaptureActor:
         self, entry: Entry, out: str, log: str, tried: Try, force: bool, work: str, ranks: Ranks | None = None
     ) -> Outcome:
         """One attempt; returns how it ended, and never raises for what the work does."""
-        return work_on(
-            entry, out, log, tried=tried, force=force, work=work, progress=self._keep, stop=self._stop.is_set,
-            own_process=True, ranks=ranks,
+        self._outcome = work_on(
+            entry, out, log, tried=tried, force=force, work=PREPARED if work == WORK else work, progress=self._keep, stop=self._stop.is_set,
+            own_process=True, ranks=ranks, relay=self._relay,
         )  # fmt: skip
+        return self._outcome
+
+    def outcome(self) -> Outcome | None:
+        """Once more what `run` returned, for a driver whose line was cut meanwhile: calls wait for those before them."""
+        return self._outcome
+
+    def give(self, sent: tuple[Sent, ...]) -> None:
+        """What the workers before this one handed over: now its layers can be walked."""
+        assert self._relay is not None
+        self._relay.give(sent)
+
+    def part(self, parcel: int, index: int) -> Any:
+        """A part of what this worker hands over, for the object store."""
+        assert self._relay is not None
+        return self._relay.outbox.part(parcel, index)
+
+    def all_sent(self) -> None:
+        """Answers after all parts that were asked for before."""
 
     def watch(self) -> Progress | None:
         """The latest progress."""
@@ -54,3 +86,29 @@ class CaptureActor:
 
     def _keep(self, progress: Progress) -> None:
         self._progress = progress
+
+
+def _fetch(span: int, part: Any) -> Any:
+    import ray
+    from ray.exceptions import RayError
+
+    try:
+        return ray.get(part)
+    except RayError as error:  # its node is gone, and with it the only copy
+        raise LostError(span) from error
+
+
+def _node_id() -> str | None:
+    import ray
+
+    return str(ray.get_runtime_context().get_node_id()) if ray.is_initialized() else None
+
+
+def _rate() -> float | None:
+    import ray
+
+    if not ray.is_initialized():
+        return None
+    here = ray.get_runtime_context()
+    cpus = next((n["Resources"].get("CPU", 0.0) for n in ray.nodes() if n["NodeID"] == here.get_node_id()), 0.0)
+    return share_of_rate(here.get_assigned_resources(), cpus)

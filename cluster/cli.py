@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import shutil
 import sys
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -38,10 +40,20 @@ class ListsEntries(click.Command):
 
 @click.command(cls=ListsEntries, epilog="\b\nExample:\n  pairscope sweep configs/demo.yaml --out out/demo")
 @click.argument("config", required=False)
-@click.option("--out", help="Run directory: a path or a URI such as s3://bucket/run.  [default: out/<name of CONFIG>]")
+@click.option(
+    "--out",
+    help="Run directory: a path (in a submitted job from the head's home) or a URI such as s3://bucket/run.  [default: out/<name of CONFIG>]",
+)
 @click.option("--entries", multiple=True, metavar="NAME...", help="Only these entries of the config.")
 @click.option("--force", is_flag=True, help="Capture again what is complete.")
 @click.option("--jobs", type=click.IntRange(min=1), help="Entries at a time.  [default: as many as there is room for]")
+@click.option(
+    "--place-within",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="SECONDS",
+    help="How long an entry waits for a place while nothing else of the sweep is at work.  "
+    "[default: 600; 3600 where the cluster can grow]",
+)
 @click.option("--dry-run", is_flag=True, help="Only show the entries, their capture ids and what is complete.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object an entry on stdout.")
 def sweep(
@@ -50,6 +62,7 @@ def sweep(
     entries: tuple[str, ...],
     force: bool,
     jobs: int | None,
+    place_within: float | None,
     dry_run: bool,
     as_json: bool,
 ) -> None:
@@ -65,11 +78,13 @@ def sweep(
 
     loaded = load_config(config)
     chosen = choose(loaded, entries)
-    out = out or f"out/{Path(loaded.path).stem}"
+    out = lasting(out or f"out/{Path(loaded.path).stem}")
     if dry_run:
         _dry_run(chosen, out, force, as_json)
         return
-    summary = run_sweep(chosen, out, force=force, jobs=jobs)
+    with _noted(out, [name for name, _ in chosen]) as note:
+        summary = run_sweep(chosen, out, force=force, jobs=jobs, place_within=place_within)
+        note |= {"exit_code": summary.exit_code, "items": [_brief(item) for item in summary.items]}
     if as_json:
         _print_json(summary.items)
     else:
@@ -82,6 +97,35 @@ def sweep(
         )
         click.echo(f"pairscope: {item.name} failed: {what} {summary.out}/{item.row['log']}", err=True)
     sys.exit(summary.exit_code)
+
+
+def lasting(out: str, cwd: Path | None = None) -> str:
+    """The output as given; but below the home directory where a job's own folder, which Ray deletes after it, would hold it."""
+    place = Path(out).expanduser()
+    if "://" in out or place.is_absolute() or "working_dir_files" not in (cwd or Path.cwd()).parts:
+        return out
+    return str(Path.home() / place)
+
+
+def on_a_cluster() -> bool:
+    """Whether the sweep runs on a Ray that was there before it, as a submitted job does."""
+    return os.environ.get("RAY_ADDRESS", "local") not in ("", "local")
+
+
+@contextlib.contextmanager
+def _noted(out: str, names: list[str]) -> Iterator[dict[str, Any]]:
+    """On a cluster: leave word for `pairscope collect` of where the results are and how the sweep ended."""
+    from cluster.note import noted
+
+    if not on_a_cluster():
+        yield {}
+        return
+    with noted(out if "://" in out else str(Path(out).expanduser().absolute()), names) as note:
+        yield note
+
+
+def _brief(item: Item) -> dict[str, Any]:
+    return {"entry": item.name, "state": item.state, "capture": item.capture}
 
 
 def _dry_run(chosen: list[tuple[str, Entry | ConfigError]], out: str, force: bool, as_json: bool) -> None:
@@ -121,10 +165,12 @@ def _print_summary(summary: Summary, config: str | None) -> None:
     else:
         rows = [
             [i.name, i.state, _number(i.row.get("seconds"), ".1f"), _number(i.row.get("n_tokens"), ",d"), i.row.get("mode") or "",
-             _size(i.row.get("peak_memory_bytes")), _error(i)]
+             _size(i.row.get("peak_memory_bytes")), _number(i.row.get("dollars"), ".3f"), _error(i)]
             for i in summary.items
         ]  # fmt: skip
-        lines = list(table_lines(["entry", "state", "seconds", "tokens", "mode", "peak memory"], rows, _width()))
+        lines = list(
+            table_lines(["entry", "state", "seconds", "tokens", "mode", "peak memory", "dollars"], rows, _width())
+        )
         tell("\n".join(lines))
         if "peak memory" in lines[0] and any(i.row.get("gpu") == "cpu" for i in summary.items):
             tell("(peak memory on a CPU: of the weights alone)")
@@ -134,7 +180,9 @@ def _print_summary(summary: Summary, config: str | None) -> None:
         again = f"pairscope sweep {config or ''}".rstrip() + f" --out {summary.out}"
         tell(f"  {again}    # takes up what is missing")
         tell(f"  pairscope status {summary.out}")
-    if summary.complete:
+    if summary.complete and on_a_cluster() and "://" not in summary.out:
+        tell(f"  at home: pairscope collect ray_cluster.yaml --out {summary.out.lstrip('~/')}")
+    elif summary.complete:
         tell(f"  pairscope report {summary.out}")
         tell(f"  pairscope grid {summary.out} --metric kl_divergence")
         tell(
@@ -180,7 +228,7 @@ def table_lines(columns: list[str], rows: list[list[str]], width: int | None) ->
         dropped.insert(0, columns[shown.pop()])
 
     def line(cells: list[str]) -> str:
-        right = ("seconds", "tokens", "peak memory")
+        right = ("seconds", "tokens", "peak memory", "dollars")
         texts = [cells[i].rjust(sizes[i]) if columns[i] in right else cells[i].ljust(sizes[i]) for i in shown]
         return "  ".join(texts)
 

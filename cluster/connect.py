@@ -23,11 +23,13 @@ class ClusterError(PairscopeError):
 
 @dataclass(frozen=True)
 class Cluster:
-    """A connected Ray. nodes: total resources of each live node. growing: an autoscaler may add nodes."""
+    """A connected Ray. nodes: total resources of each live node. growing: an autoscaler may add nodes, of these types; none are
+    known where it was not `ray up` that started the cluster."""
 
     local: bool
     nodes: tuple[dict[str, float], ...]
     growing: bool
+    types: tuple[dict[str, float], ...] = ()
 
     @property
     def has_gpus(self) -> bool:
@@ -99,7 +101,22 @@ def _look(*, local: bool) -> Cluster:
     import ray
 
     nodes = tuple(dict(n["Resources"]) for n in ray.nodes() if n["Alive"])
-    return Cluster(local, nodes, growing=not local and _has_autoscaler())
+    growing = not local and _has_autoscaler()
+    return Cluster(local, nodes, growing, node_types() if growing else ())
+
+
+def node_types(file: Path = Path("~/ray_bootstrap_config.yaml")) -> tuple[dict[str, float], ...]:
+    """Resources of every type of node that the autoscaler may start, from the config that `ray up` leaves on the head."""
+    import yaml
+
+    try:
+        config = yaml.safe_load(file.expanduser().read_text(encoding="utf-8"))
+        types = config["available_node_types"].values()
+        return tuple(
+            {name: float(amount) for name, amount in t["resources"].items()} for t in types if t.get("max_workers")
+        )
+    except (OSError, yaml.YAMLError, AttributeError, KeyError, TypeError, ValueError):
+        return ()
 
 
 def _has_autoscaler() -> bool:
@@ -121,7 +138,11 @@ def never_to_come() -> list[dict[str, float]]:
 
         answer = GcsClient(address=ray.get_runtime_context().gcs_address).get_cluster_status(timeout_s=5)
         reply = answer if isinstance(answer, GetClusterStatusReply) else GetClusterStatusReply.FromString(answer)
-        return [dict(r.resources_bundle) for r in reply.autoscaling_state.infeasible_resource_requests]
+        state = reply.autoscaling_state
+        groups = [[dict(r.resources_bundle) for r in g.requests] for g in state.infeasible_gang_resource_requests]
+        # a group's bundles are wanted on one node: together they are one request
+        together = [{name: sum(b.get(name, 0.0) for b in g) for name in {n for b in g for n in b}} for g in groups]
+        return [*(dict(r.resources_bundle) for r in state.infeasible_resource_requests), *together]
     except Exception:
         return []
 

@@ -1,61 +1,33 @@
-"""The sweep's own loop over Ray: starts an actor per entry, follows it, tries again, stops cleanly."""
+"""The sweep's own loop over Ray: places a crew of actors for every entry, follows it, tries again, stops cleanly."""
 
 from __future__ import annotations
 
 import contextlib
-import math
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import ray
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import ActorUnavailableError, RayError
 
-from capture.attempt import INTERRUPTED, Outcome, Try, complete_line, failure, finish, next_try
+from capture.attempt import INTERRUPTED, Outcome, complete_line, failure, finish, next_try
 from capture.attemptlog import append_log
-from capture.config import Entry
-from capture.errors import DeviceError, PairscopeError, StoreError
+from capture.errors import DeviceError, StoreError
 from capture.layout import RunDir
 from capture.manifest import Attempt
 from capture.show import WAITING, Show
 from capture.stop import Stop
 from cluster.actor import CaptureActor
-from cluster.connect import never_to_come
-from cluster.ranks import RankGroup
-from cluster.resources import Request
+from cluster.crew import Crew, brought_home
+from cluster.job import Job
+from cluster.lost import UNHEARD, lost
+from cluster.placing import Patience
 
 WATCH_EVERY = 0.5  # seconds between two looks at an actor's progress
+AGAIN_EVERY = 2.0  # seconds between two tries at a worker whose line was cut
 GRACE = 5.0  # seconds that running work gets to end by itself after a first Ctrl-C
-ASK_EVERY = 5.0  # seconds between two questions to the autoscaler about what waits
-WAITING_LONG = 15.0  # seconds without a place after which the screen says what an entry waits for
-
-
-class WorkerDiedError(PairscopeError):
-    """The process or the machine that worked on an entry was lost."""
-
-
-@dataclass
-class Job:
-    """One entry on its way through the sweep; `row` is its last attempt's manifest row."""
-
-    entry: Entry
-    request: Request
-    capture: str | None = None
-    tried: Try = field(default_factory=Try)
-    attempt: Attempt | None = None
-    row: dict[str, Any] | None = None
-    outcome: Outcome | None = None
-    actor: Any = None
-    group: RankGroup | None = None  # the other ranks, where several share the entry
-    ref: Any = None  # what the loop waits for: the actor's readiness, then its work
-    watch: Any = None
-    watched: float = 0.0
-    since: float = 0.0
-
-    @property
-    def name(self) -> str:
-        return self.entry.name
 
 
 class Loop:
@@ -72,12 +44,14 @@ class Loop:
         show: Show,
         stop: Stop,
         growing: bool = False,
+        place_within: float | None = None,
     ) -> None:
+        """place_within: seconds that an entry waits for a place while nothing else of the sweep is at work."""
         self.runs_dir, self.out, self.force, self.work = run, out, force, work
         self.limit, self.show, self.stop = jobs, show, stop
         self.waiting: list[Job] = []
         self.active: list[Job] = []
-        self.growing, self.asked = growing, time.monotonic()
+        self.patience = Patience(growing=growing, within=place_within, now=time.monotonic())
         self.kill_at: float | None = None
         self.actor_class = ray.remote(concurrency_groups={"control": 1})(CaptureActor)
 
@@ -98,52 +72,41 @@ class Loop:
             self._stop_active()
         else:
             self._start_some()
-        waited = {job.ref: job for job in self.active} | {
-            job.watch: job for job in self.active if job.watch is not None
-        }
-        waited |= {ref: job for job in self.active if job.group for ref in job.group.running}
-        if not waited:
+        waited = {ref: then for job in self.active for ref, then in self._awaited(job)}
+        if not self.active:
             return
-        done, _ = ray.wait(list(waited), num_returns=1, timeout=0.25)
+        if not waited:  # all are out of sight
+            time.sleep(0.25)
+        done = ray.wait(list(waited), num_returns=1, timeout=0.25)[0] if waited else []
         for ref in done:
-            job = waited[ref]
-            if ref == job.watch:
-                self._take_progress(job)
-            elif job.group and ref in job.group.running:
-                self._end_rank(job, ref)
-            elif job.ref is None:
-                continue  # settled in this same turn
-            elif job.attempt is None:
-                self._begin(job)
-            else:
-                self._end(job)
+            job, crew, then = waited[ref]
+            if job in self.active and crew in job.crews.values():  # else it was settled in this same turn
+                then(ref)
         now = time.monotonic()
-        self._look_at_the_waiting(now)
+        told, given_up = self.patience.look(self.active, now)
+        for job, text in told:
+            self.show.event(job.name, text)
+        for job, error in given_up:
+            self._give_up(job, error)
         for job in self.active:
-            if job.attempt is not None and job.watch is None and now - job.watched > WATCH_EVERY:
-                job.watched = now
-                job.watch = job.actor.watch.options(concurrency_group="control").remote()
+            for crew in job.crews.values():
+                crew.look_for_it(now - AGAIN_EVERY)
+            if job.crew is not None and job.crew.is_to_be_watched(now - WATCH_EVERY):
+                job.crew.ask_for_progress(now)
 
-    def _look_at_the_waiting(self, now: float) -> None:
-        """While nothing runs: say what entries wait for, and fail those that the autoscaler can do nothing for.
+    def _awaited(self, job: Job) -> Iterator[tuple[Any, tuple[Job, Crew, Callable[[Any], None]]]]:
+        """What to wait for of a job, and what to do once it is there."""
+        for span, crew in job.crews.items():
+            single = (
+                (crew.ready, self._placed), (crew.task, self._end), (crew.sending, self._sent), (crew.watch, self._progress)
+            )  # fmt: skip
+            for ref, then in single:
+                if ref is not None:
+                    yield ref, (job, crew, partial(then, job, span))
+            for ref in crew.running:
+                yield ref, (job, crew, partial(self._end_rank, job, span))
 
-        While something runs nothing is failed: Ray calls a request infeasible too where only the number of nodes is used up.
-        """
-        waiting = [job for job in self.active if job.attempt is None]
-        working = any(job.attempt is not None for job in self.active)  # then its place may be the next one's
-        if self.growing and waiting and not working and now > self.asked + ASK_EVERY:
-            self.asked = now
-            never = never_to_come()
-            for job in waiting:
-                if any(job.request.is_asked_by(resources) for resources in never):
-                    job.attempt = Attempt(self.runs_dir, job.name)
-                    job.attempt.row |= {"capture": job.capture, "node": None}
-                    text = f"asks for {job.request.text} on one node; no node type of this cluster has that"
-                    self._settle(job, failure(DeviceError(f"entry '{job.name}' {text}")))
-        for job in waiting:
-            if now > job.since + WAITING_LONG and not working:
-                job.since = math.inf
-                self.show.event(job.name, f"waiting for a place with {job.request.text}")
+    # -- placing -------------------------------------------------------------------------------------------------------
 
     def _start_some(self) -> None:
         for job in list(self.waiting):
@@ -152,103 +115,164 @@ class Loop:
             if job.request.exclusive and job.request.exclusive in {other.request.exclusive for other in self.active}:
                 continue
             self.waiting.remove(job)
-            self._place(job)
+            job.attempt, job.spent, job.waiting_told = None, None, False
+            self.active.append(job)
+            self._place(job, job.span)
+            self.show.doing(job.name, WAITING)
 
-    def _place(self, job: Job) -> None:
-        job.attempt, job.watch, job.since = None, None, time.monotonic()
-        if job.request.ranks > 1:
-            job.group = RankGroup(self.actor_class, job.request)
-            job.actor = job.group.leader
-        else:
-            job.actor = self.actor_class.options(**job.request.options()).remote(job.request.env)
-        job.ref = job.actor.prepare.remote()
-        self.active.append(job)
-        self.show.doing(job.name, WAITING)
+    def _place(self, job: Job, span: int) -> None:
+        taken = [crew.place["node_id"] for crew in job.crews.values() if crew.place is not None]
+        job.crews[span] = Crew(self.actor_class, job.request, turn=(span, job.spans), avoid=taken)
 
-    def _begin(self, job: Job) -> None:
-        """The actor is there (or died on the way): write the row, hand over the work."""
-        job.attempt = Attempt(self.runs_dir, job.name)
-        try:
-            place = ray.get(job.ref)
-        except RayError as error:
+    def _placed(self, job: Job, span: int, ref: Any) -> None:
+        """The actors are there (or died on the way): hand over the work, and give the next span's crew a head start."""
+        crew = job.crews[span]
+        if job.attempt is None:
+            job.attempt = Attempt(self.runs_dir, job.name)
             job.attempt.row |= {"capture": job.capture, "node": None}
-            self._settle(job, self._lost(job, error))
+        try:
+            place = ray.get(ref)
+            crew.placed(place)
+            self._begin(job, span, crew)
+        except RayError as error:
+            self._failed(job, span, self._lost(job, error, crew))
             return
-        with self._writing():
-            job.attempt.start(capture=job.capture, node=place["node"])
-        note = f" ({job.tried.note})" if job.tried.note else ""
-        self.show.event(job.name, f"started on {place['node']}{note}, log {job.attempt.row['log']}")
-        self.show.doing(job.name, "starting")
-        task = (job.entry, self.out, job.attempt.log_path, job.tried, self.force, self.work)
-        job.ref = job.group.run(*task) if job.group else job.actor.run.remote(*task)
+        if span == job.span:
+            self._let_go(job, crew)
 
-    def _end_rank(self, job: Job, ref: Any) -> None:
+    def _begin(self, job: Job, span: int, crew: Crew) -> None:
+        assert job.attempt is not None
+        assert crew.place is not None
+        node, first = crew.place["node"], job.attempt.row["node"] is None
+        of = f"layers {span + 1} of {job.spans}" if job.spans > 1 else ""
+        log = job.attempt.log_path if first else f"{job.attempt.log_path.removesuffix('.log')}.span{span + 1}.log"
+        with self._writing():
+            nodes = [] if first else job.attempt.row["node"].split(", ")
+            job.attempt.start(capture=job.capture, node=", ".join(dict.fromkeys([*nodes, node])))
+        notes = ", ".join(filter(None, [of, job.tried.note if first else ""]))
+        name = log.removeprefix(self.runs_dir.root + "/")
+        self.show.event(job.name, f"started on {node}{f' ({notes})' if notes else ''}, log {name}")
+        if first:
+            self.show.doing(job.name, "starting")
+        crew.work(job.entry, self.out, log, job.tried, self.force, self.work)
+
+    def _let_go(self, job: Job, crew: Crew) -> None:
+        """It is this crew's turn: give it what it needs, and ask for a place for the next one."""
+        span = job.span
+        if job.spans > 1 and not crew.given:
+            crew.give(tuple(job.sent[k] for k in range(span)))
+        following = next((k for k in range(span + 1, job.spans) if k not in job.sent), None)
+        if following is not None and following not in job.crews and not job.request.exclusive:
+            self._place(job, following)
+
+    # -- what comes back -----------------------------------------------------------------------------------------------
+
+    def _end(self, job: Job, span: int, ref: Any) -> None:
+        crew = job.crews[span]
+        try:
+            outcome: Outcome = ray.get(ref) or UNHEARD
+        except ActorUnavailableError as error:  # a cut line, and no word yet that the worker died
+            if not self.stop.requested():
+                crew.out_of_sight()
+                return
+            outcome = self._lost(job, error, crew)
+        except RayError as error:
+            outcome = self._lost(job, error, crew)
+        if outcome.state != "complete":
+            self._failed(job, span, outcome)
+        elif outcome.handover is None:  # all is written, or was there already
+            self._settle(job, outcome)
+        else:
+            crew.send(outcome.handover)
+
+    def _end_rank(self, job: Job, span: int, ref: Any) -> None:
         """Another rank than the first ended: well, or it takes its group down, since the others would wait for it."""
-        assert job.group is not None
-        job.group.running.remove(ref)
+        crew = job.crews[span]
+        crew.running.remove(ref)
         try:
             outcome = ray.get(ref)
+        except ActorUnavailableError:  # the first rank's word will do
+            return
         except RayError as error:
-            outcome = self._lost(job, error)
+            outcome = self._lost(job, error, crew)
         if outcome.state != "complete":
-            self._settle(job, outcome)
+            self._failed(job, span, outcome)
 
-    def _end(self, job: Job) -> None:
+    def _sent(self, job: Job, span: int, ref: Any) -> None:
+        """What a span found out is in the object store: its crew is done, the next one's turn begins."""
+        crew = job.crews[span]
         try:
-            outcome = ray.get(job.ref)
+            ray.get(ref)
         except RayError as error:
-            outcome = self._lost(job, error)
+            self._failed(job, span, self._lost(job, error, crew))
+            return
+        assert crew.sent is not None
+        assert crew.place is not None
+        job.sent[span] = brought_home(crew.sent, crew.place["node_id"])
+        self._dismiss(job, span)
+        if span > job.furthest:
+            job.furthest, job.tried = span, replace(job.tried, deaths=0, losses=0)
+        at = crew.sent.handover.done[-1].last
+        self.show.event(job.name, f"layers {span + 1} of {job.spans} are done, up to layer {at}")
+        if job.crew is None:
+            self._place(job, job.span)
+        elif job.crew.place is not None:
+            self._let_go(job, job.crew)
+
+    def _failed(self, job: Job, span: int, outcome: Outcome) -> None:
+        """A crew is lost or its work failed. One that only waited for its turn is asked for again when that comes."""
+        if outcome.lost_span is not None:  # with the node that made it: that span, too, is to be done again
+            job.sent.pop(outcome.lost_span, None)
+        if span != job.span and (outcome.died or outcome.out_of_memory):
+            self._dismiss(job, span)
+            return
         self._settle(job, outcome)
 
-    def _lost(self, job: Job, error: RayError) -> Outcome:
-        """What a Ray error says about an attempt: the worker died, Ray ended it to save memory, or a bug of ours."""
+    def _give_up(self, job: Job, error: DeviceError) -> None:
+        if job.attempt is None:
+            job.attempt = Attempt(self.runs_dir, job.name)
+            job.attempt.row |= {"capture": job.capture, "node": None}
+        self._settle(job, failure(error))
+
+    def _dismiss(self, job: Job, span: int) -> None:
+        crew = job.crews.pop(span)
+        if (dollars := crew.dollars()) is not None:
+            job.spent = (job.spent or 0.0) + dollars
+        crew.remove()
+
+    def _lost(self, job: Job, error: RayError, crew: Crew) -> Outcome:
+        """What a Ray error says about an attempt."""
         if self.stop.requested():
             return INTERRUPTED
-        text = " ".join(str(error).split())
-        if isinstance(error, RayTaskError) or getattr(error, "actor_init_failed", False):
-            cause = getattr(error, "cause", None) or error
-            outcome = Outcome("failed", {"error_class": type(cause).__name__, "error": text[-2000:]}, bug=True)
-        else:
-            memory = "memory pressure" in text or "OUT_OF_MEMORY" in text or "running low on memory" in text
-            detail = text.split("Worker exit detail:")[-1].split("Some common causes")[0].strip()
-            if detail == text:
-                detail = text.removeprefix("The actor died unexpectedly before finishing this task.").strip()
-            if "unexpectedly exits with a connection error" in detail:
-                detail = "the worker process was killed or crashed; if memory was short, try --jobs 1 or mode: streamed"
-            where = f" on {job.attempt.row['node']}" if job.attempt and job.attempt.row.get("node") else ""
-            fields = {"error_class": WorkerDiedError.__name__, "error": f"lost the worker{where}: {detail}"[:2000]}
-            outcome = Outcome("failed", fields, out_of_memory=memory, died=True)
         if job.attempt is not None:
             append_log(self.runs_dir, job.attempt.log_path, f"\nThe driver lost this attempt's worker.\n{error}\n")
-        return outcome
+        return lost(error, crew)
 
     def _settle(self, job: Job, outcome: Outcome) -> None:
         """Write how the attempt ended, let the actor go, and put the job back where another try is worth it."""
         assert job.attempt is not None
-        with self._writing():
-            finish(job.attempt, outcome)
-        job.row, job.outcome = job.attempt.row, outcome
+        self._finish(job, job.attempt, outcome)
         self._drop(job)
         if outcome.state == "complete":
-            self.show.event(job.name, complete_line(job.row, len(job.entry.prompt_variants)))
+            self.show.event(job.name, complete_line(job.attempt.row, len(job.entry.prompt_variants)))
             return
         if outcome.state == "interrupted":
             self.show.event(job.name, "interrupted")
             return
         tried = next_try(job.tried, job.entry, outcome)
         if tried is None or self.stop.requested():
-            where = f"; traceback in {job.row['log']}" if outcome.bug else ""
+            where = f"; traceback in {job.attempt.row['log']}" if outcome.bug else ""
             self.show.event(job.name, f"failed: {outcome.error}{where}")
             return
         self.show.event(job.name, f"{outcome.error}; trying again: {tried.note}")
         job.tried = tried
         self.waiting.insert(0, job)
 
-    def _take_progress(self, job: Job) -> None:
-        ref, job.watch = job.watch, None
+    def _progress(self, job: Job, span: int, ref: Any) -> None:
+        job.crews[span].watch = None
         with contextlib.suppress(RayError):  # a dead actor is seen at its work
             progress = ray.get(ref)
-            if progress is not None:
+            if progress is not None and span == job.span:
                 self.show.progress(progress)
 
     def _stop_active(self) -> None:
@@ -259,8 +283,8 @@ class Loop:
                 if job.attempt is None:
                     self._drop(job)
                 else:
-                    for actor in job.group.actors if job.group else [job.actor]:
-                        actor.stop.options(concurrency_group="control").remote()
+                    for crew in job.crews.values():
+                        crew.stop()
         elif time.monotonic() > self.kill_at:
             for job in list(self.active):
                 self._interrupt(job)
@@ -269,11 +293,16 @@ class Loop:
         attempt = job.attempt
         self._drop(job)
         if attempt is not None and attempt.row["state"] == "running":
-            outcome = INTERRUPTED
-            with self._writing():
-                finish(attempt, outcome)
-            job.row, job.outcome = attempt.row, outcome
+            self._finish(job, attempt, INTERRUPTED)
             append_log(self.runs_dir, attempt.log_path, "\nThe driver ended this attempt: interrupted.\n")
+
+    def _finish(self, job: Job, attempt: Attempt, outcome: Outcome) -> None:
+        """Write how an attempt ended, and what its node took for the time that it held."""
+        if (dollars := job.dollars()) is not None:
+            attempt.row["dollars"] = round(dollars, 6)
+        with self._writing():
+            finish(attempt, outcome)
+        job.row, job.outcome = attempt.row, outcome
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -284,13 +313,9 @@ class Loop:
             self.show.note(f"the manifest cannot be written: {error}")
 
     def _drop(self, job: Job) -> None:
-        """Kill the actor: its process, and with it all memory it held."""
+        """Kill the actors: their processes, and with them all memory they held."""
         with contextlib.suppress(ValueError):
             self.active.remove(job)
         self.show.end(job.name)
-        if job.group:
-            job.group.remove()
-        else:
-            with contextlib.suppress(Exception):
-                ray.kill(job.actor, no_restart=True)
-        job.actor = job.ref = job.watch = job.group = None
+        for span in list(job.crews):
+            self._dismiss(job, span)

@@ -24,7 +24,7 @@ HEADROOM = 0.05  # of what tensors may use; left free, because needs are compute
 BFLOAT16_FROM = 800
 LIVE_QUERY: dict[str, Any] = {
     "verified": {"eq": True}, "external": {"eq": False}, "rentable": {"eq": True}, "rented": {"eq": False},
-    "reliability": {"gt": 0.98}, "inet_down": {"gte": 500}, "cuda_max_good": {"gte": 12.8},
+    "reliability": {"gt": 0.98}, "inet_down": {"gte": 500}, "cuda_max_good": {"gte": 13.0},
 }  # fmt: skip
 LARGE_CARD_MB = 40_000
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from capture.config import Entry
 from capture.errors import CheckpointError, PairscopeError, UnsupportedModelError
-from capture.footprint import activation_bytes, loading_bytes, weight_bytes
+from capture.footprint import LENS_TILE_BYTES, MODES, Way, activations, needs, ways
 from cluster.offers import Offer
 from cluster.plan_hub import has_token
 from cluster.plan_models import Models
@@ -51,11 +51,17 @@ class EntryPlan:
 
     @property
     def needs(self) -> dict[str, int]:
-        """Bytes on one GPU by mode: weights, what loading adds, states and work."""
+        """Bytes on one GPU by mode: weights, what loading adds, states and work with whole lens tiles."""
         assert self.work is not None
-        shapes = [m.weights for m in self.models]
-        act = activation_bytes(self.work.walk)
-        return {mode: size + loading_bytes(shapes, mode) + act for mode, size in weight_bytes(shapes).items()}
+        shapes, act = [m.weights for m in self.models], activations(self.work.walk)
+        return {mode: needs(shapes, mode, act).peak for mode in MODES}
+
+    def least(self, mode: str) -> Way:
+        """The way of a mode that needs least on one GPU."""
+        assert self.work is not None
+        walk, shapes = self.work.walk, [m.weights for m in self.models]
+        found = ways(shapes, mode, lambda tile: activations(walk, tile), LENS_TILE_BYTES, on_host=False)
+        return min(found, key=lambda way: way.need.peak)
 
 
 @dataclass(frozen=True)
@@ -133,10 +139,10 @@ def _warnings(pair: Sequence[ModelSizes]) -> tuple[str, ...]:
 
 def _why_none(plan: EntryPlan, offers: Sequence[Offer], entry: Entry, cap: float | None) -> str:
     """Why no machine will do: the smallest need against the largest memory."""
-    needs = plan.needs
-    mode = entry.mode if entry.mode != "auto" else min(needs, key=lambda m: needs[m])
-    need = f"mode {mode} needs {needs[mode] / 1e9:.1f} GB on one GPU"
-    if cap is not None and needs[mode] > cap:
+    modes = [entry.mode] if entry.mode != "auto" else list(MODES)
+    way = min((plan.least(mode) for mode in modes), key=lambda w: w.need.peak)
+    need = f"mode {way.mode} needs {way.need.peak / 1e9:.1f} GB on one GPU"
+    if cap is not None and way.need.peak > cap:
         return f"{need}; device_memory_gib allows {cap / 1e9:.1f} GB"
     if not offers:
         return "no machine is offered"

@@ -10,7 +10,7 @@ import yaml
 
 from capture.errors import CheckpointError
 from capture.footprint import DTYPE_BYTES, ModelBytes
-from cluster.plan_sizes import ModelSizes, memory_dtype
+from cluster.plan_sizes import ModelSizes, fp8_loading, memory_dtype
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
@@ -52,6 +52,7 @@ def _sizes(model: str, record: dict[str, Any], dtype: str) -> ModelSizes:
         ends["embedding"] * element, ends["head"] * element, ends["rest"] * element, layers, record["tied"],
         tuple(same * element for count, _, _, same in runs for _ in range(count)), ends["matrix"] * element,
         record["hidden"] * element, bool(record.get("fused_experts")),
+        loading=fp8_loading(record["stored"], len(layers)),
     )  # fmt: skip
     stored = record["checkpoint_bytes"]
     return ModelSizes(

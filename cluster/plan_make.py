@@ -10,7 +10,6 @@ from typing import Any
 from capture.config import Config
 from capture.errors import ConfigError
 from capture.fields import near
-from capture.footprint import FUSED_LOADING
 from cluster.offers import assumed_offers, live_offers, prices, read_offers, this_machine
 from cluster.plan import EntryPlan, Plan, plan_entry, plan_sweeps
 from cluster.plan_models import Models
@@ -85,8 +84,7 @@ def _assumptions(
         said = "" if tokens else f", estimated at a token for every {BYTES_PER_TOKEN} bytes of text (--tokens tells it)"
         yield f"prompts: {_range(counts[0])}, of at most {_range(counts[1])} tokens{said}"
     yield (
-        "usable of a GPU: 97 % of its memory less 1 GB, and 5 % of that left free. Needs are the most that is alive at once; fused experts take "
-        f"{1 + FUSED_LOADING:g} times a layer while it is read"
+        "usable of a GPU: 97 % of its memory less 1 GB, and 5 % of that left free. Needs are the most that is alive at once"
     )
     yield "time: the download, then reading and computing side by side; whole checkpoints lie on the machine's disk"
     yield (

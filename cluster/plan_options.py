@@ -8,15 +8,16 @@ from dataclasses import dataclass
 
 from capture.degrees import degree_error
 from capture.footprint import (
+    AUTO,
+    LENS_TILE_BYTES,
     MODES,
-    RESIDENT_SHARE,
     RUNNABLE,
     RUNNABLE_DEGREES,
     RUNNABLE_STORED,
-    activation_bytes,
-    loading_bytes,
+    Activations,
+    activations,
     rank_share,
-    weight_bytes,
+    ways,
 )  # fmt: skip
 from cluster.offers import Offer
 from cluster.plan_sizes import ModelSizes
@@ -39,9 +40,10 @@ class Stages:
     def bottleneck(self) -> str:
         return max(("download", "disk", "pcie", "compute"), key=lambda stage: getattr(self, stage))
 
-    def seconds(self, mode: str) -> float:
-        """All of it: the download, then reading and computing side by side; one after the other for one model at a time."""
-        reading = self.disk + self.pcie
+    def seconds(self, mode: str, batches: int = 1) -> float:
+        """All of it: the download, then reading and computing side by side; one after the other for one model at a time.
+        Sub-layer mode reads all layers once for every batch."""
+        reading = (self.disk + self.pcie) * (batches if mode == "sub-layer" else 1)
         return self.download + (reading + self.compute if mode == "one-at-a-time" else max(reading, self.compute))
 
 
@@ -56,8 +58,7 @@ class Option:
     mode: str
     degree: int
     weight_bytes: int
-    loading_bytes: int
-    activation_bytes: int
+    need_bytes: int
     stages: Stages
     hours: float
     usd: float
@@ -70,18 +71,9 @@ class Option:
         return self.ours and self.readable
 
     @property
-    def need_bytes(self) -> int:
-        return self.weight_bytes + self.loading_bytes + self.activation_bytes
-
-    @property
     def ours(self) -> bool:
         """Whether this version has the mode, for checkpoints that it can read."""
         return self.mode in RUNNABLE and self.degree in RUNNABLE_DEGREES
-
-    @property
-    def easy(self) -> bool:
-        """Whether `mode: auto` would keep both models on this machine."""
-        return self.mode == "resident" and self.weight_bytes <= RESIDENT_SHARE * self.offer.usable_bytes
 
 
 def download_gb(models: Sequence[ModelSizes]) -> float:
@@ -149,25 +141,31 @@ def _on(
     offer: Offer, degree: int, models: Sequence[ModelSizes], work: Work, mode: str, cap_bytes: float | None
 ) -> Iterator[Option]:
     shares = [rank_share(m.weights, degree) for m in models]
-    needs, activation = weight_bytes(shares), activation_bytes(work.walk)
+
+    def act(tile_bytes: int) -> Activations:
+        return activations(work.walk, tile_bytes)
+
     room = min(offer.room_bytes, cap_bytes or float("inf"))
     times = stages(offer, models, work, degree)
     readable = all(m.stored in RUNNABLE_STORED for m in models)
     for name in MODES if mode == "auto" else (mode,):
-        loading = loading_bytes(shares, name)
-        if needs[name] + loading + activation > room:
+        if name == "sub-layer" and degree > 1:
             continue
-        hours = times.seconds(name) / 3600
+        fits = (w for w in ways(shares, name, act, LENS_TILE_BYTES, on_host=offer.here) if w.need.peak <= room)
+        way = next(fits, None)
+        if way is None:
+            continue
+        hours = times.seconds(name, work.batches) / 3600
         disk = disk_gb(models)
         yield Option(
-            offer, name, degree, needs[name], loading, activation, times, hours,
+            offer, name, degree, way.need.weights, way.need.peak, times, hours,
             usd(offer, hours, download_gb(models), disk), disk, readable,
         )  # fmt: skip
 
 
 def cost_order(option: Option) -> tuple[float, float, int, int, int]:
     """Cheapest first; of equal ones the faster, then what `mode: auto` comes to, then the mode with more in memory."""
-    auto = 0 if option.easy else 1 if option.mode == "streamed" else 2
+    auto = AUTO.index(option.mode) if option.mode in AUTO else len(AUTO)
     return (option.usd, option.hours, auto, list(MODES).index(option.mode), option.offer.gpus)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from capture.degrees import REPLICATED_ATTENTION
 from capture.errors import CheckpointError, UnsupportedModelError
-from capture.footprint import DTYPE_BYTES, ModelBytes
+from capture.footprint import DTYPE_BYTES, FP8_STRIP, ModelBytes, ffn_width
 
 # dtypes as safetensors headers spell them
 STORED = {
@@ -68,6 +68,11 @@ class ModelSizes:
     @property
     def n_layers(self) -> int:
         return len(self.active)
+
+
+def fp8_loading(stored: str, n_layers: int) -> tuple[int, ...]:
+    """What layers of FP8 weights take beside themselves while they are read: a strip as stored and in float32."""
+    return (5 * FP8_STRIP,) * n_layers if stored == "float8" else ()
 
 
 def memory_dtype(asked: str, stored: str, config_dtype: str | None = None) -> str:
@@ -148,10 +153,10 @@ def sizes_of(
         parameters -= min(ends["embedding"], ends["head"]) // element
         ends |= {"embedding": max(ends["embedding"], ends["head"]), "head": 0}
     weights = ModelBytes(**ends, layers=tuple(layers), tied=tied, replicated=tuple(replicated), matrix=matrix,
-                         row=hidden * element, fused=fused)  # fmt: skip
+                         row=hidden * element, fused=fused, loading=fp8_loading(stored, n_layers))  # fmt: skip
     return ModelSizes(
         model, source, model_type, parameters, stored, asked, whole if download_bytes is None else download_bytes, read,
-        weights, tuple(int(a) for a in active), hidden, _ffn(text, hidden), heads, kv_heads, head_dim or hidden // heads, vocab,
+        weights, tuple(int(a) for a in active), hidden, ffn_width(text, hidden), heads, kv_heads, head_dim or hidden // heads, vocab,
         gated,
     )  # fmt: skip
 
@@ -168,15 +173,6 @@ def _number(model: str, config: Mapping[str, Any], *names: str) -> int:
         if isinstance(config.get(name), int):
             return int(config[name])
     raise CheckpointError(f"'{model}': config.json has no {names[0]}; it cannot be planned for")
-
-
-def _ffn(config: Mapping[str, Any], hidden: int) -> int:
-    """The width of the feed-forward that one token goes through: of the dense one, or of all experts that it is sent to."""
-    dense = int(config.get("intermediate_size") or config.get("n_inner") or config.get("ffn_dim") or 4 * hidden)
-    routed = int(config.get("moe_intermediate_size") or 0)
-    if not routed:
-        return dense * int(config.get("num_experts_per_tok") or 1)
-    return max(dense, routed * (int(config.get("num_experts_per_tok") or 1) + int(config.get("n_shared_experts") or 0)))
 
 
 def _main_dtype(model: str, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> str:

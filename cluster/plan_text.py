@@ -148,10 +148,9 @@ def detail(entry: EntryPlan, out: Console) -> None:
 def _one(word: str, option: Option) -> str:
     s = option.stages
     times = ", ".join(f"{k} {hours(getattr(s, k) / 3600)}" for k in ("download", "disk", "pcie", "compute"))
-    set_mode = "; set mode: resident" if option.runs and option.mode == "resident" and not option.easy else ""
     return (
         f"{word}: {option.mode} on {option.offer.title}{_split(option)}{f' (offer {option.offer.offer_id})' if option.offer.offer_id else ''}, "
-        f"{hours(option.hours)}, ${option.usd:.2f}: {times}; bound by {s.bottleneck}{set_mode}{'' if option.runs else ' (' + PLANNED + ')'}"
+        f"{hours(option.hours)}, ${option.usd:.2f}: {times}; bound by {s.bottleneck}{'' if option.runs else ' (' + PLANNED + ')'}"
     )
 
 

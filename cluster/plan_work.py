@@ -14,12 +14,13 @@ BYTES_PER_TOKEN = 3  # of UTF-8; English has 4 to 5 in most vocabularies, so the
 
 @dataclass(frozen=True)
 class Work:
-    """prompts (with their variants) and tokens a prompt at most; walk: the sizes that memory follows from. Products:
+    """prompts (with their variants) and tokens a prompt at most; batches: of prompts; walk: the sizes that memory follows from. Products:
     layer_flop and lens_flop, floating-point operations of all passes; half: operands of 16 bits."""
 
     prompts: int
     longest: int
     walk: Walk
+    batches: int
     layer_flop: float
     lens_flop: float
     half: bool
@@ -64,7 +65,9 @@ def work_of(entry: Entry, models: Sequence[ModelSizes], counts: Sequence[int]) -
         element=DTYPE_BYTES[base.dtype],
         lens=n_lens > 0,
     )
-    return Work(len(counts), max(counts), walk, layer_flop, lens_flop, DTYPE_BYTES[base.dtype] == 2)
+    return Work(
+        len(counts), max(counts), walk, _batches(entry, counts), layer_flop, lens_flop, DTYPE_BYTES[base.dtype] == 2
+    )
 
 
 def _largest_batch(entry: Entry, counts: Sequence[int]) -> int:
@@ -76,16 +79,25 @@ def _largest_batch(entry: Entry, counts: Sequence[int]) -> int:
     return most
 
 
+def _batches(entry: Entry, counts: Sequence[int]) -> int:
+    """How many batches there are, as capture/batches.py makes them; with padding as if prompts were of one length."""
+    cap, longest = entry.batching.max_tokens, max(counts)
+    if entry.batching.padding != "none":
+        return -(-len(counts) // max(1, cap // longest))
+    return sum(-(-counts.count(n) // max(1, cap // n)) for n in set(counts))
+
+
 def _lens_layers(entry: Entry, n_layers: int) -> int:
     """How many layers the lens multiplies out: -1 to L, where L with the final norm is that of layer L-1 and costs nothing."""
     lens, every = entry.lens, range(-1, n_layers + 1)
     if not lens.enabled:
         return 0
-    if lens.layers == "all":
-        chosen = set(every)
-    elif isinstance(lens.layers, int):
-        chosen = {*range(0, n_layers, lens.layers), n_layers}
-    else:
-        chosen = set(lens.layers) & set(every)
+
+    def named(layers: str | int | tuple[int, ...]) -> set[int]:
+        if isinstance(layers, str):
+            return set(every)
+        return {*range(0, n_layers, layers), n_layers} if isinstance(layers, int) else set(layers) & set(every)
+
+    chosen = named(lens.layers) & named(entry.layers)
     free = lens.norm == "final" and {n_layers - 1, n_layers} <= chosen
     return len(chosen) - free

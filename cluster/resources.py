@@ -97,7 +97,7 @@ def request(
 
     memory_bytes: main memory that an entry on the CPU is expected to need. visible_devices: the driver's own CUDA_VISIBLE_DEVICES, for entries that number devices themselves.
     """
-    if entry.tensor_parallel > 1:
+    if entry.tensor_parallel != "auto" and entry.tensor_parallel > 1:
         one = entry.model_copy(update={"tensor_parallel": 1, "gpus": min(1.0, gpus_wanted(entry, cluster_has_gpus))})
         each = replace(sized, threads=max(1, sized.threads // entry.tensor_parallel), cpus=1)
         rank = request(one, cluster_has_gpus=cluster_has_gpus, sized=each, visible_devices=visible_devices)
@@ -118,16 +118,27 @@ def request(
     return Request(gpus, 1, 0, accelerator, env)
 
 
-def refusal(wanted: Request, nodes: Sequence[dict[str, float]], *, growing: bool = False) -> str | None:
+def refusal(
+    wanted: Request,
+    nodes: Sequence[dict[str, float]],
+    *,
+    growing: bool = False,
+    types: Sequence[dict[str, float]] = (),
+) -> str | None:
     """Why no node could ever hold this request, comparing need with have; None where one could.
 
-    nodes: total resources of each node, as Ray names them (CPU, GPU, memory, accelerator_type:H100). growing: an
-    autoscaler may add others, so that what these lack says nothing.
+    nodes: total resources of each node, as Ray names them (CPU, GPU, memory, accelerator_type:H100). growing: an autoscaler may
+    add others, of these types; where none are known, what the nodes lack says nothing. Types do not tell their memory.
     """
     if wanted.gpus > 1 and wanted.gpus != int(wanted.gpus):
         return f"asks for {wanted.gpus:g} GPUs; more than one must be a whole number"
     if growing:
-        return None
+        if not types or refusal(wanted, nodes) is None:
+            return None
+        reason = refusal(replace(wanted, memory_bytes=0), [*nodes, *types])
+        return reason and reason.replace("of this Ray", "that this cluster can have").replace(
+            "; this Ray has", "; this cluster can have"
+        )
     if wanted.ranks > 1:
         return refusal(wanted.whole, nodes)
     if wanted.accelerator_type:

@@ -11,7 +11,7 @@ from typing import Any
 
 from capture.attempt import WORK, check_output, find, record_failure
 from capture.config import Config, Entry
-from capture.degrees import check_degree
+from capture.degrees import check_degree, check_spans
 from capture.device import choose_device
 from capture.errors import CheckpointError, ConfigError, DeviceError, PairscopeError
 from capture.fields import near
@@ -50,6 +50,7 @@ class Item:
             "gpu",
             "node",
             "peak_memory_bytes",
+            "dollars",
             "error_class",
             "error",
             "log",
@@ -109,9 +110,12 @@ def plan(
             if entry.local_run.enabled:  # it names this machine's own GPU: told now, with its own reason
                 choose_device(entry)
             resolved = resolver(entry, download=False)
-            if entry.tensor_parallel > 1:  # told now, before a place with so many GPUs is asked for
+            if entry.tensor_parallel not in (1, "auto"):  # told now, before a place with so many GPUs is asked for
                 for label, files in (("base", resolved.base), ("sft", resolved.sft)):
-                    check_degree(files.path, entry.tensor_parallel, label)
+                    degree = int(entry.tensor_parallel)
+                    check_degree(files.path, degree, label, whole_attention=entry.replicate_attention)
+            if entry.spans.workers > 1:
+                check_spans(resolved.base.path, entry.spans.workers)
         except PairscopeError as error:
             on_hub = not all(os.path.isdir(m) for m in (entry.base_model, entry.sft_model, entry.tokenizer))
             # what is not in this machine's cache is downloaded, and judged, by the worker
@@ -154,10 +158,12 @@ def run_sweep(
     work: str = WORK,
     resolve: str = RESOLVE,
     cpus: int | None = None,
+    place_within: float | None = None,
 ) -> Summary:
     """Capture all entries into the run directory `out`; one entry's failure never ends the others.
 
     checked: as Config.checked_entries() gives it. jobs: entries at a time. cpus: cores of a Ray of our own (tests).
+    place_within: seconds that an entry waits for a place while nothing else of the sweep is at work (cluster/placing.py).
     Raises StoreError where the output cannot be used and ClusterError where no Ray can be had; both before any work.
     """
     run = RunDir(out)
@@ -176,7 +182,9 @@ def run_sweep(
             skipped = sum(i.state == "skipped" for i in items)
             if skipped:
                 show.note(f"{skipped} of {len(items)} complete already, {len(todo)} to do")
-            _through_ray(todo, run, force=force, jobs=jobs, show=show, work=work, stop=stop, cpus=cpus)
+            _through_ray(
+                todo, run, force=force, jobs=jobs, show=show, work=work, stop=stop, cpus=cpus, place_within=place_within
+            )
         for item in todo:
             if item.state == "planned":
                 item.state = "not started"
@@ -188,21 +196,25 @@ def run_sweep(
 
 
 def _through_ray(
-    todo: list[Item], run: RunDir, *, force: bool, jobs: int | None, show: Show, work: str, stop: Stop, cpus: int | None
-) -> None:
+    todo: list[Item], run: RunDir, *, force: bool, jobs: int | None, show: Show, work: str, stop: Stop, cpus: int | None,
+    place_within: float | None,
+) -> None:  # fmt: skip
     elsewhere = running_elsewhere()
     if elsewhere:
         show.note(f"starting a Ray of our own; to use the one that runs at {elsewhere}, set RAY_ADDRESS=auto")
     try:
         with connected(cpus) as cluster:
-            from cluster.loop import Job, Loop
+            from cluster.deliver import at_head
+            from cluster.job import Job
+            from cluster.loop import Loop
 
             stop.install()  # Ray puts a handler of its own on SIGTERM
 
+            todo = _with_degrees(todo, cluster, run, show)
             ready: list[tuple[Item, Job]] = []
             for item, wanted in zip(todo, _requests(todo, cluster, jobs, show), strict=True):
                 assert item.entry is not None
-                reason = refusal(wanted, cluster.nodes, growing=cluster.growing)
+                reason = refusal(wanted, cluster.nodes, growing=cluster.growing, types=cluster.types)
                 if reason is None:
                     ready.append((item, Job(item.entry, wanted, item.capture)))
                 else:
@@ -210,11 +222,12 @@ def _through_ray(
                         run, item, DeviceError(f"entry '{item.name}' {reason}; change gpus, accelerator_type or device")
                     )
                     show.event(item.name, f"failed: {item.row['error']}")
-            out = run.root if run.is_local else run.out
-            if run.is_local and len(cluster.nodes) > 1:
-                show.note(f"{out} is a local path: each of the {len(cluster.nodes)} nodes writes to its own disk")
-            loop = Loop(run, out, force=force, work=work, jobs=jobs, show=show, stop=stop, growing=cluster.growing)
-            loop.run([job for _, job in ready])
+            with at_head(run, cluster) as out:
+                loop = Loop(
+                    run, out, force=force, work=work, jobs=jobs, show=show, stop=stop, growing=cluster.growing,
+                    place_within=place_within,
+                )  # fmt: skip
+                loop.run([job for _, job in ready])
             for item, job in ready:
                 if job.outcome is not None and job.row is not None:
                     item.state, item.row, item.bug = job.outcome.state, job.row, job.outcome.bug
@@ -223,16 +236,39 @@ def _through_ray(
         stop.signal = stop.signal or signal.SIGINT  # pressed while Ray was starting, or a second time
 
 
+def _with_degrees(todo: list[Item], cluster: Cluster, run: RunDir, show: Show) -> list[Item]:
+    """Find a number for `tensor_parallel: auto`; an entry for which there is none is failed and left out."""
+    found, models = [], None
+    for item in todo:
+        if item.entry is None or item.entry.tensor_parallel != "auto":
+            found.append(item)
+            continue
+        from cluster.degree import with_degree
+        from cluster.plan_models import Models
+
+        models = models or Models()
+        try:
+            item.entry, why = with_degree(item.entry, cluster, models)
+        except PairscopeError as error:
+            _failed(run, item, error)
+            show.event(item.name, f"failed: {item.row['error_class']}: {item.row['error']}")
+            continue
+        show.event(item.name, why)
+        found.append(item)
+    return found
+
+
 def _requests(todo: list[Item], cluster: Cluster, jobs: int | None, show: Show) -> list[Any]:
     entries = [i.entry for i in todo if i.entry is not None]
     on_cpu = [e for e in entries if gpus_wanted(e, cluster.has_gpus) == 0]
-    sized = sizing(max(1, len(on_cpu)), jobs, cluster.nodes)
+    at_a_time = len(on_cpu) + sum(e.spans.workers > 1 for e in on_cpu)  # the next span's worker gets ready meanwhile
+    sized = sizing(max(1, at_a_time), jobs, cluster.nodes)
     requests = [
         request(
             item.entry,
             cluster_has_gpus=cluster.has_gpus,
             sized=sized,
-            memory_bytes=cpu_memory(item.weight_bytes, cluster.nodes, jobs),
+            memory_bytes=cpu_memory((item.weight_bytes or 0) // item.entry.spans.workers, cluster.nodes, jobs),
             visible_devices=os.environ.get("CUDA_VISIBLE_DEVICES") if cluster.local else None,
         )
         for item in todo

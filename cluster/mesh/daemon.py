@@ -1,7 +1,8 @@
 """The process on each node that keeps its tunnels as the peers file says, and tells how they are.
 
-It answers on STATUS of the node's block, one line in, one line of JSON out:
-  status     this node's tunnels
+It writes status.json every few seconds, for `pairscope doctor`, and answers on STATUS of the node's block, one line in, one line
+of JSON out:
+  status     this node's tunnels, and how fast its set-up downloaded
   probe K    whether node K's daemon answers from here (on the head: whether the tunnel to worker K works)
 """
 
@@ -24,6 +25,7 @@ from cluster.mesh.ports import HEAD, STATUS, address, block
 from cluster.mesh.tunnel import Tunnel
 
 TICK_S = 0.3
+NOTE_EVERY_S = 3.0
 KEYS_EVERY_S = 30.0  # Vast has been seen to rewrite authorized_keys, so the mesh's line is put back
 
 
@@ -42,7 +44,7 @@ class Daemon:
         """Until SIGTERM."""
         server = _Server((address(self.mesh.k), block(self.mesh.k) + STATUS), self)
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.2}, daemon=True).start()
-        keys_at = float("-inf")
+        keys_at = noted_at = float("-inf")
         try:
             while not self.ending.wait(TICK_S):
                 self.read()
@@ -51,11 +53,22 @@ class Daemon:
                 if self.mesh.k == HEAD and time.monotonic() - keys_at > KEYS_EVERY_S:
                     self.let_workers_in()
                     keys_at = time.monotonic()
+                if time.monotonic() - noted_at > NOTE_EVERY_S:
+                    self.note()
+                    noted_at = time.monotonic()
         finally:
             server.shutdown()
             server.server_close()
             for tunnel in self.tunnels.values():
                 tunnel.stop()
+            (self.folder / "status.json").unlink(missing_ok=True)
+
+    def note(self) -> None:
+        """Write the status down, with the time, for those on this node who do not know the mesh's addresses."""
+        with contextlib.suppress(OSError):  # a full disk must not end the tunnels
+            tmp = self.folder / "status.tmp"
+            tmp.write_text(json.dumps(self.status() | {"at": time.time()}) + "\n")
+            os.replace(tmp, self.folder / "status.json")
 
     def read(self) -> None:
         """Take up changed files: new tunnels, none for peers that left or moved."""
@@ -98,10 +111,19 @@ class Daemon:
         word, _, rest = line.strip().partition(" ")
         if word == "probe" and rest.isdigit() and 1 <= int(rest) <= self.mesh.slots:
             return {"k": self.mesh.k, "probe": int(rest), "ok": ask(int(rest), "status", timeout=5) is not None}
+        return self.status()
+
+    def status(self) -> dict[str, Any]:
         return {
-            "k": self.mesh.k, "slots": self.mesh.slots, "since": self.began,
+            "k": self.mesh.k, "slots": self.mesh.slots, "since": self.began, "download": self.download(),
             "tunnels": [t.status() for _, t in sorted(self.tunnels.items())],
         }  # fmt: skip
+
+    def download(self) -> Any:
+        """What setup_node.sh measured, {bytes, seconds}; None where nothing had to be loaded."""
+        with contextlib.suppress(OSError, ValueError):
+            return json.loads((self.folder.parent / "download.json").read_text())
+        return None
 
 
 class _Server(socketserver.ThreadingTCPServer):

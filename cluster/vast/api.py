@@ -20,7 +20,10 @@ FIRST_PAUSE_S = 1.0  # doubles with every try; Vast sends no Retry-After
 LONGEST_PAUSE_S = 15.0
 PAGE = 25  # the listing's largest page
 
-KEY_HELP = "make one at cloud.vast.ai/manage-keys with instance_read and instance_write, then set VAST_API_KEY or run `vastai set api-key`"
+KEY_HELP = (
+    "make one at cloud.vast.ai/manage-keys with instance_read, instance_write, misc, user_read and user_write, then set "
+    "VAST_API_KEY or run `vastai set api-key`"
+)
 
 
 class Vast:
@@ -122,6 +125,33 @@ class Vast:
     def attach_key(self, number: int, public_key: str) -> None:
         """Let an ssh public key into an instance; Vast keeps it there."""
         self._call("attach ssh key", lambda: self.sdk.attach_ssh(number, public_key))
+
+    def create_key(self, name: str, rights: dict[str, Any]) -> tuple[int, str]:
+        """A new API key of the account, as (id, key). rights: Vast's permissions, {"api": {category: {}}}.
+
+        Like create, sent again only after a 429; where the reply is lost a key may be left over: see keys_named.
+        """
+        reply = self._call(
+            "create API key",
+            lambda: self.sdk.create_api_key(name, rights),
+            again=lambda error: not error.done,
+        )
+        if not isinstance(reply, dict) or not isinstance(reply.get("id"), int) or not reply.get("key"):
+            raise VastBusyError("create API key: a reply without a key")  # its text may hold one, so it is not shown
+        return reply["id"], str(reply["key"])
+
+    def keys_named(self, name: str) -> list[int]:
+        """Ids of the account's API keys of this name."""
+        rows = _rows(self._call("list API keys", self.sdk.show_api_keys), "list API keys")
+        return [row["id"] for row in rows if row.get("name") == name]
+
+    def delete_key(self, number: int) -> None:
+        """Delete an API key of the account; one that is not there is no error."""
+        try:
+            self._call("delete API key", lambda: self.sdk.delete_api_key(number))
+        except VastRefusedError as error:
+            if error.status != 404:
+                raise
 
     def _call(
         self, what: str, send: Callable[[], T], tries: int = 5, again: Callable[[VastBusyError], bool] = lambda _: True

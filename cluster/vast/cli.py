@@ -11,9 +11,9 @@ from typing import Any
 import click
 
 from capture.errors import ConfigError
+from cluster.vast import headkey
 from cluster.vast.api import Vast
-from cluster.vast.fleet import Fleet, Node
-from cluster.vast.labels import parse
+from cluster.vast.fleet import Fleet, Node, listed
 from cluster.vast.state import State, cluster_folder
 
 
@@ -137,6 +137,8 @@ def destroy(ids: tuple[int, ...], cluster: str | None, yes: bool) -> None:
         fleet.add(found.node)
         fleet.destroy(found.node.id, "pairscope vast destroy")
         click.echo(f"{found.node.id} is gone")
+    if cluster:
+        headkey.forget(client, cluster, State(cluster_folder(cluster)))
 
 
 @dataclass(frozen=True)
@@ -169,11 +171,7 @@ def why_orphan(node: Node, heads: Iterable[str], now: float) -> str:
 
 
 def _rented(client: Vast) -> list[Found]:
-    found = []
-    for row in client.instances():
-        label = parse(row.get("label"))
-        if label is not None:
-            found.append(Node(str(row["id"]), label, row))
+    found = listed(client)
     heads = [n.label.cluster for n in found if n.label.kind == "head"]
     return [Found(n, why_orphan(n, heads, time.time())) for n in found]
 

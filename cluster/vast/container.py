@@ -12,10 +12,12 @@ from cluster.mesh.ports import HEAD, STATUS, address, block
 LONGEST_SCRIPT = 4000  # Vast cuts longer ones
 
 
-def environment(k: int, *, api: str, deadline: int, silence_s: float, launch: str, request: str) -> dict[str, str]:
+def environment(
+    k: int, *, api: str, deadline: int, silence_s: float, owner: str, launch: str, request: str
+) -> dict[str, str]:
     """The container's environment. No secret: Vast shows it to anybody who may list instances.
 
-    launch and request are Ray's tags of those names; here they outlive the machine that rented.
+    launch and request are Ray's tags of those names; here they outlive the machine that rented. owner: see keys.owner.
     """
     return {
         "PAIRSCOPE_K": str(k),
@@ -23,6 +25,7 @@ def environment(k: int, *, api: str, deadline: int, silence_s: float, launch: st
         "PAIRSCOPE_DEADLINE": str(deadline),
         "PAIRSCOPE_SILENCE_S": f"{silence_s:g}",
         "PAIRSCOPE_HEAD": "" if k == HEAD else f"{address(HEAD)}:{block(HEAD) + STATUS}",
+        "PAIRSCOPE_OWNER": owner,
         "PAIRSCOPE_LAUNCH": launch,
         "PAIRSCOPE_REQUEST": request,
     }

@@ -43,5 +43,13 @@ class NotGoneError(VastError):
     """An instance that was destroyed is still there. It bills; look at it."""
 
 
+class HeadError(VastError):
+    """The cluster's head is not in a state in which `ray up` can go on; nothing was changed."""
+
+
+class VersionError(ConfigError):
+    """Python, Ray or a package differs where all machines of a cluster must have the same."""
+
+
 class CapError(ConfigError):
     """Renting would cross one of the limits of the provider block. Nothing was rented."""

@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 LOST_AFTER_S = {"stopped": 0.0}  # outbid is final; the others get LOST_GRACE_S
 LOST_GRACE_S = 120.0
 GREETING_S = 3.0
+SLOW_BOOT = 0.5  # of the time a boot may take: kept, but that machine is not rented again
+NEW_S = 20.0  # Vast may not know at once what it has just rented out
 OPEN_S = 900.0  # how long a request of unknown outcome counts as a machine and keeps its k
 
 
@@ -65,6 +67,12 @@ class Node:
         return None
 
 
+def listed(vast: Vast, cluster: str | None = None) -> list[Node]:
+    """All instances with a label of ours, or with that of one cluster, from a fresh listing."""
+    rows = ((str(row["id"]), parse(row.get("label")), row) for row in vast.instances())
+    return [Node(id_, label, row) for id_, label, row in rows if label and cluster in (None, label.cluster)]
+
+
 def greets(address: tuple[str, int]) -> bool:
     """True if an sshd answers there."""
     with contextlib.suppress(OSError), socket.create_connection(address, timeout=GREETING_S) as peer:
@@ -86,21 +94,38 @@ class Fleet:
         self.doomed: dict[str, Node] = {}  # still listed, on their way out: they bill, and keep their k
         self.listed_at = float("-inf")
         self.greeted: dict[str, tuple[str, int]] = {}
+        self.added: dict[str, float] = {}  # when this process rented it
 
     def refresh(self, *, force: bool = False) -> dict[str, Node]:
         """The nodes now, by id. One listing serves all callers for poll_s seconds. Raises VastError and keeps what was known."""
         with self.lock:
             if not force and time.monotonic() - self.listed_at < self.poll_s:
                 return dict(self.nodes)
-            found = self._listing()
-            for id_ in set(self.nodes) - set(found):
-                row = self._still_there(id_)
-                if row is not None:
-                    found[id_] = Node(id_, self.nodes[id_].label, row)
-            self._record(found)
-            self.doomed = {id_: node for id_, node in found.items() if self._weed(node)}
-            self.nodes = {id_: node for id_, node in found.items() if id_ not in self.doomed}
-            self.doomed = {id_: node for id_, node in self.doomed.items() if not self._is_gone(id_)}
+            now = time.time()  # what is judged is as old as the listing, however long Vast takes from here on
+            found, kept, content = self._listing(), {}, self.state.read()
+            # all that was ever seen and not heard to be gone, also what was destroyed and could not be looked up since
+            for id_ in (set(self.nodes) | set(content["seen"])) - set(found):
+                try:
+                    node = self._look_up(id_)
+                except VastError as error:
+                    logger.warning("instance %s is not in the listing, and asking for it failed (%s): kept", id_, error)
+                    kept[id_] = self.nodes.get(id_) or self.doomed.get(id_)
+                    continue
+                if node is not None:
+                    found[id_] = node
+                elif id_ not in content["destroyed"] and time.monotonic() - self.added.get(id_, float("-inf")) < NEW_S:
+                    kept[id_] = self.nodes.get(id_)
+                else:
+                    logger.info("instance %s is gone", id_)
+                    self._forget(id_)
+            self._record(found, now)
+            # what is not known now is not judged: it stays what it was
+            doomed = {id_: node for id_, node in found.items() if self._weed(node, now)}
+            self.nodes = {
+                id_: n for id_, n in (found | kept).items() if n and id_ not in doomed and id_ not in self.doomed
+            }
+            doomed |= {id_: n for id_, n in kept.items() if n and id_ in self.doomed}
+            self.doomed = {id_: node for id_, node in doomed.items() if not self._is_gone(id_)}
             self.listed_at = time.monotonic()
             return dict(self.nodes)
 
@@ -111,8 +136,9 @@ class Fleet:
     def add(self, node: Node) -> None:
         """Make a node known that was just rented; the listing may lag behind."""
         with self.lock:
-            self._record({node.id: node})
+            self._record({node.id: node}, time.time())
             self.nodes[node.id] = node
+            self.added[node.id] = time.monotonic()
 
     def get(self, id_: str) -> Node | None:
         with self.lock:
@@ -155,24 +181,13 @@ class Fleet:
         )
 
     def _listing(self) -> dict[str, Node]:
-        nodes = {}
-        for row in self.vast.instances():
-            label = parse(row.get("label"))
-            if label is not None and label.cluster == self.cluster:
-                nodes[str(row["id"])] = Node(str(row["id"]), label, row)
-        return nodes
+        return {node.id: node for node in listed(self.vast, self.cluster)}
 
-    def _still_there(self, id_: str) -> dict[str, Any] | None:
-        """The row of a node that the listing left out, or None if it is gone by its own id as well."""
-        try:
-            row = self.vast.instance(int(id_))
-        except VastError as error:
-            logger.warning("instance %s is not in the listing, and asking for it failed (%s): kept", id_, error)
-            return self.nodes[id_].row
-        if row is None:
-            logger.info("instance %s is gone", id_)
-            self._forget(id_)
-        return row
+    def _look_up(self, id_: str) -> Node | None:
+        """A node that the listing left out, by its id; None if Vast has none. Raises VastError where that cannot be told."""
+        row = self.vast.instance(int(id_))
+        label = parse((row or {}).get("label"))
+        return Node(id_, label, row) if row and label else None
 
     def _forget(self, id_: str) -> None:
         with self.lock:
@@ -191,28 +206,29 @@ class Fleet:
                     {"id": id_, "kind": node.label.kind, "dph": node.dph, "since": now, "until": now}
                 )
 
-    def _record(self, found: dict[str, Node]) -> None:
+    def _record(self, found: dict[str, Node], now: float) -> None:
         with self.state.edit() as content:
             for id_, node in found.items():
-                seen = content["seen"].setdefault(
-                    id_, {"since": node.row.get("start_date") or time.time(), "kind": node.label.kind}
-                )
+                attempt = node.label.attempt
+                asked = (content["intents"].get(attempt) or content["abandoned"].get(attempt) or {}).get("since", now)
+                since = min(asked, node.row.get("start_date") or asked)
+                seen = content["seen"].setdefault(id_, {"since": since, "kind": node.label.kind})
                 seen["dph"] = node.dph
                 if node.status == "running":
                     seen.pop("odd", None)
                 else:
-                    seen.setdefault("odd", time.time())
+                    seen.setdefault("odd", now)
                 content["intents"].pop(node.label.attempt, None)
 
     def _since(self, content: dict[str, Any], node: Node) -> float:
         known = [node.row.get("start_date"), content["seen"].get(node.id, {}).get("since")]
         return min((float(t) for t in known if t), default=time.time())
 
-    def _weed(self, node: Node) -> bool:
+    def _weed(self, node: Node, now: float) -> bool:
         """Destroy a node that must not be there; True if it is gone or going."""
         if node.label.kind not in self.kinds:
             return False
-        reason = self._fault(node)
+        reason = self._fault(node, now)
         if reason is None:
             return False
         if not reason.startswith("again"):
@@ -223,7 +239,8 @@ class Fleet:
             logger.warning("instance %s (%s) is not gone yet: %s", node.id, reason, error)
         return True
 
-    def _fault(self, node: Node) -> str | None:
+    def _fault(self, node: Node, now: float) -> str | None:
+        """Why a node must not be there, by its row of `now`; None where it may stay."""
         content = self.state.read()
         if node.id in content["destroyed"]:
             return "again: it was destroyed before"
@@ -234,7 +251,6 @@ class Fleet:
             # results may lie on its disk: that is for a person to decide
             logger.warning("the head, instance %s, is %s; `ray down` destroys it", node.id, node.status)
             return None
-        now = time.time()
         odd_s = now - seen.get("odd", now)
         if odd_s >= LOST_AFTER_S.get(node.status, float("inf")):
             return f"lost: {node.status}"
@@ -242,6 +258,9 @@ class Fleet:
             if not seen.get("ready"):
                 with self.state.edit() as changed:
                     changed["seen"].setdefault(node.id, {})["ready"] = True
+                took_s = now - seen.get("since", now)
+                if took_s > SLOW_BOOT * self.boot_s:
+                    self.state.block_machine(node.machine, f"it took {took_s / 60:.1f} minutes to boot")
             return None
         # one that was ready once and is rebooting, say, gets the time of a boot from then on
         waited_s = odd_s if seen.get("ready") else now - seen.get("since", now)

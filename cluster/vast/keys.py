@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import secrets
 import subprocess
@@ -18,21 +19,25 @@ SSH_KEY, MESH_KEY, TOKEN, API_KEY, KNOWN_HOSTS = (
 )
 
 
-def make_missing(folder: Path, api_key: str) -> None:
-    """Make what is not there yet; the API key is written anew, since the user may have changed it."""
+def make_missing(folder: Path) -> None:
+    """Make the keys and the token that are not there yet. The head's API key is made when the head is: see headkey."""
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     for name in (SSH_KEY, MESH_KEY):
         if not (folder / name).exists():
             _generate(folder / name)
     if not (folder / TOKEN).exists():
         write_secret(folder / TOKEN, secrets.token_hex(32))
-    write_secret(folder / API_KEY, api_key)
 
 
 def remove(folder: Path) -> None:
     """Forget a cluster's secrets once it has ended; the next one of the name gets new ones."""
     for name in (SSH_KEY, f"{SSH_KEY}.pub", MESH_KEY, f"{MESH_KEY}.pub", TOKEN, API_KEY, KNOWN_HOSTS):
         (folder / name).unlink(missing_ok=True)
+
+
+def owner(folder: Path) -> str:
+    """A short fingerprint of the cluster's ssh key. Instances carry it, to tell our cluster from another's of the same name."""
+    return hashlib.sha256((folder / f"{SSH_KEY}.pub").read_bytes()).hexdigest()[:12]
 
 
 def write_secret(path: Path, text: str) -> None:

@@ -39,6 +39,15 @@ def versions() -> dict[str, str]:
     return found
 
 
+def locked_versions(constraints: str) -> dict[str, str]:
+    """The versions that a constraints file fixes, of the packages named here."""
+    lines = (line.split("#")[0].strip().partition("==") for line in constraints.splitlines())
+    found = {
+        name.strip().lower().replace("-", "_"): version.strip().split("+")[0] for name, _, version in lines if version
+    }
+    return {name: found[name] for name in PACKAGES if name in found}
+
+
 def differences(wanted: dict[str, str], found: dict[str, str]) -> list[str]:
     """What differs, one line each."""
     return [f"{name}: {v} wanted, {found.get(name, 'none')} here" for name, v in wanted.items() if found.get(name) != v]

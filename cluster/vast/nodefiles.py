@@ -7,20 +7,29 @@ from pathlib import Path
 
 from cluster.mesh.peers import Mesh, Peer, mesh_folder
 from cluster.mesh.ports import HEAD
+from cluster.rate import rate_text
 from cluster.vast import keys
 from cluster.vast.errors import VastError
 from cluster.vast.fleet import Node
 from cluster.vast.locked import versions
 from cluster.vast.runner import as_json
+from cluster.vast.state import State
 
 MESH = "~/.pairscope/mesh"
 VERSIONS = {"~/.pairscope/versions.json": as_json(versions())}
 
 
-def for_head(node: Node, slots: int, folder: Path) -> dict[str, str]:
-    """Who the head is, and its own host key as the laptop pinned it, to be passed on to workers. folder: the cluster's."""
-    pinned = keys.pinned(folder / keys.KNOWN_HOSTS, f"vast-{node.id}")
-    return VERSIONS | {f"{MESH}/node.json": Mesh(HEAD, slots).node_text, f"{MESH}/known_hosts": pinned}
+def for_head(node: Node, slots: int, state: State, deadline: int) -> dict[str, str]:
+    """Who the head is, and its own host key as the laptop pinned it, to be passed on to workers; machines not to rent; when it
+    has to be gone, which a second `ray up` with other limits moves. state: the cluster's on the laptop.
+    """
+    pinned = keys.pinned(state.folder / keys.KNOWN_HOSTS, f"vast-{node.id}")
+    return _for_all(node) | {
+        f"{MESH}/node.json": Mesh(HEAD, slots).node_text,
+        f"{MESH}/known_hosts": pinned,
+        f"~/.pairscope/clusters/{node.label.cluster}/machines.json": as_json(state.read()["machines"]),
+        "~/.pairscope/deadline": f"{deadline}\n",
+    }
 
 
 def for_worker(node: Node, head: Node | None, slots: int, user: str) -> dict[str, str]:
@@ -30,11 +39,16 @@ def for_worker(node: Node, head: Node | None, slots: int, user: str) -> dict[str
     peer = Peer(HEAD, *head.ssh, f"vast-{head.id}", f"{MESH}/key", f"{MESH}/known_hosts", user)
     mesh = Mesh(node.label.k, slots, (peer,))
     known = mesh_folder() / "known_hosts"
-    return VERSIONS | {
+    return _for_all(node) | {
         f"{MESH}/node.json": mesh.node_text,
         f"{MESH}/peers.json": mesh.peers_text,
         f"{MESH}/known_hosts": known.read_text() if known.exists() else "",
     }
+
+
+def _for_all(node: Node) -> dict[str, str]:
+    """The versions to have, and what the node costs, from which a sweep tells what each entry cost."""
+    return VERSIONS | {"~/.pairscope/rate.json": rate_text(node.dph, int(node.row.get("num_gpus") or 1))}
 
 
 def heads_mesh(

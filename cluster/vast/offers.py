@@ -32,7 +32,7 @@ class Wish:
     max_dph: float | None = None
     min_reliability: float = 0.98
     min_inet_down: float = 500.0
-    min_cuda: float = 12.8
+    min_cuda: float = 13.0
     min_cpu_ram_gb: float = 0.0
     verified: bool = True
     hours: float = 2.0

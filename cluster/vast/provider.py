@@ -7,12 +7,10 @@ where it looks after the workers, keeps the mesh's peers file and ends the clust
 from __future__ import annotations
 
 import logging
-import sys
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import wraps
-from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -31,16 +29,16 @@ from ray.autoscaler.tags import (
 from capture.errors import PairscopeError
 from cluster.mesh.peers import mesh_folder, write_peers
 from cluster.mesh.ports import HEAD, address
-from cluster.vast import keys, nodefiles
+from cluster.vast import before_up, headkey, keys, machines, nodefiles
 from cluster.vast.api import Vast
 from cluster.vast.container import environment, start_script
 from cluster.vast.errors import VastError
 from cluster.vast.fleet import Fleet, Node
 from cluster.vast.money import Caps
-from cluster.vast.offers import Offer, find_offers
+from cluster.vast.offers import Offer, Wish
 from cluster.vast.rent import Renter
 from cluster.vast.runner import Place, VastCommandRunner
-from cluster.vast.settings import Settings, bootstrap, for_head
+from cluster.vast.settings import Settings, bootstrap, check_ours, for_head
 from cluster.vast.state import State, cluster_folder
 
 logger = logging.getLogger(__name__)
@@ -72,7 +70,7 @@ class VastNodeProvider(NodeProvider):
             self.folder = cluster_folder(cluster_name)
             self.vast = Vast(url=self.settings.api_url)
             if not self.settings.on_head:
-                keys.make_missing(self.folder, self.vast.key)
+                keys.make_missing(self.folder)
         except PairscopeError as error:
             raise click.ClickException(f"{type(error).__name__}: {error}") from error
         self.state = State(self.folder)
@@ -84,7 +82,8 @@ class VastNodeProvider(NodeProvider):
         self.caps = Caps.read(provider_config)
         self.renter = Renter(self.fleet, self.caps, s.public_key or self._public_key())
         self.addresses: dict[str, tuple[str, int]] = {}
-        self.quoted = False
+        self.asked: set[str] = set()  # workers that told how fast they download
+        self.checked = False
 
     @staticmethod
     def bootstrap_config(cluster_config: dict[str, Any]) -> dict[str, Any]:
@@ -95,7 +94,7 @@ class VastNodeProvider(NodeProvider):
             raise click.ClickException(f"{type(error).__name__}: {error}") from error
 
     def prepare_for_head_node(self, cluster_config: dict[str, Any]) -> dict[str, Any]:
-        return for_head(cluster_config, self._public_key())
+        return for_head(cluster_config, self._public_key(), keys.owner(self.folder))
 
     @_plainly
     def non_terminated_nodes(self, tag_filters: dict[str, str]) -> list[str]:
@@ -104,8 +103,13 @@ class VastNodeProvider(NodeProvider):
         if self.settings.on_head:
             self._after_listing(nodes)
         found = [id_ for id_ in nodes if _matches(self.node_tags(id_), tag_filters)]
-        if not found and tag_filters == {TAG_RAY_NODE_KIND: "head"} and _called_by_ray_up() and not self.quoted:
-            self._quote()
+        if tag_filters == {TAG_RAY_NODE_KIND: "head"} and before_up.called_by_ray_up() and not self.checked:
+            # bootstrap_config looks at the name too, but Ray caches what that returned
+            check_ours(self.cluster_name, self.folder, nodes.values())
+            before_up.check(self.settings, self.caps, self.fleet, [nodes[id_] for id_ in found])
+            if found:
+                headkey.ensure(self.vast, self.cluster_name, self.state)
+            self.checked = True
         return found
 
     def nodes_for_teardown(self, tag_filters: dict[str, str]) -> list[str]:
@@ -163,10 +167,12 @@ class VastNodeProvider(NodeProvider):
         def env(k: int, offer: Offer) -> Mapping[str, str]:
             return environment(
                 k, api=self.vast.url, deadline=self.caps.deadline(self.fleet.bill(), offer.dph),
-                silence_s=0 if k == HEAD else self.settings.head_silence_minutes * 60,
+                silence_s=0 if k == HEAD else self.settings.head_silence_minutes * 60, owner=self.settings.owner or keys.owner(self.folder),
                 launch=tags.get(TAG_RAY_LAUNCH_CONFIG, ""), request=tags.get(TAG_RAY_LAUNCH_REQUEST, ""),
             )  # fmt: skip
 
+        if kind == "head":
+            headkey.ensure(self.vast, self.cluster_name, self.state)
         for _ in range(count):
             if kind == "worker" and len(self.fleet.nodes) >= self.settings.slots:
                 raise click.ClickException(
@@ -175,6 +181,9 @@ class VastNodeProvider(NodeProvider):
             node = self.renter.rent(wish, kind, type_, env, start_script(self.settings.onstart))
             self.set_node_tags(node.id, tags)
             made[node.id] = {"label": str(node.label)}
+            if kind == "head":
+                with self.state.edit() as content:
+                    content["made"] = before_up.as_made(self.settings)
         return made
 
     @_plainly
@@ -191,6 +200,10 @@ class VastNodeProvider(NodeProvider):
             node = self.fleet.get(id_)
             if node and self.node_tags(id_).get(TAG_RAY_NODE_STATUS) == "update-failed":
                 self.state.block_machine(node.machine, "its set-up failed")
+            if node and node.label.kind == "head" and not self.settings.on_head:
+                if before_up.called_by_ray_up():
+                    before_up.refuse_to_replace(node)
+                machines.fetch(node, self.folder, self.settings.user, self.state)
         with ThreadPoolExecutor(max_workers=8) as pool:
             outcomes = [pool.submit(self.fleet.destroy, id_, "Ray asked for it") for id_ in node_ids]
         errors = [o.exception() for o in outcomes if o.exception() is not None]
@@ -206,6 +219,7 @@ class VastNodeProvider(NodeProvider):
         left = self.fleet.everything()
         for id_ in left:
             self.fleet.destroy(id_, "left after ray down")
+        headkey.forget(self.vast, self.cluster_name, self.state)
         self.state.begin_anew()
         keys.remove(self.folder)
         cli_logger.print("Vast lists no instance labelled for the cluster {}.", self.cluster_name)
@@ -243,7 +257,8 @@ class VastNodeProvider(NodeProvider):
             return {}
         slots = self.settings.slots
         if node.label.kind == "head":
-            return nodefiles.for_head(node, slots, self.folder)
+            # what other nodes cost by then is in the head's own books, which end the cluster sooner
+            return nodefiles.for_head(node, slots, self.state, self.caps.deadline(self.fleet.bill(), node.dph))
         head = next((n for n in self.fleet.refresh().values() if n.label.kind == "head"), None)
         return nodefiles.for_worker(node, head, slots, self.settings.user)
 
@@ -254,26 +269,13 @@ class VastNodeProvider(NodeProvider):
         self.addresses |= {n.id: n.ssh for n in workers if n.ssh and n.status == "running"}
         s = self.settings
         write_peers(nodefiles.heads_mesh(workers, self.addresses, s.slots, self.folder, s.user), mesh_folder())
+        wanted = float(s.offers.get("min_inet_down", Wish.min_inet_down))
+        machines.look_at([n for n in workers if n.id in self.addresses], self.asked, self.state, wanted)
         over = self.caps.exceeded(self.fleet.bill())
         if over:
             logger.error("the cluster ends: %s", over)
             for node in sorted(nodes.values(), key=lambda n: -n.label.k):  # the head, which does this, last
                 self.fleet.destroy(node.id, over)
-
-    def _quote(self) -> None:
-        """Before Ray asks whether to launch: what the head would cost, and the limits. Raises where nothing fits or is allowed."""
-        self.quoted = True
-        type_, config = self.settings.head_type, self.settings.head_config
-        offer = find_offers(
-            self.vast, self.settings.wish(config, type_), self.state.blocked_machines(), f"node type '{type_}'"
-        )[0]
-        self.caps.check(self.fleet.bill(), offer.dph, offer.text)
-        c = self.caps
-        cli_logger.print("Cheapest machine for the head now: {}", offer.text)
-        cli_logger.print(
-            "Limits: ${}/h for all nodes, ${} in all, {} hours; after that every node destroys itself.",
-            f"{c.max_price_per_hour:g}", f"{c.max_total_dollars:g}", f"{c.max_hours:g}",
-        )  # fmt: skip
 
     def _public_key(self) -> str:
         return (self.folder / f"{keys.SSH_KEY}.pub").read_text().strip()
@@ -281,8 +283,3 @@ class VastNodeProvider(NodeProvider):
 
 def _matches(tags: dict[str, str], wanted: dict[str, str]) -> bool:
     return all(tags.get(k) == v for k, v in wanted.items())
-
-
-def _called_by_ray_up() -> bool:
-    """Ray does not tell a provider which command it serves, and only `ray up` is about to rent."""
-    return Path(sys.argv[0]).name == "ray" and "up" in sys.argv[1:3]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,9 @@ from capture.errors import ConfigError
 from cluster.mesh.ports import MOST_NODES
 from cluster.vast import keys
 from cluster.vast.api import Vast
-from cluster.vast.labels import check_names, parse
+from cluster.vast.fleet import Node, listed
+from cluster.vast.labels import check_names
+from cluster.vast.locked import PACKAGES
 from cluster.vast.money import SETTINGS as CAPS
 from cluster.vast.money import Caps
 from cluster.vast.offers import Wish, read_wish
@@ -20,7 +22,9 @@ from cluster.vast.state import cluster_folder
 
 # Ray's own keys, and those that bootstrap and for_head add
 FROM_RAY = {"type", "module", "_config_cache_path", "disable_node_updaters", "use_internal_ips"}
+OURS = ("offers", "boot_minutes", "head_silence_minutes", "poll_seconds", "onstart", "image_versions")
 KNOWN_API_KEY = "~/.config/vastai/vast_api_key"  # where the SDK looks
+HUB_LOGIN = "~/.cache/huggingface/token"  # where `hf auth login` puts it; mounted by those who need it
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,8 @@ class Settings:
 
     offers: conditions for all node types, see Wish. boot_minutes: until ssh must answer. head_silence_minutes: after which a
     worker that cannot hear its head destroys itself. poll_seconds: one listing serves that long. onstart: a shell line for the
-    container's start. The rest is filled in by us.
+    container's start. image_versions: what the image has, checked against this machine, {python: "3.12", ray: "2.60.0"}. The rest
+    is filled in by us.
     """
 
     offers: Mapping[str, Any] = field(default_factory=dict)
@@ -37,13 +42,16 @@ class Settings:
     head_silence_minutes: float = 20.0
     poll_seconds: float = 4.0
     onstart: str = ""
+    image_versions: Mapping[str, str] = field(default_factory=dict)
     api_url: str | None = None
     user: str = "root"
     on_head: bool = False
     slots: int = 2
     public_key: str = ""
+    owner: str = ""
     head_type: str = ""
     head_config: Mapping[str, Any] = field(default_factory=dict)
+    may_grow: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def read(cls, provider: Mapping[str, Any]) -> Settings:
@@ -55,12 +63,16 @@ class Settings:
                     raise ConfigError(
                         f"provider: '{name}': no secrets here, Ray logs this block; set VAST_API_KEY instead"
                     )
-                known = ", ".join([*CAPS, "offers", "boot_minutes", "head_silence_minutes", "poll_seconds", "onstart"])
-                raise ConfigError(f"provider: unknown key '{name}'; known are {known}")
+                raise ConfigError(f"provider: unknown key '{name}'; known are {', '.join([*CAPS, *OURS])}")
         for name in ("boot_minutes", "head_silence_minutes", "poll_seconds"):
             value = ours.get(name, 1)
             if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
                 raise ConfigError(f"provider: '{name}' is a number above 0, not {value!r}")
+        for name, value in dict(ours.get("image_versions") or {}).items():
+            if name not in ("python", *PACKAGES) or not isinstance(value, str):
+                raise ConfigError(
+                    f"provider: image_versions: '{name}: {value}': names are python, {', '.join(PACKAGES)}; versions are text in quotes"
+                )
         ours.setdefault("api_url", os.environ.get("VAST_URL"))
         return cls(**ours)
 
@@ -89,12 +101,16 @@ def bootstrap(config: dict[str, Any]) -> dict[str, Any]:
         raise ConfigError(f"max_workers {slots - 1}: the mesh has room for {MOST_NODES - 1} workers")
     head = config["head_node_type"]
     provider |= {"slots": slots, "head_type": head, "head_config": types[head]["node_config"]}
+    most = {name: min(t.get("max_workers", slots - 1), slots - 1) for name, t in types.items()}
+    provider["may_grow"] = {
+        name: {"most": n, "node_config": types[name]["node_config"]} for name, n in most.items() if n
+    }
     if settings.api_url:
         provider["api_url"] = settings.api_url
     folder = cluster_folder(config["cluster_name"])
     vast = Vast(url=settings.api_url)
-    _check_name(config["cluster_name"], folder, vast)
-    keys.make_missing(folder, vast.key)
+    check_name(config["cluster_name"], folder, vast)
+    keys.make_missing(folder)
     config["auth"] = {
         "ssh_user": settings.user,
         **config.get("auth", {}),
@@ -110,24 +126,31 @@ def bootstrap(config: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
-def _check_name(cluster: str, folder: Path, vast: Vast) -> None:
-    """Raise ConfigError where instances carry the cluster's name but its keys are not on this machine: it is someone else's.
+def check_name(cluster: str, folder: Path, vast: Vast) -> None:
+    """Raise ConfigError where the cluster's name is someone else's.
 
     The listing also proves the API key, before anything else is done with it.
     """
-    labels = [parse(row.get("label")) for row in vast.instances()]
-    taken = any(label is not None and label.cluster == cluster for label in labels)
-    if taken and not (folder / keys.SSH_KEY).exists():
-        raise ConfigError(
-            f"cluster_name '{cluster}' is in use by a cluster that was not made from this machine (no keys in '{folder}'); choose "
-            f"another name, or copy that folder here, or end the cluster with `pairscope vast destroy --cluster {cluster}`"
-        )
+    check_ours(cluster, folder, listed(vast, cluster))
 
 
-def for_head(config: dict[str, Any], public_key: str) -> dict[str, Any]:
-    """The config that goes to the head: the Vast key stays there and is not passed on to workers."""
+def check_ours(cluster: str, folder: Path, nodes: Iterable[Node]) -> None:
+    """Raise ConfigError where instances of the cluster's name were made with other keys than lie in its folder."""
+    have_keys = (folder / keys.SSH_KEY).exists()
+    ours = keys.owner(folder) if have_keys else ""
+    for node in nodes:
+        if not have_keys or node.env.get("PAIRSCOPE_OWNER", ours) != ours:
+            raise ConfigError(
+                f"cluster_name '{cluster}' is in use by a cluster that was not made from this machine (instance {node.id}, and not with "
+                f"the keys in '{folder}'); choose another name, or copy that folder from where it was made, or end that cluster with "
+                f"`pairscope vast destroy --cluster {cluster}`"
+            )
+
+
+def for_head(config: dict[str, Any], public_key: str, owner: str) -> dict[str, Any]:
+    """The config that goes to the head: the Vast key and a login at the hub stay there and are not passed on to workers."""
     config["file_mounts"] = {
-        remote: local for remote, local in config["file_mounts"].items() if remote != KNOWN_API_KEY
+        remote: local for remote, local in config["file_mounts"].items() if remote not in (KNOWN_API_KEY, HUB_LOGIN)
     }
-    config["provider"] = {**config["provider"], "on_head": True, "public_key": public_key}
+    config["provider"] = {**config["provider"], "on_head": True, "public_key": public_key, "owner": owner}
     return config

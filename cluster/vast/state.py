@@ -25,6 +25,8 @@ EMPTY: dict[str, Any] = {
     "destroyed": {},  # instance id -> {since, k}: must not come back
     "machines": {},  # machine id -> {reason, until}: not to be rented
     "seen": {},  # instance id -> {since, dph, kind}: first sight and price
+    "head_key": {},  # {id}: the API key that was made for the head
+    "made": {},  # what the head was made with, see before_up.as_made
     "gone": [],  # {id, kind, dph, since, until}: what was paid for and is no more
 }
 
@@ -69,14 +71,28 @@ class State:
     def begin_anew(self) -> None:
         """Forget a cluster that has ended, its spending included; keep what must not be used or come back."""
         with self.edit() as content:
-            for key in ("tags", "intents", "seen"):
+            for key in ("tags", "intents", "seen", "made"):
                 content[key] = {}
             content["gone"] = []
 
     def blocked_machines(self) -> dict[int, str]:
         """Machine id -> why it is not to be rented."""
         now = time.time()
-        return {int(m): v["reason"] for m, v in self.read()["machines"].items() if v["until"] > now}
+        machines = self.given_machines() | self.read()["machines"]
+        return {int(m): v["reason"] for m, v in machines.items() if v["until"] > now}
+
+    def given_machines(self) -> dict[str, Any]:
+        """What another machine knew of bad ones when this one was set up: machines.json, as `machines` in the state."""
+        try:
+            return dict(json.loads((self.folder / "machines.json").read_text()))
+        except (OSError, ValueError):
+            return {}
+
+    def merge_machines(self, machines: dict[str, Any]) -> None:
+        """Add what another machine found out; what is out of date is dropped."""
+        with self.edit() as content:
+            both = {**content["machines"], **machines}
+            content["machines"] = {m: v for m, v in both.items() if v["until"] > time.time()}
 
     def block_machine(self, machine: int | None, reason: str, hours: float = 24.0) -> None:
         if machine is not None:

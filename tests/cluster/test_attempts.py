@@ -81,9 +81,9 @@ class TestAttempts:
         assert len({r["log"] for r in rows(tmp_path)}) == 3
 
     def test_out_of_memory_ends_when_nothing_smaller_is_left(self, execute: Any, tmp_path: Path) -> None:
-        row, bug = execute(make_entry(mode="streamed"), tmp_path, "out_of_memory_always")
+        row, bug = execute(make_entry(mode="sub-layer"), tmp_path, "out_of_memory_always")
         assert (row["state"], row["error_class"], row["error"]) == ("failed", "MemoryError", "no more")
-        assert len(rows(tmp_path)) == 2  # it was streamed from the start, so only the tiles were left
+        assert len(rows(tmp_path)) == 2  # no mode takes less, so only the tiles were left
         assert not bug
 
     def test_a_gated_model_fails_once_with_its_reason_in_one_line(self, execute: Any, tmp_path: Path) -> None:

@@ -76,7 +76,8 @@ def test_a_machine_with_more_gpus_than_can_be_used_is_used_in_part():
     assert degrees([small], 8, alone=True) == [1, 2]
 
 
-def test_what_runs_is_recommended_before_what_is_cheaper_but_only_planned(table):
+def test_what_runs_is_recommended_before_what_is_cheaper_but_only_planned(table, monkeypatch):
+    monkeypatch.setattr("cluster.plan_options.RUNNABLE", frozenset({"resident", "streamed"}))
     plan = table["llama-3.1-405b"]
     assert plan.choice.runs
     assert not plan.cheapest.runs
@@ -84,10 +85,19 @@ def test_what_runs_is_recommended_before_what_is_cheaper_but_only_planned(table)
     assert (plan.choice.mode, plan.choice.offer.title) == ("streamed", "A100 SXM4 40G")
 
 
-def test_where_nothing_runs_the_choice_says_so(table):
-    choice = table["deepseek-v3"].choice
-    assert not choice.runs
-    assert choice.mode == "streamed"
+def test_every_recommended_choice_runs(table):
+    assert all(plan.choice.runs for plan in table.values())
+
+
+def test_where_nothing_runs_the_choice_says_so(table, monkeypatch):
+    monkeypatch.setattr("cluster.plan_options.RUNNABLE", frozenset())
+    assert not table["deepseek-v3"].choice.runs
+
+
+def test_a_matrix_at_a_time_reads_once_for_every_batch():
+    times = Stages(10, 3, 2, 4)
+    assert times.seconds("sub-layer", 3) == 10 + 15
+    assert times.seconds("streamed", 3) == 10 + 5
 
 
 def test_fourteen_pairs_stream_on_one_card_of_24_gb(table):
@@ -112,7 +122,7 @@ def test_the_entrys_mode_and_memory_cap_are_kept():
     assert {o.mode for o in planned(entry(mode="resident")).options} == {"resident"}
     assert all(o.need_bytes <= 16 * 2**30 for o in planned(entry(device_memory_gib=16.0)).options)
     refused = planned(entry(mode="resident", device_memory_gib=4.0))
-    assert "mode resident needs 30." in refused.error
+    assert "mode resident needs 28." in refused.error
     assert "device_memory_gib allows 4.3 GB" in refused.error
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from fake_work import make_entry
 
 from capture.settings import LocalRun
+from cluster.connect import node_types
 from cluster.resources import GIB, Request, Sizing, cpu_memory, gpus_wanted, refusal, request, sizing
 
 LAPTOP = {"CPU": 2.0, "memory": 16.0 * GIB}
@@ -116,3 +119,35 @@ def test_a_waiting_request_is_known_again_in_rays_list() -> None:
     assert wanted.is_asked_by({"GPU": 8.0, "CPU": 1.0, "accelerator_type:H100": 0.001})
     assert not wanted.is_asked_by({"GPU": 8.0, "CPU": 1.0})
     assert not wanted.is_asked_by({"GPU": 4.0, "CPU": 1.0, "accelerator_type:H100": 0.001})
+
+
+H100S = {"CPU": 128.0, "GPU": 8.0, "accelerator_type:H100": 1.0}
+
+
+def test_more_than_a_growing_cluster_can_ever_have_is_told_at_once() -> None:
+    types = [{"CPU": 8.0, "GPU": 1.0, "accelerator_type:RTX4090": 1.0}, H100S]
+    head = {"CPU": 8.0, "memory": 16.0 * GIB}
+    assert refusal(Request(8, 1), [head], growing=True, types=types) is None
+    reason = refusal(Request(16, 1), [head], growing=True, types=types)
+    assert reason == "asks for 16 GPU on one node; the largest node that this cluster can have has 8"
+    wrong = refusal(Request(1, 1, accelerator_type="A100"), [head], growing=True, types=types)
+    assert wrong == "asks for accelerator type A100; this cluster can have H100, RTX4090"
+    assert refusal(Request(1, 1, ranks=8), [head], growing=True, types=types) is None
+    assert refusal(Request(1, 1, ranks=16), [head], growing=True, types=types) is not None
+
+
+def test_what_types_do_not_tell_is_not_held_against_them() -> None:
+    assert refusal(Request(1, 1, memory_bytes=GIB), [LAPTOP], growing=True, types=[H100S]) is None
+    assert refusal(Request(16, 1), [LAPTOP], growing=True) is None  # no types are known
+
+
+def test_types_of_nodes_come_from_the_config_that_ray_up_left(tmp_path: Path) -> None:
+    file = tmp_path / "ray_bootstrap_config.yaml"
+    assert node_types(file) == ()
+    file.write_text(
+        "available_node_types:\n  head: {resources: {CPU: 4}, max_workers: 0}\n"
+        "  h100: {resources: {CPU: 16, GPU: 1, 'accelerator_type:H100': 1}, max_workers: 3}\n"
+    )
+    assert node_types(file) == ({"CPU": 16.0, "GPU": 1.0, "accelerator_type:H100": 1.0},)
+    file.write_text("available_node_types: [")
+    assert node_types(file) == ()

@@ -13,7 +13,7 @@ import fake_work
 import pytest
 from fake_work import make_entry, quiet
 
-import cluster.loop
+import cluster.placing
 import cluster.sweep
 from capture.config import Entry
 from capture.errors import ConfigError, StoreError
@@ -165,8 +165,8 @@ class TestThroughRay:
     ) -> None:
         grows = Cluster(local=False, nodes=({"CPU": 2.0},), growing=True)
         monkeypatch.setattr(cluster.sweep, "connected", lambda cpus: nullcontext(grows))
-        monkeypatch.setattr(cluster.loop, "ASK_EVERY", 0.1)
-        monkeypatch.setattr(cluster.loop, "never_to_come", lambda: [{"GPU": 8.0, "CPU": 1.0}])
+        monkeypatch.setattr(cluster.placing, "ASK_EVERY", 0.1)
+        monkeypatch.setattr(cluster.placing, "never_to_come", lambda: [{"GPU": 8.0, "CPU": 1.0}])
         summary = sweep(tmp_path, make_entry("complete", gpus=8), make_entry("complete-2"), jobs=2)
         assert states(summary) == {"complete": "failed", "complete-2": "complete"}
         assert "no node type of this cluster has that" in summary.items[0].row["error"]

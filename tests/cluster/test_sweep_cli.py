@@ -12,7 +12,7 @@ from click.testing import CliRunner, Result
 
 import cluster.sweep
 from capture.errors import ConfigError, StoreError
-from cluster.cli import sweep, table_lines
+from cluster.cli import lasting, sweep, table_lines
 from cluster.sweep import Item, Summary
 
 
@@ -166,3 +166,21 @@ def test_help_ends_in_an_example() -> None:
         "  Example:",
         "    pairscope sweep configs/demo.yaml --out out/demo",
     ]
+
+
+@pytest.mark.parametrize(
+    ("out", "kept"),
+    [
+        ("out/prod", "/root/out/prod"),
+        ("~/out", "~/out"),
+        ("/data/out", "/data/out"),
+        ("s3://bucket/run", "s3://bucket/run"),
+    ],
+)
+def test_a_job_does_not_leave_its_results_where_ray_deletes_them(
+    monkeypatch: pytest.MonkeyPatch, out: str, kept: str
+) -> None:
+    monkeypatch.setenv("HOME", "/root")
+    job = Path("/tmp/ray/session_1/runtime_resources/working_dir_files/_ray_pkg_1")
+    assert lasting(out, job) == kept
+    assert lasting(out, Path("/home/me/project")) == out

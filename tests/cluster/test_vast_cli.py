@@ -82,8 +82,12 @@ def test_destroy_ends_a_cluster_and_leaves_the_others(fake: Fake) -> None:
     rent(fake, "ps/demo/w/2/gpu/00000001")
     other = rent(fake, "ps/other/h/1/gpu/00000002")
     fake.fault("destroy", "429")
+    account = Vast("full-rights", fake.url, sleep=hasty)
+    for name in ("demo", "other"):
+        account.create_key(f"pairscope head of {name}", {"api": {"instance_read": {}}})
     assert run("destroy", "--cluster", "demo", "--yes").exit_code == 0
     assert [line["id"] for line in fake.live()] == [other]
+    assert [key["name"] for key in fake.control("keys")] == ["pairscope head of other"]
 
 
 def test_destroy_refuses_what_is_not_ours_and_asks_before_it_acts(fake: Fake) -> None:

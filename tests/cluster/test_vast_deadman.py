@@ -36,7 +36,7 @@ def node(fake: Fake, tmp_path: Path, *, deadline: float, silence_s: float = 0, h
     offer = next(o["id"] for o in vast.search({}, bid=False, disk_gb=1) if o["id"] not in taken)
     id_ = vast.create(offer, image="x", disk=1)
     key = next(line["key"] for line in fake.live() if line["id"] == id_)
-    env = environment(2, api=fake.url, deadline=int(deadline), silence_s=silence_s, launch="", request="")
+    env = environment(2, api=fake.url, deadline=int(deadline), silence_s=silence_s, owner="", launch="", request="")
     env |= {"PAIRSCOPE_HEAD": head, "CONTAINER_ID": str(id_), "CONTAINER_API_KEY": key, "PAIRSCOPE_CHECK_S": "0.1"}
     (tmp_path / "script").write_text(
         start_script().replace("nohup python3", f"exec {sys.executable}").removesuffix("&")

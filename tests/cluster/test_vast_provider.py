@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import time
 from collections.abc import Iterator
@@ -11,18 +10,13 @@ from typing import Any
 
 import click
 import pytest
-import yaml
 from fake_server import Fake, running_fake, wait_for
+from provider_stage import HEAD_TAGS, WORKER_TAGS, config, laptop_home, node_config, on_head, on_laptop
 
 from cluster.mesh.peers import mesh_folder
 from cluster.vast.errors import VastBusyError
 
 pytest.importorskip("vastai", reason="the Vast SDK is not installed: pip install 'pairscope[vast]'")
-provider_module = pytest.importorskip("cluster.vast.provider")
-
-ROOT = Path(__file__).parents[2]
-HEAD_TAGS = {"ray-node-type": "head", "ray-user-node-type": "rtx4090", "ray-launch-config": "h" * 52, "ray-node-name": "n", "ray-node-status": "uninitialized"}  # fmt: skip
-WORKER_TAGS = HEAD_TAGS | {"ray-node-type": "worker", "ray-launch-request": "5f0b1b9e-0000-4000-8000-000000000000"}
 
 
 @pytest.fixture(scope="module")
@@ -33,37 +27,8 @@ def server() -> Iterator[Fake]:
 
 @pytest.fixture
 def fake(server: Fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fake]:
-    server.control("faults", [])
-    monkeypatch.setenv("PAIRSCOPE_HOME", str(tmp_path / "laptop"))
-    monkeypatch.setenv("VAST_API_KEY", "full-rights")
-    monkeypatch.setenv("VAST_URL", server.url)
-    yield server
-    server.control("faults", [])
-    for line in server.live():
-        server.control(f"vanish/{line['id']}")
-
-
-def config(**provider: Any) -> dict[str, Any]:
-    """ray_cluster.yaml as `ray up` has it after filling in its own defaults."""
-    content: dict[str, Any] = yaml.safe_load((ROOT / "ray_cluster.yaml").read_text())
-    content["provider"] |= {"poll_seconds": 0.01} | provider
-    return content
-
-
-def on_laptop(content: dict[str, Any] | None = None) -> Any:
-    boot = provider_module.VastNodeProvider.bootstrap_config(content or config())
-    return provider_module.VastNodeProvider(boot["provider"], boot["cluster_name"])
-
-
-def on_head(laptop: Any, home: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    content = provider_module.VastNodeProvider.bootstrap_config(config())
-    content = laptop.prepare_for_head_node(copy.deepcopy(content))
-    monkeypatch.setenv("PAIRSCOPE_HOME", str(home))
-    return provider_module.VastNodeProvider(content["provider"], content["cluster_name"])
-
-
-def node_config() -> dict[str, Any]:
-    return dict(config()["available_node_types"]["rtx4090"]["node_config"])
+    with laptop_home(server, tmp_path, monkeypatch) as found:
+        yield found
 
 
 def test_the_head_is_listed_at_once_with_all_its_tags(fake: Fake) -> None:
@@ -210,25 +175,11 @@ def test_a_machine_whose_set_up_failed_is_not_rented_again(fake: Fake, tmp_path:
     assert set(head.state.blocked_machines()) == {machine}
 
 
-def test_the_vast_key_goes_to_the_head_and_not_to_workers_and_is_in_no_config(fake: Fake) -> None:
-    boot = provider_module.VastNodeProvider.bootstrap_config(config())
-    laptop = provider_module.VastNodeProvider(boot["provider"], boot["cluster_name"])
-    assert "~/.config/vastai/vast_api_key" in boot["file_mounts"]
-    for_head = laptop.prepare_for_head_node(copy.deepcopy(boot))
-    assert "~/.config/vastai/vast_api_key" not in for_head["file_mounts"]
-    assert "~/.ray/auth_token" in for_head["file_mounts"]
-    token = Path(boot["file_mounts"]["~/.ray/auth_token"])
-    assert token.stat().st_mode & 0o777 == 0o600
-    for text in (json.dumps(boot), json.dumps(for_head)):
-        assert "full-rights" not in text
-        assert token.read_text() not in text
-
-
 def test_a_create_request_carries_no_secret(fake: Fake) -> None:
     laptop = on_laptop()
     laptop.create_node(node_config(), HEAD_TAGS, 1)
     (line,) = fake.live()
-    assert set(line["env"]) == {"PAIRSCOPE_K", "PAIRSCOPE_API", "PAIRSCOPE_DEADLINE", "PAIRSCOPE_SILENCE_S", "PAIRSCOPE_HEAD", "PAIRSCOPE_LAUNCH", "PAIRSCOPE_REQUEST"}  # fmt: skip
+    assert set(line["env"]) == {"PAIRSCOPE_K", "PAIRSCOPE_API", "PAIRSCOPE_DEADLINE", "PAIRSCOPE_SILENCE_S", "PAIRSCOPE_HEAD", "PAIRSCOPE_OWNER", "PAIRSCOPE_LAUNCH", "PAIRSCOPE_REQUEST"}  # fmt: skip
     assert len(line["label"]) <= 60
 
 
@@ -266,37 +217,3 @@ def test_a_wrong_node_type_is_an_error_that_names_it(fake: Fake, wish: dict[str,
     content["available_node_types"]["rtx4090"]["node_config"] |= wish
     with pytest.raises(click.ClickException, match=f"rtx4090.*{message}"):
         on_laptop(content)
-
-
-@pytest.mark.parametrize(
-    ("key", "message"), [("made-up", "does not know this API key"), ("read-only", "lacks the right")]
-)
-def test_a_key_that_will_not_do_is_told_before_anything_is_rented(
-    fake: Fake, monkeypatch: Any, key: str, message: str
-) -> None:
-    monkeypatch.setenv("VAST_API_KEY", key)
-    with pytest.raises(click.ClickException, match=message):
-        on_laptop().create_node(node_config(), HEAD_TAGS, 1)
-    assert fake.live() == []
-
-
-def test_a_cluster_name_in_use_elsewhere_is_refused(fake: Fake, tmp_path: Path, monkeypatch: Any) -> None:
-    on_laptop().create_node(node_config(), HEAD_TAGS, 1)
-    monkeypatch.setenv("PAIRSCOPE_HOME", str(tmp_path / "another laptop"))
-    with pytest.raises(click.ClickException, match="in use by a cluster that was not made from this machine"):
-        on_laptop()
-
-
-def test_ray_up_shows_price_and_limits_before_it_asks(fake: Fake, monkeypatch: Any, capsys: Any) -> None:
-    monkeypatch.setattr("sys.argv", ["/bin/ray", "up", "x.yaml"])
-    shown: list[str] = []
-    monkeypatch.setattr(provider_module.cli_logger, "print", lambda text, *a, **k: shown.append(text.format(*a)))
-    on_laptop().non_terminated_nodes({"ray-node-type": "head"})
-    assert "1x RTX 4090 (24 GiB each), $0.441/h on demand" in shown[0]
-    assert "$6/h for all nodes, $40 in all, 12 hours" in shown[1]
-
-
-def test_ray_up_refuses_a_price_above_the_cap_before_it_asks(fake: Fake, monkeypatch: Any) -> None:
-    monkeypatch.setattr("sys.argv", ["/bin/ray", "up", "x.yaml"])
-    with pytest.raises(click.ClickException, match="max_price_per_hour"):
-        on_laptop(config(max_price_per_hour=0.1)).non_terminated_nodes({"ray-node-type": "head"})

@@ -121,12 +121,25 @@ def test_a_machine_that_hangs_in_loading_is_destroyed_and_not_used_again(fake: F
     assert rent(renter).machine != node.machine
 
 
-def test_an_instance_gone_right_after_create_is_noticed_as_gone(fake: Fake, tmp_path: Path) -> None:
+def test_an_instance_gone_right_after_create_is_noticed_as_gone(
+    fake: Fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cluster.vast.fleet.NEW_S", 0.3)
     renter = make(fake, tmp_path)
     fake.fault("create", "gone")
     node = rent(renter)
-    assert node.id not in renter.fleet.refresh(force=True)
+    wait_for(lambda: node.id not in renter.fleet.refresh(force=True))
     assert fake.live() == []
+
+
+def test_an_instance_that_vast_does_not_list_at_once_is_not_rented_again(fake: Fake, tmp_path: Path) -> None:
+    renter = make(fake, tmp_path)
+    node = rent(renter)
+    fake.fault("list", "no_rows", times=2)
+    fake.fault("show", "no_rows", times=2)
+    for _ in range(3):
+        assert set(renter.fleet.refresh(force=True)) == {node.id}
+    ready(renter, node.id)
 
 
 def test_a_destroy_that_is_ignored_is_repeated_until_it_is_true(fake: Fake, tmp_path: Path) -> None:
@@ -162,6 +175,35 @@ def test_a_live_node_is_never_taken_for_dead_because_a_listing_failed(fake: Fake
     fake.control("faults", [])
     assert set(renter.fleet.refresh(force=True)) == {node.id}
     assert len(fake.live()) == 1
+
+
+def test_a_node_is_not_judged_by_what_was_known_of_it_before_the_listing_failed(fake: Fake, tmp_path: Path) -> None:
+    renter = make(fake, tmp_path, boot_s=0.5)
+    node = rent(renter)
+    ready(renter, node.id)
+    fake.control(f"status/{node.id}", "rebooting")
+    renter.fleet.refresh(force=True)
+    fake.control(f"status/{node.id}", "running")
+    fake.fault("list", "no_rows", times=3)
+    fake.fault("show", "503", times=9)
+    for _ in range(3):  # for longer than a boot may take
+        time.sleep(0.3)
+        assert set(renter.fleet.refresh(force=True)) == {node.id}
+    assert len(fake.live()) == 1
+
+
+def test_what_was_destroyed_while_vast_would_not_say_so_is_booked_and_its_place_free(
+    fake: Fake, tmp_path: Path
+) -> None:
+    renter = make(fake, tmp_path)
+    node = rent(renter)
+    fake.fault("show", "503", times=50)
+    with pytest.raises(NotGoneError):
+        renter.fleet.destroy(node.id, "test", tries=1)
+    fake.control("faults", [])
+    assert renter.fleet.refresh(force=True) == {}
+    assert [g["id"] for g in renter.fleet.state.read()["gone"]] == [node.id]
+    assert rent(renter).label.k == node.label.k
 
 
 def test_a_node_that_reboots_long_after_its_boot_is_waited_for(fake: Fake, tmp_path: Path) -> None:

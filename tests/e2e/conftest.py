@@ -7,14 +7,36 @@ from pathlib import Path
 
 import pytest
 from hosts import missing
+from hosts_loopback import missing_loopback, user
 from rehearsal import Rehearsal, rehearsal
+
+
+def _needs(lacks: str) -> None:
+    pytest.importorskip("vastai", reason="the Vast SDK is not installed: pip install 'pairscope[vast]'")
+    if lacks:
+        pytest.skip(lacks)
 
 
 @pytest.fixture
 def stage(tmp_path: Path) -> Iterator[Rehearsal]:
-    pytest.importorskip("vastai", reason="the Vast SDK is not installed: pip install 'pairscope[vast]'")
-    lacks = missing()
-    if lacks:
-        pytest.skip(lacks)
+    """Hosts that are machines of their own, with one open port each."""
+    _needs(missing())
     with rehearsal(tmp_path) as found:
+        yield found
+
+
+@pytest.fixture
+def loopback_stage(tmp_path: Path) -> Iterator[Rehearsal]:
+    """Hosts that share this machine's loopback."""
+    _needs(missing_loopback())
+    with rehearsal(tmp_path, "loopback", user()) as found:
+        yield found
+
+
+@pytest.fixture
+def any_stage(tmp_path: Path) -> Iterator[Rehearsal]:
+    """The former where the machine allows them, else the latter."""
+    apart = missing()
+    _needs(f"{apart}; {missing_loopback()}" if apart and missing_loopback() else "")
+    with rehearsal(tmp_path, *(["loopback", user()] if apart else [])) as found:
         yield found

@@ -25,7 +25,7 @@ def offer(number: int, **fields: Any) -> dict[str, Any]:
     """One offer in Vast's units: gpu_ram MB per GPU, inet Mb/s, costs $/GB, dph_base $/h for the whole offer."""
     row = {
         "id": 1000 + number, "ask_contract_id": 1000 + number, "machine_id": 500 + number, "host_id": 7, "gpu_name": "RTX 4090",
-        "num_gpus": 1, "gpu_ram": 24564, "compute_cap": 890, "cuda_max_good": 12.8, "cpu_ram": 64000, "cpu_cores_effective": 16.0,
+        "num_gpus": 1, "gpu_ram": 24564, "compute_cap": 890, "cuda_max_good": 13.0, "cpu_ram": 64000, "cpu_cores_effective": 16.0,
         "disk_space": 500.0, "disk_bw": 3000.0, "storage_cost": 0.15, "inet_down": 2000.0, "inet_up": 1000.0, "inet_down_cost": 0.002,
         "inet_up_cost": 0.002, "direct_port_count": 20, "reliability": 0.995, "verified": True, "external": False,
         "rentable": True, "rented": False, "dph_base": 0.40, "min_bid": 0.20, "geolocation": "Nowhere, NW", "duration": 864000.0,
@@ -61,9 +61,16 @@ class Instance:
 
 
 class Market:
-    """All state of the fake, behind one lock. boot_s: (created -> loading, loading -> running) in seconds."""
+    """All state of the fake, behind one lock. boot_s: (created -> loading, loading -> running) in seconds.
 
-    def __init__(self, offers: list[dict[str, Any]], hosts: Hosts, boot_s: tuple[float, float] = (0.1, 0.2)) -> None:
+    now: its clock. With live=False nothing moves by itself; `tick` is called instead, and a test has time in its hands.
+    """
+
+    def __init__(
+        self, offers: list[dict[str, Any]], hosts: Hosts, boot_s: tuple[float, float] = (0.1, 0.2),
+        now: Callable[[], float] = time.time, live: bool = True,
+    ) -> None:  # fmt: skip
+        self.now = now
         self.offers = offers
         self.hosts = hosts
         self.boot_s = boot_s
@@ -73,7 +80,8 @@ class Market:
         self.next_id = 9_000_001
         self.closing = threading.Event()
         self.ticker = threading.Thread(target=self._tick_forever, daemon=True)
-        self.ticker.start()
+        if live:
+            self.ticker.start()
 
     def search(self, query: dict[str, Any]) -> list[dict[str, Any]]:
         bid, storage = query.get("type") == "bid", float(query.get("allocated_storage", 5))
@@ -98,7 +106,7 @@ class Market:
             if ask is None or any(i.ask["id"] == ask_id for i in self.live.values()):
                 return None
             one = Instance(self.next_id, ask, body.get("label"), float(body.get("disk") or 10), body.get("price"),
-                           {str(k): str(v) for k, v in (body.get("env") or {}).items()}, body.get("onstart") or "", time.time(),
+                           {str(k): str(v) for k, v in (body.get("env") or {}).items()}, body.get("onstart") or "", self.now(),
                            stuck=stuck or shared)  # fmt: skip
             if one.bid is not None and one.bid < ask["min_bid"]:
                 one.status, one.stuck = "stopped", True  # too low a bid: there, billing for its disk, never started
@@ -112,7 +120,7 @@ class Market:
             if one is None:
                 return False
             self._set(one, "destroyed")
-            one.destroyed, one.ended_by = time.time(), by
+            one.destroyed, one.ended_by = self.now(), by
             self.dead.append(one)
         if one.ssh:
             self.hosts.stop(instance)
@@ -150,8 +158,8 @@ class Market:
         with self.lock:
             lines = []
             for one in [*self.dead, *self.live.values()]:
-                end = one.destroyed or time.time()
-                gpu = one.gpu_seconds + (time.time() - one.running_since if one.running_since else 0.0)
+                end = one.destroyed or self.now()
+                gpu = one.gpu_seconds + (self.now() - one.running_since if one.running_since else 0.0)
                 disk = (end - one.created) / 3600 * one.ask["storage_cost"] * one.disk / MONTH_H
                 lines.append({
                     "id": one.id, "ask": one.ask["id"], "machine_id": one.ask["machine_id"], "label": one.label, "env": one.env,
@@ -162,23 +170,28 @@ class Market:
 
     def close(self) -> None:
         self.closing.set()
-        self.ticker.join(timeout=5)
+        if self.ticker.is_alive():
+            self.ticker.join(timeout=5)
         for one in list(self.live):
             self.destroy(one, "closing")
 
     def _set(self, one: Instance, status: str) -> None:
         if one.running_since is not None:
-            one.gpu_seconds += time.time() - one.running_since
-        one.running_since = time.time() if status == "running" else None
+            one.gpu_seconds += self.now() - one.running_since
+        one.running_since = self.now() if status == "running" else None
         one.status = status
 
     def _tick_forever(self) -> None:
         while not self.closing.wait(0.05):
-            for one in list(self.live.values()):
-                self._advance(one)
+            self.tick()
+
+    def tick(self) -> None:
+        """Let every instance become what it should be by now."""
+        for one in list(self.live.values()):
+            self._advance(one)
 
     def _advance(self, one: Instance) -> None:
-        age = time.time() - one.created
+        age = self.now() - one.created
         if one.status is None:
             one.status = "created"
         if one.status == "created" and age > self.boot_s[0]:

@@ -97,7 +97,8 @@ class Namespaces:
         tmp.mkdir()
         tmp.chmod(0o1777)
         here = Path(sys.executable).parent
-        (home / ".bashrc").write_text(f"export PATH={here}:$PATH\n")
+        # Ray gives up on a node of its own after 30 s, which a machine that plays several of them may need
+        (home / ".bashrc").write_text(f"export PATH={here}:$PATH RAY_raylet_start_wait_time_s=180\n")
         (home / ".onstart").write_text(onstart + "\n")
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / "host_key")], check=True)
         (folder / "passwd").write_text(

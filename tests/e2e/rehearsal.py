@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -22,10 +23,11 @@ BIN = Path(sys.executable).parent
 
 
 class Rehearsal:
-    """One cluster, from its own folder. name: the cluster's; folder: of the laptop's home and the hosts' files."""
+    """One cluster, from its own folder. name: the cluster's; folder: of the laptop's home and the hosts' files; user: of the hosts."""
 
-    def __init__(self, fake: Fake, folder: Path) -> None:
+    def __init__(self, fake: Fake, folder: Path, user: str = "root") -> None:
         self.fake = fake
+        self.user = user
         self.folder = folder
         self.name = f"reh{os.getpid()}"
         self.yaml = folder / "ray_cluster.yaml"
@@ -45,6 +47,7 @@ class Rehearsal:
         content["cluster_name"] = self.name
         content["provider"]["offers"]["image"] = "this-machine"
         content["available_node_types"]["rtx4090"]["resources"]["CPU"] = 2
+        content["auth"]["ssh_user"] = self.user
         for key, value in changes.items():
             content[key] = content[key] | value if isinstance(value, dict) else value
         self.yaml.write_text(yaml.safe_dump(content, sort_keys=False))
@@ -63,8 +66,10 @@ class Rehearsal:
         return done.stdout
 
     @contextmanager
-    def dashboard(self, port: int = 18265) -> Iterator[str]:
-        """`ray dashboard`: the job server's address through ssh."""
+    def dashboard(self) -> Iterator[str]:
+        """`ray dashboard`: the job server's address through ssh, at a port that is free now."""
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
         process = subprocess.Popen(
             ["ray", "dashboard", "--port", str(port), str(self.yaml)], env=self.env, cwd=ROOT, stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
@@ -92,21 +97,19 @@ class Rehearsal:
         return self.run(
             "ssh", "-i", str(self.keys / "id_ed25519"), "-p", port, "-o", f"UserKnownHostsFile={self.keys / 'known_hosts'}",
             "-o", f"HostKeyAlias=vast-{row['id']}", "-o", "StrictHostKeyChecking=accept-new", "-o", "BatchMode=yes", "-o",
-            "LogLevel=ERROR", f"root@{host}", command, timeout=timeout,
+            "LogLevel=ERROR", f"{self.user}@{host}", command, timeout=timeout,
         )  # fmt: skip
 
 
 def answers(host: str, port: int, timeout: float = 0.5) -> bool:
-    import socket
-
     with suppress(OSError), socket.create_connection((host, port), timeout=timeout):
         return True
     return False
 
 
 @contextmanager
-def rehearsal(folder: Path) -> Iterator[Rehearsal]:
-    """Everything is gone when this ends, also after a failure: the fake takes its hosts with it."""
+def rehearsal(folder: Path, hosts: str = "namespaces", user: str = "root") -> Iterator[Rehearsal]:
+    """Everything is gone when this ends, also after a failure: the fake takes its hosts with it. hosts: namespaces or loopback."""
     (folder / "hosts").mkdir()
-    with running_fake("--hosts", "namespaces", "--root", str(folder / "hosts"), "--boot", "0.5,1") as fake:
-        yield Rehearsal(fake, folder)
+    with running_fake("--hosts", hosts, "--root", str(folder / "hosts"), "--boot", "0.5,1") as fake:
+        yield Rehearsal(fake, folder, user)

@@ -54,6 +54,9 @@ print("same actors after", n, "calls", flush=True)
 """
 
 
+DOCTOR = "cd ~/pairscope && python3 -m pairscope doctor"
+
+
 def job(stage: Rehearsal, text: str, *args: str) -> list[str]:
     """The command that submits a script from a folder of its own."""
     work = stage.folder / "work"
@@ -67,7 +70,8 @@ def _address(row: dict[str, Any]) -> tuple[str, int]:
     return host, int(port)
 
 
-def test_one_machine_is_rented_runs_a_job_and_is_gone(stage: Rehearsal) -> None:
+def test_one_machine_is_rented_runs_a_job_and_is_gone(any_stage: Rehearsal) -> None:
+    stage = any_stage
     stage.write_yaml()
     said = stage.ray("up", "-y")
     assert "$0.4" in said
@@ -75,8 +79,19 @@ def test_one_machine_is_rented_runs_a_job_and_is_gone(stage: Rehearsal) -> None:
     with stage.dashboard() as address:
         out = stage.run("ray", "job", "submit", "--address", address, *job(stage, ONE))
     assert "ran on 127.0.1.1" in out
+    assert "1.0/1.0 GPU" in stage.ray("exec", "RAY_AUTH_MODE=token ray status").replace("0.0/1.0", "1.0/1.0")
+    assert "node 1 of at most 4" in stage.ray("exec", "pairscope doctor")
+    (head,) = stage.instances()
+    mode, key = stage.on(head, "stat -c %a ~/.config/vastai/vast_api_key && cat ~/.config/vastai/vast_api_key").split()
+    (made,) = stage.fake.control("keys")
+    assert (mode, key) == ("600", made["key"]), "the head holds a key of its own, and no one else can read it"
+    assert set(made["permissions"]["api"]) == {"instance_read", "instance_write", "misc"}
+    assert "full-rights" not in stage.on(
+        head, "cat /proc/*/environ ~/ray_bootstrap_config.yaml 2> /dev/null | tr '\\0' '\\n'"
+    )
     assert "no instance labelled" in stage.ray("down", "-y")
     assert stage.fake.live() == []
+    assert stage.fake.control("keys") == []
     assert len(stage.fake.bill()) == 1
 
 
@@ -110,7 +125,16 @@ def test_a_cluster_grows_survives_a_cut_shrinks_and_is_gone(stage: Rehearsal) ->
             assert [r["k"] for r in rows] == [1, 2, 3]
             status = stage.on(head, "cd ~/pairscope && PATH=$PATH python3 -m cluster.mesh status")
             assert status.count(": up ") == 2
+            shown = [json.loads(line) for line in stage.on(head, f"{DOCTOR} --json").splitlines()]
+            assert {c["check"]: c["ok"] for c in shown if "tunnel" in c["check"]} == {
+                "tunnel to node 2": True,
+                "tunnel to node 3": True,
+            }
             worker = rows[1]
+            assert "tunnel to node 1" in stage.on(worker, DOCTOR)
+            assert stage.on(worker, "ls ~/.config/vastai 2> /dev/null || true") == "", (
+                "a worker has no key to the account"
+            )
             name = next(p for p in stage.run("ip", "netns", "list").split() if p.endswith(f"-{worker['id']}"))
             cut = "add chain inet fence cut { type filter hook output priority 0 ; } ; add rule inet fence cut oifname != lo drop"
             stage.run("ip", "netns", "exec", name, "nft", cut)

@@ -1,0 +1,192 @@
+"""Follow a cluster's sweep to its end: collect every few seconds, outlast lost connections, and say when all is at home."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from capture.attempt import duration
+from capture.layout import RunDir
+from capture.show import Show
+from capture.stop import Stop
+from cluster.collect import Collector, Round
+from cluster.collect_errors import ClusterGoneError, UnreachableError
+from cluster.collect_source import HeadSource, Look, StoreSource
+
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 2.0, 60.0  # between tries at a head that does not answer
+ONCE_TRIES = 3
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Where a sweep stands, seen from home. over: nothing more will come. trouble: what is not as it should be, one line each."""
+
+    over: bool
+    state: str
+    trouble: tuple[str, ...] = ()
+    failed: tuple[str, ...] = ()
+
+
+def verdict(done: Round, at_home: Callable[[str, str], bool]) -> Verdict:
+    """What one round found, against what the sweep itself noted."""
+    look = done.look
+    sweep = sweep_of(look)
+    trouble = [f"{name} is not at home: {why}" for name, why in done.left.items()]
+    if look.error:
+        trouble.append(f"'{look.out}' cannot be read on the head: {look.error}")
+    if sweep is None:
+        return Verdict(False, "no sweep into this directory is known", tuple(trouble))
+    if sweep.get("alive"):
+        return Verdict(False, "the sweep runs", tuple(trouble))
+    if sweep.get("exit_code") is None:
+        return Verdict(
+            True,
+            "the sweep died",
+            (
+                *trouble,
+                "the sweep ended without a word: killed, or its job's log says why; submit it again, it goes on",
+            ),
+        )
+    items = [i for i in sweep.get("items", []) if isinstance(i, dict)]
+    for item in items:
+        known = item.get("state") in ("complete", "skipped")
+        name = f"{item.get('entry')} ({item.get('capture')})"
+        if known and name not in done.left and not at_home(str(item.get("entry")), str(item.get("capture"))):
+            trouble.append(f"{name} is not at home: the sweep completed it, and it is not there any more")
+    open_ = [str(i.get("entry")) for i in items if i.get("state") not in ("complete", "skipped", "failed")]
+    if open_:
+        trouble.append(f"the sweep was stopped before {', '.join(open_)}; submit it again, it goes on")
+    failed = tuple(str(i.get("entry")) for i in items if i.get("state") == "failed")
+    return Verdict(True, "the sweep has ended", tuple(trouble), failed)
+
+
+def sweep_of(look: Look) -> dict[str, Any] | None:
+    """The last sweep into the directory looked at; one that runs before one that has ended."""
+    ours = [s for s in look.sweeps if s.get("out") == look.out]
+    running = [s for s in ours if s.get("alive")]
+    return (running or ours)[-1] if ours else None
+
+
+def why_not_down(look: Look, home: RunDir, collector: Collector) -> list[str]:
+    """Why the cluster must not be taken down although its last sweep is at home; empty if it may."""
+    reasons = [f"a sweep into '{s.get('out')}' runs" for s in look.sweeps if s.get("alive")]
+    for out, captures in look.others.items():
+        missing = [c for c in captures if home.marker(home.capture_path(str(c[0]), str(c[1]))) is None]
+        if missing:
+            n = len(missing)
+            reasons.append(
+                f"'{out}' on the head holds {n} complete capture{'s' * (n != 1)} that are not at home; collect with --remote-out {out}"
+            )
+    return reasons + collector.verify_all(look)
+
+
+class Follow:
+    """One call of `pairscope collect`. remote_out: None for the last sweep's. tear_down: ends the cluster; its exit code."""
+
+    def __init__(
+        self, head: HeadSource, remote_out: str | None, home: RunDir, show: Show, stop: Stop, *, every: float, once: bool,
+        tear_down: Callable[[], int] | None,
+    ) -> None:  # fmt: skip
+        self.head, self.remote_out, self.home, self.show, self.stop = head, remote_out, home, show, stop
+        self.every, self.once, self.tear_down = every, once, tear_down
+        self.collector: Collector | None = None
+        self.said = ""
+
+    def run(self) -> int:
+        """0: the sweep has ended and all of it is at home (with `once`: all that is complete so far). 1: something failed or is
+        missing. Raises KeyboardInterrupt after a stop."""
+        tries = 0
+        while True:
+            try:
+                done = self._round()
+                tries = 0
+            except UnreachableError as error:
+                tries += 1
+                if self.once and tries >= ONCE_TRIES:
+                    raise
+                pause = min(FIRST_PAUSE_S * 2 ** (tries - 1), LONGEST_PAUSE_S) * random.uniform(0.8, 1.2)
+                self.show.note(f"{error}; trying again in {duration(pause)}")
+                self._sleep(pause)
+                continue
+            except ClusterGoneError as error:
+                return self._gone(error)
+            if done is not None:
+                code = self._judge(done)
+                if code is not None:
+                    return code
+            elif self.once:
+                self.show.note("no sweep was submitted to this cluster yet")
+                return 1
+            else:
+                self._say("no sweep yet; waiting for one")
+            self._sleep(self.every)
+
+    def _round(self) -> Round | None:
+        """None while there is no sweep."""
+        if self.collector is None:
+            out = self.remote_out or self.head.look().out
+            if out is None:
+                return None
+            source: HeadSource | StoreSource = HeadSource(self.head.reach, out)
+            if "://" in out:
+                self.show.note(f"the results are in {out}, which outlives the cluster; fetching from there")
+                source = StoreSource(out, self.head)
+            self.collector = Collector(source, self.home, self.show, self.stop.requested)
+        return self.collector.round()
+
+    def _judge(self, done: Round) -> int | None:
+        """The exit code, or None to go on."""
+        assert self.collector is not None
+        found = verdict(done, self.collector.at_home)
+        n = len(self.collector.verified)
+        if found.over:
+            self.show.note(f"{found.state}; {n} capture{'s' * (n != 1)} at home in {self.home.out}")
+            for line in found.trouble:
+                self.show.note(f"  {line}")
+            if found.failed:
+                self.show.note(f"  failed: {', '.join(found.failed)} (pairscope status {self.home.out} has the errors)")
+            code = 1 if found.trouble or found.failed else 0
+            return max(code, self._finish(done, found)) if self.tear_down else code
+        if self.once:
+            self.show.note(f"{found.state}; {n} capture{'s' * (n != 1)} at home in {self.home.out}")
+            if self.tear_down:
+                self.show.note(f"the cluster stays up: {found.state}")
+            return 1 if found.trouble or self.tear_down else 0
+        self._say(f"{found.state}; {n} at home")
+        return None
+
+    def _finish(self, done: Round, found: Verdict) -> int:
+        assert self.collector is not None
+        assert self.tear_down is not None
+        reasons = [*found.trouble, *why_not_down(done.look, self.home, self.collector)]
+        if reasons:
+            self.show.note("the cluster stays up, and costs money:")
+            for line in dict.fromkeys(reasons):
+                self.show.note(f"  {line}")
+            return 1
+        self.show.note("all that is complete is at home and verified; taking the cluster down")
+        return self.tear_down()
+
+    def _gone(self, error: ClusterGoneError) -> int:
+        self.show.note(str(error))
+        if self.collector is not None:
+            n = len(self.collector.verified)
+            self.show.note(f"{n} capture{'s' * (n != 1)} came home before it went; sweep again for the rest")
+        return 1
+
+    def _say(self, line: str) -> None:
+        """A line where it says something new; on a terminal it is always there."""
+        self.show.doing("collect", f"{line}; looking every {self.every:g} s")
+        if line != self.said and not self.show.live:
+            self.show.note(line)
+        self.said = line
+
+    def _sleep(self, seconds: float) -> None:
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            if self.stop.requested():
+                raise KeyboardInterrupt
+            time.sleep(min(0.2, max(0.0, until - time.monotonic())))

@@ -1,0 +1,58 @@
+"""What a cluster's head has to give: `python3 -m cluster.shelf [OUT]`, run there by `pairscope collect` through ssh.
+
+Prints one line: PREFIX and a JSON object. Reads only.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+from capture.errors import PairscopeError
+from capture.layout import RunDir
+from cluster.note import read_notes
+
+PREFIX = "pairscope-shelf "
+
+
+def shelf(out: str | None) -> dict[str, Any]:
+    """The sweeps that were noted; of the run directory `out` (by default the last sweep's) all that is complete, and the manifest.
+
+    others: run directories of other sweeps, with how many captures are complete in each. error: in words, where `out` cannot
+    be read. A run directory in an object store is only named: whoever asks can look there himself.
+    """
+    notes = read_notes()
+    out = out or (notes[-1]["out"] if notes else None)
+    found: dict[str, Any] = {
+        "sweeps": notes, "out": out, "captures": [], "rows": [], "logs": [], "others": {}, "error": None
+    }  # fmt: skip
+    if out is not None and "://" not in out:
+        try:
+            run = RunDir(out)
+            found["captures"] = [{"pair": c.pair, "capture": c.capture, "marker": c.marker} for c in run.captures()]
+            found["rows"] = run.manifest_rows()
+            found["logs"] = logs(run)
+        except (PairscopeError, OSError) as error:
+            found["error"] = str(error)
+    for other in {n["out"] for n in notes} - {out}:
+        if "://" not in other:
+            found["others"][other] = [[c.pair, c.capture] for c in _captures(other)]
+    return found
+
+
+def logs(run: RunDir) -> list[str]:
+    """All logs, as paths below the run directory; an attempt may have several, one for each of its workers."""
+    folders = run.list_dir(f"{run.root}/logs")
+    return [f"logs/{d.base_name}/{f.base_name}" for d in folders for f in run.list_dir(d.path)]
+
+
+def _captures(out: str) -> list[Any]:
+    try:
+        return list(RunDir(out).captures())
+    except (PairscopeError, OSError):
+        return []
+
+
+if __name__ == "__main__":
+    print(PREFIX + json.dumps(shelf(sys.argv[1] if len(sys.argv) > 1 else None)))

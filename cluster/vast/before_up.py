@@ -1,0 +1,141 @@
+"""What `ray up` is told before it asks whether to rent: what fits and what it costs, or what stands in the way.
+
+Ray asks its provider for a running head first, so this is done at that question. Every failure is an error before money is spent.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ray.autoscaler._private.cli_logger import cli_logger
+
+from capture.errors import ConfigError
+from cluster.vast.errors import HeadError, NoOfferError, VersionError
+from cluster.vast.fleet import Fleet, Node
+from cluster.vast.locked import differences, locked_versions, versions
+from cluster.vast.money import Caps
+from cluster.vast.offers import find_offers
+from cluster.vast.settings import Settings
+
+CONSTRAINTS = "constraints.txt"
+RENTED_AS = ("image", "gpus", "num_gpus", "disk_gb", "bid")  # what a running head cannot change, wherever it is written
+
+
+def called_by_ray_up() -> bool:
+    """Ray does not tell a provider which command it serves, and only `ray up` is about to rent."""
+    return Path(sys.argv[0]).name == "ray" and "up" in sys.argv[1:3]
+
+
+def check(settings: Settings, caps: Caps, fleet: Fleet, heads: Sequence[Node]) -> None:
+    """All checks. Shows the price where a head is to be rented. Raises an error of ours that says what to do."""
+    check_versions(settings.image_versions)
+    if not heads:
+        quote(settings, caps, fleet)
+        return
+    check_head(fleet.cluster, heads)
+    made = fleet.state.read()["made"]
+    if made:
+        check_unchanged(fleet.cluster, made, as_made(settings))
+
+
+def check_versions(image: Mapping[str, str], constraints: Path | None = None) -> None:
+    """Raise VersionError where nodes could not be given what this machine runs.
+
+    Nodes get the versions of this machine, with the other packages as constraints.txt has them; both must agree. image: what the
+    image is said to have (provider: image_versions); where that differs, every node would install a Python of its own first.
+    """
+    here = versions()
+    path = constraints or (Path(CONSTRAINTS) if Path(CONSTRAINTS).exists() else Path(__file__).parents[2] / CONSTRAINTS)
+    locked = locked_versions(path.read_text()) if path.exists() else {}
+    wrong = differences({k: v for k, v in locked.items() if k in here}, here)
+    if wrong:
+        raise VersionError(
+            f"this machine differs from '{path}', with which nodes are set up ({'; '.join(wrong)}). Run `make install`, and start "
+            "`ray` from .venv/bin"
+        )
+    wrong = differences(dict(image), here)
+    if wrong:
+        raise VersionError(
+            f"this machine differs from what provider: image_versions says of the image ({'; '.join(wrong)}). Python's minor version "
+            "and Ray's version must be the same on every machine: choose another image, or start `ray` from an environment like it"
+        )
+
+
+def as_made(settings: Settings) -> dict[str, Any]:
+    """What a head is made with and keeps until it is destroyed, as plain values, by the words of the YAML."""
+    wish = dataclasses.asdict(settings.wish(settings.head_config, settings.head_type))
+    kept = {key: wish[key] for key in {*RENTED_AS, *settings.head_config}}
+    plain = {key: list(value) if isinstance(value, tuple) else value for key, value in sorted(kept.items())}
+    here = versions()
+    return {
+        "head_node_type": settings.head_type,
+        **{f"{settings.head_type}: {key}": value for key, value in plain.items()},
+        "max_workers": settings.slots - 1,
+        "ssh_user": settings.user,
+        "python": here["python"],
+        "ray": here.get("ray", "none"),
+    }
+
+
+def check_unchanged(cluster: str, made: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raise where a running head was made otherwise than it would be now, and say in what."""
+    changed = [f"{key} was {made[key]}, is {now.get(key)}" for key in made if made[key] != now.get(key)]
+    if any(line.startswith(("python was", "ray was")) for line in changed):
+        raise VersionError(
+            f"cluster '{cluster}' runs with other versions than this machine has ({'; '.join(changed)}): start `ray` from the environment "
+            "that made it, or end it with `ray down`"
+        )
+    if changed:
+        raise ConfigError(
+            f"cluster '{cluster}' is running and cannot be changed in this: {'; '.join(changed)}. Put that back, or bring the results "
+            "home and end it with `ray down` first; limits, idle time, other node types and set-up may be changed as it runs"
+        )
+
+
+def check_head(cluster: str, heads: Sequence[Node]) -> None:
+    """Raise HeadError where there are two heads, or one that does nothing any more."""
+    if len(heads) > 1:
+        raise HeadError(
+            f"cluster '{cluster}' has {len(heads)} heads (instances {', '.join(h.id for h in heads)}): end those that nobody uses with "
+            "`pairscope vast destroy ID`"
+        )
+    (head,) = heads
+    if head.status in ("stopped", "exited", "offline"):
+        raise HeadError(
+            f"the head of '{cluster}', instance {head.id}, is {head.status}; its disk is still billed and may hold results. Start it at "
+            "cloud.vast.ai/instances to fetch them, then end it with `ray down`"
+        )
+
+
+def refuse_to_replace(node: Node) -> None:
+    """Raise HeadError: `ray up` would destroy a running head to put another in its place, and with it all that lies there."""
+    raise HeadError(
+        f"`ray up` would destroy the running head, instance {node.id}, since its node_config or auth has changed. Put that back, or "
+        "bring the results home and end the cluster with `ray down` first"
+    )
+
+
+def quote(settings: Settings, caps: Caps, fleet: Fleet) -> None:
+    """Show what the head would cost, the workers that may come, and the limits. Raises NoOfferError or CapError for the head."""
+    wish = settings.wish(settings.head_config, settings.head_type)
+    where = f"node type '{settings.head_type}'"
+    offer = find_offers(fleet.vast, wish, fleet.state.blocked_machines(), where)[0]
+    caps.check(fleet.bill(), offer.dph, offer.text)
+    cli_logger.print("Cheapest machine for the head now: {}", offer.text)
+    for name, growth in settings.may_grow.items():
+        try:
+            more = settings.wish(growth["node_config"], name)
+            price = find_offers(fleet.vast, more, fleet.state.blocked_machines(), f"node type '{name}'")[0].dph
+            cli_logger.print(
+                "While entries wait: up to {} more of type {}, now ${}/h each.", growth["most"], name, f"{price:.3f}"
+            )
+        except NoOfferError as error:
+            cli_logger.warning("No workers for now: {}", error)
+    cli_logger.print(
+        "Limits: ${}/h for all nodes, ${} in all, {} hours; after that every node destroys itself.",
+        f"{caps.max_price_per_hour:g}", f"{caps.max_total_dollars:g}", f"{caps.max_hours:g}",
+    )  # fmt: skip

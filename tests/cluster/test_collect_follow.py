@@ -1,0 +1,306 @@
+"""Following a sweep to its end: when it counts as over, what the exit code says, and when a cluster may be taken down."""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from far import Far
+
+import cluster.collect_follow as follow_module
+from capture.layout import RunDir
+from capture.show import Show
+from capture.stop import Stop
+from cluster.collect_cli import collect
+from cluster.collect_errors import ClusterGoneError, UnreachableError
+from cluster.collect_follow import Follow
+from cluster.collect_source import HeadSource
+
+pytestmark = pytest.mark.skipif(not shutil.which("rsync"), reason="rsync is not installed")
+
+ID = "0123456789abcdef"
+
+
+@pytest.fixture
+def far(tmp_path: Path) -> Far:
+    return Far(tmp_path / "far")
+
+
+@pytest.fixture
+def near(far: Far, monkeypatch: pytest.MonkeyPatch) -> None:
+    far.near(monkeypatch)
+
+
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(follow_module, "FIRST_PAUSE_S", 0.01)
+
+
+class Run:
+    """One call of collect without its command line; `said` and `down` tell what it did."""
+
+    def __init__(
+        self,
+        far: Far,
+        home: Path,
+        *,
+        once: bool = True,
+        teardown: bool = False,
+        every: float = 0.05,
+        remote_out: str | None = None,
+    ) -> None:
+        self.down = 0
+        self.stream = io.StringIO()
+        self.follow = Follow(
+            HeadSource(far.reach), remote_out, RunDir(str(home)), Show(stream=self.stream, live=False), Stop(), every=every, once=once,
+            tear_down=self.tear_down if teardown else None,
+        )  # fmt: skip
+
+    def tear_down(self) -> int:
+        self.down += 1
+        return 0
+
+    def __call__(self) -> int:
+        return self.follow.run()
+
+    @property
+    def said(self) -> str:
+        return self.stream.getvalue()
+
+
+@pytest.mark.usefixtures("near")
+def test_a_sweep_that_has_ended_with_all_at_home_is_success_and_goes_down(far: Far, tmp_path: Path) -> None:
+    far.capture("one")
+    far.note(("one", "complete", ID), ("two", "skipped", ID))
+    far.capture("two")
+    run = Run(far, tmp_path / "home", once=False, teardown=True)
+    assert (run(), run.down) == (0, 1)
+    assert "the sweep has ended; 2 captures at home" in run.said
+
+
+@pytest.mark.usefixtures("near")
+def test_a_failed_entry_makes_the_exit_code_and_does_not_keep_the_cluster(far: Far, tmp_path: Path) -> None:
+    far.capture("one")
+    far.failed("two")
+    far.note(("one", "complete", ID), ("two", "failed", None), exit_code=1)
+    run = Run(far, tmp_path / "home", once=False, teardown=True)
+    assert (run(), run.down) == (1, 1)
+    assert "failed: two" in run.said
+    rows = RunDir(str(tmp_path / "home")).manifest_rows()
+    assert {r["entry"]: r["error"] for r in rows} == {"one": None, "two": "it is broken"}
+
+
+def _running(far: Far) -> None:
+    far.note(alive=True)
+
+
+def _died(far: Far) -> None:
+    far.note(exit_code=None)
+
+
+def _stopped(far: Far) -> None:
+    far.note(("one", "complete", ID), ("two", "not started", None), exit_code=143)
+
+
+def _lost_on_the_head(far: Far) -> None:
+    far.note(("one", "complete", ID), ("two", "complete", ID))
+
+
+def _damaged_on_the_head(far: Far) -> None:
+    file = far.capture("two", seed=2) / "prompts.parquet"
+    file.write_bytes(file.read_bytes()[:-1])
+    far.note(("one", "complete", ID), ("two", "complete", ID))
+
+
+def _of_another_sweep(far: Far) -> None:
+    here, far.run = far.run, RunDir(str(far.folder / "home" / "other"))
+    far.capture("three", seed=3)
+    far.note(("three", "complete", ID), n=0)
+    far.run = here
+    far.note(("one", "complete", ID), n=1)
+
+
+def _another_runs(far: Far) -> None:
+    far.note(alive=True, out="/somewhere", n=0)
+    far.note(("one", "complete", ID), n=1)
+
+
+@pytest.mark.usefixtures("near")
+@pytest.mark.parametrize(
+    ("state", "reason"),
+    [
+        (_running, "the cluster stays up: the sweep runs"),
+        (_died, "submit it again, it goes on"),
+        (_stopped, "the sweep was stopped before two; submit it again"),
+        (
+            _lost_on_the_head,
+            "two (0123456789abcdef) is not at home: the sweep completed it, and it is not there any more",
+        ),
+        (_damaged_on_the_head, "two (0123456789abcdef) is not at home: as fetched, prompts.parquet has"),
+        (_of_another_sweep, "holds 1 complete capture that are not at home; collect with --remote-out"),
+        (_another_runs, "a sweep into '/somewhere' runs"),
+    ],
+)
+def test_a_cluster_that_is_still_needed_stays_up_and_it_is_said_why(
+    far: Far, tmp_path: Path, state: Callable[[Far], None], reason: str
+) -> None:
+    far.capture("one")
+    state(far)
+    run = Run(far, tmp_path / "home", teardown=True)
+    assert (run(), run.down) == (1, 0)
+    assert reason in run.said
+    assert [c.pair for c in RunDir(str(tmp_path / "home")).captures()] == ["one"]
+
+
+@pytest.mark.usefixtures("near")
+def test_what_broke_at_home_since_keeps_the_cluster_up(far: Far, tmp_path: Path) -> None:
+    far.capture("one")
+    far.note(("one", "complete", ID))
+    run = Run(far, tmp_path / "home", teardown=True)
+    judge = run.follow._judge
+
+    def break_first(done: Any) -> Any:
+        file = next((tmp_path / "home").glob("captures/*/*/prompts.parquet"))
+        file.write_bytes(b"x" * file.stat().st_size)
+        return judge(done)
+
+    run.follow._judge = break_first  # type: ignore[method-assign]
+    assert (run(), run.down) == (1, 0)
+    assert "one: prompts.parquet has another checksum than its marker says" in run.said
+
+
+@pytest.mark.usefixtures("hasty")
+def test_a_lost_connection_is_outlasted_while_following(far: Far, tmp_path: Path) -> None:
+    far.capture("one")
+    far.note(("one", "complete", ID))
+    far.down()
+    run = Run(far, tmp_path / "home", once=False)
+    looks = run.follow._sleep
+
+    def back_after_three(seconds: float) -> None:
+        if far.calls("look") == 3:
+            far.down(False)
+        looks(seconds)
+
+    run.follow._sleep = back_after_three  # type: ignore[method-assign]
+    assert run() == 0
+    assert run.said.count("No route to host") == 3
+    assert "trying again in" in run.said
+
+
+@pytest.mark.usefixtures("hasty")
+def test_once_gives_up_after_some_tries(far: Far, tmp_path: Path) -> None:
+    far.down()
+    with pytest.raises(UnreachableError):
+        Run(far, tmp_path / "home")()
+    assert far.calls("look") == 3
+
+
+def test_a_cluster_that_is_gone_ends_it(far: Far, tmp_path: Path) -> None:
+    far.capture("one")
+    far.note(alive=True)
+    run = Run(far, tmp_path / "home", once=False, teardown=True)
+    reach = run.follow.head.reach
+
+    def gone() -> Any:
+        if far.calls("rsync") > 1:
+            raise ClusterGoneError("cluster 'x' has no head")
+        return reach()
+
+    run.follow.head.reach = gone
+    assert (run(), run.down) == (1, 0)
+    assert "1 capture came home before it went" in run.said
+
+
+@pytest.mark.usefixtures("near")
+def test_before_the_first_sweep_there_is_nothing_to_fetch(far: Far, tmp_path: Path) -> None:
+    run = Run(far, tmp_path / "home", teardown=True)
+    assert (run(), run.down) == (1, 0)
+    assert "no sweep was submitted to this cluster yet" in run.said
+
+
+def test_results_in_a_store_are_fetched_from_there(far: Far, tmp_path: Path) -> None:
+    far.capture("one")
+    uri = f"file://{far.run.root}"
+    far.note(("one", "complete", ID), out=uri)
+    run = Run(far, tmp_path / "home", teardown=True)
+    assert (run(), run.down) == (0, 1)
+    assert f"the results are in {uri}, which outlives the cluster; fetching from there" in run.said
+    assert far.calls("rsync") == 0
+
+
+DRIVER = """
+import sys
+from pathlib import Path
+sys.path[:0] = [{tests!r}]
+from far import Far
+from capture.layout import RunDir
+from capture.show import Show
+from capture.stop import Stop
+from cluster.collect_follow import Follow
+from cluster.collect_source import HeadSource, Link
+folder = Path(sys.argv[1])
+show = Show(live=False)
+with Stop(show.note) as stop:
+    follow = Follow(HeadSource(lambda: Link((str(folder / "far/ssh"),), "root@far")), None, RunDir(str(folder / "home")), show, stop,
+                    every=0.2, once=False, tear_down=None)
+    try:
+        follow.run()
+    except KeyboardInterrupt:
+        sys.exit(stop.exit_code)
+"""
+
+
+def test_ctrl_c_ends_it_in_order(far: Far, tmp_path: Path) -> None:
+    far.capture("one")
+    far.note(alive=True)
+    # the sweep that seems to run is this process
+    process = subprocess.Popen(
+        [sys.executable, "-c", DRIVER.format(tests=str(Path(__file__).parent)), str(tmp_path)],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    until = time.monotonic() + 60
+    while not list((tmp_path / "home").glob("captures/*/*/_COMPLETE")):
+        assert time.monotonic() < until
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "Traceback" not in said
+    assert [c.pair for c in RunDir(str(tmp_path / "home")).captures()] == ["one"]
+
+
+@pytest.mark.parametrize(
+    ("args", "error"),
+    [
+        (["nowhere.yaml", "--out", "home"], "cannot be read"),
+        (["demo.yaml", "--out", "home"], "is no cluster config of Ray's"),
+        (["demo.yaml"], "Missing option '--out'"),
+        (["cluster.yaml", "--out", "home", "--remote-out", "out"], "must start with '/'"),
+        (["cluster.yaml", "--out", "file"], "cannot write to the output"),
+    ],
+)
+def test_a_wrong_call_is_said_before_anything_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, args: list[str], error: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "demo.yaml").write_text("residual_compare: {}\n")
+    (tmp_path / "cluster.yaml").write_text("cluster_name: x\nprovider: {type: external}\n")
+    (tmp_path / "file").touch()
+    result = CliRunner().invoke(collect, args)
+    said = result.output + str(result.exception or "")
+    code = getattr(result.exception, "exit_code", result.exit_code)
+    assert error in said
+    assert code == (1 if "cannot write" in error else 2)
+    assert os.listdir(tmp_path / "home") == [] if (tmp_path / "home").exists() else True

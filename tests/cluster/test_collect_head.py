@@ -1,0 +1,78 @@
+"""The way to a cluster's head, as its provider knows it; and what it means when there is none."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from fake_server import Fake, running_fake, wait_for
+from provider_stage import HEAD_TAGS, config, laptop_home, node_config, on_laptop
+
+from cluster.collect_errors import ClusterGoneError, UnreachableError
+from cluster.collect_head import HeadWay
+from cluster.vast.errors import VastKeyError
+
+pytest.importorskip("vastai", reason="the Vast SDK is not installed: pip install 'pairscope[vast]'")
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Fake]:
+    with running_fake("--boot", "0.05,0.05") as fake:
+        yield fake
+
+
+@pytest.fixture
+def fake(server: Fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fake]:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # where Ray keeps the configs that it has worked out
+    monkeypatch.setattr("cluster.vast.api.FIRST_PAUSE_S", 0.001)
+    with laptop_home(server, tmp_path, monkeypatch) as found:
+        yield found
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> str:
+    path = tmp_path / "ray_cluster.yaml"
+    path.write_text(yaml.safe_dump(config()))
+    return str(path)
+
+
+def test_the_way_has_the_heads_own_port_and_its_pinned_key(fake: Fake, cluster: str, tmp_path: Path) -> None:
+    laptop = on_laptop()
+    laptop.create_node(node_config(), HEAD_TAGS, 1)
+    (head,) = wait_for(lambda: [h for h in laptop.non_terminated_nodes({}) if laptop.is_running(h)])
+    link = HeadWay(cluster)()
+    words = " ".join(link.ssh)
+    assert link.target.startswith("root@")
+    assert f"HostKeyAlias=vast-{head}" in words
+    assert "Port=" in words
+    assert f"UserKnownHostsFile={tmp_path}" in words
+    assert "BatchMode=yes" in words, "a question would wait for ever"
+    assert "ControlPath" not in words
+
+
+def test_a_cluster_without_a_head_is_gone(fake: Fake, cluster: str) -> None:
+    with pytest.raises(ClusterGoneError, match=r"has no head: it was never up, or is gone; `ray up .*` makes it"):
+        HeadWay(cluster)()
+
+
+def test_a_vast_that_does_not_answer_is_for_later_and_one_that_comes_back_is_asked_again(
+    fake: Fake, cluster: str
+) -> None:
+    laptop = on_laptop()
+    laptop.create_node(node_config(), HEAD_TAGS, 1)
+    wait_for(lambda: [h for h in laptop.non_terminated_nodes({}) if laptop.is_running(h)])
+    way = HeadWay(cluster)
+    fake.fault("list", "503", times=20)
+    with pytest.raises(UnreachableError, match="503"):
+        way()
+    fake.control("faults", [])
+    assert way().target.startswith("root@")
+
+
+def test_a_wrong_key_is_the_users_to_mend(fake: Fake, cluster: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VAST_API_KEY", "nobody's")
+    with pytest.raises(VastKeyError, match="does not know this API key"):
+        HeadWay(cluster)()

@@ -1,0 +1,230 @@
+"""What `ray up` says before it asks: the price, or what stands in the way. Nothing is rented in any of these."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+from fake_server import Fake, running_fake, wait_for
+from provider_stage import HEAD_TAGS, config, laptop_home, node_config, on_laptop, ray_up
+
+from cluster.vast import before_up
+from cluster.vast.errors import VersionError
+from cluster.vast.locked import versions
+
+pytest.importorskip("vastai", reason="the Vast SDK is not installed: pip install 'pairscope[vast]'")
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Fake]:
+    with running_fake("--boot", "0.05,0.05") as fake:
+        yield fake
+
+
+@pytest.fixture
+def fake(server: Fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fake]:
+    with laptop_home(server, tmp_path, monkeypatch) as found:
+        yield found
+
+
+@pytest.fixture
+def running(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A cluster that is up; its head's id."""
+    laptop, _ = ray_up(monkeypatch)
+    laptop.create_node(node_config(), HEAD_TAGS, 1)
+    (head,) = wait_for(lambda: [h for h in laptop.non_terminated_nodes({}) if laptop.is_running(h)])
+    return str(head)
+
+
+def refused(monkeypatch: pytest.MonkeyPatch, content: dict[str, Any] | None = None) -> str:
+    with pytest.raises(click.ClickException) as caught:
+        ray_up(monkeypatch, content)
+    return str(caught.value)
+
+
+def test_price_and_limits_are_shown(fake: Fake, monkeypatch: Any) -> None:
+    _, shown = ray_up(monkeypatch)
+    assert "1x RTX 4090 (24 GiB each), $0.441/h on demand" in shown[0]
+    assert shown[1] == "While entries wait: up to 3 more of type rtx4090, now $0.441/h each."
+    assert "$6/h for all nodes, $40 in all, 12 hours" in shown[2]
+    assert fake.live() == []
+
+
+def test_a_worker_type_that_nobody_offers_is_told_and_is_no_obstacle(fake: Fake, monkeypatch: Any) -> None:
+    content = config()
+    content["available_node_types"]["h200"]["max_workers"] = 2
+    warned: list[str] = []
+    monkeypatch.setattr(before_up.cli_logger, "warning", lambda text, *a, **_: warned.append(text.format(*a)))
+    _, shown = ray_up(monkeypatch, content)
+    assert len(shown) == 3
+    assert "node type 'h200': nobody offers 1x H200 or H200 NVL" in warned[0]
+
+
+def test_another_command_than_ray_up_is_not_held_up(fake: Fake, monkeypatch: Any) -> None:
+    monkeypatch.setattr("sys.argv", ["/bin/ray", "down", "x.yaml"])
+    assert on_laptop(config(max_price_per_hour=0.1)).non_terminated_nodes({"ray-node-type": "head"}) == []
+
+
+def test_no_key_at_all_says_where_to_get_one(fake: Fake, monkeypatch: Any, tmp_path: Path) -> None:
+    monkeypatch.delenv("VAST_API_KEY")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    said = refused(monkeypatch)
+    assert said.startswith("VastKeyError: no Vast API key found")
+    assert "manage-keys" in said
+
+
+def test_a_key_that_vast_does_not_know_is_told(fake: Fake, monkeypatch: Any) -> None:
+    monkeypatch.setenv("VAST_API_KEY", "made-up")
+    assert "does not know this API key" in refused(monkeypatch)
+
+
+def test_a_price_above_the_cap_names_both(fake: Fake, monkeypatch: Any) -> None:
+    said = refused(monkeypatch, config(max_price_per_hour=0.1))
+    assert "$0.441/h" in said
+    assert "max_price_per_hour 0.1" in said
+
+
+def test_where_nothing_fits_the_condition_that_excluded_most_is_named(fake: Fake, monkeypatch: Any) -> None:
+    content = config()
+    content["provider"]["offers"]["min_inet_down"] = 9000
+    assert "none of 6 offers of 1x RTX 4090 fits; excluded most by min_inet_down 9000 Mb/s: 6" in refused(
+        monkeypatch, content
+    )
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "said"),
+    [
+        (("available_node_types", "rtx4090", "node_config", "min_gpu_gb"), 23, "rtx4090: min_gpu_gb was 24, is 23"),
+        (("provider", "offers", "disk_gb"), 400, "rtx4090: disk_gb was 200, is 400"),
+        (("provider", "offers", "image"), "other", "rtx4090: image was vastai/pytorch"),
+        (("max_workers",), 5, "max_workers was 3, is 5"),
+        (("head_node_type",), "a100-40", "head_node_type was rtx4090, is a100-40"),
+    ],
+)
+def test_a_running_head_that_would_be_made_otherwise_is_left_alone(
+    running: str, monkeypatch: Any, path: tuple[str, ...], value: Any, said: str
+) -> None:
+    content = place = config()
+    for name in path[:-1]:
+        place = place[name]
+    place[path[-1]] = value
+    text = refused(monkeypatch, content)
+    assert said in text
+    assert "ray down" in text
+
+
+@pytest.mark.parametrize(
+    "change", [{"max_hours": 20}, {"max_total_dollars": 60}, {"boot_minutes": 20}, {"head_silence_minutes": 5}]
+)
+def test_limits_may_be_changed_while_it_runs(running: str, monkeypatch: Any, change: dict[str, Any]) -> None:
+    laptop, shown = ray_up(monkeypatch, config(**change))
+    assert laptop.non_terminated_nodes({}) == [running]
+    assert shown == [], "nothing is to be rented, so no price is shown"
+
+
+def test_other_limits_move_the_heads_own_deadline(running: str, monkeypatch: Any) -> None:
+    def deadline(**limits: Any) -> int:
+        laptop, _ = ray_up(monkeypatch, config(**limits))
+        return int(laptop._files(running)["~/.pairscope/deadline"])
+
+    first = deadline()
+    assert deadline(max_hours=14) - first == pytest.approx(2 * 3600, abs=5)
+    assert first - deadline(max_hours=10) == pytest.approx(2 * 3600, abs=5)
+
+
+def test_ray_up_never_replaces_a_running_head(running: str, fake: Fake, monkeypatch: Any, tmp_path: Path) -> None:
+    laptop, _ = ray_up(monkeypatch)
+    with pytest.raises(click.ClickException, match=r"would destroy the running head.*ray down"):
+        laptop.terminate_node(running)
+    assert [str(line["id"]) for line in fake.live()] == [running]
+
+
+def test_a_head_that_was_outbid_is_named_with_what_to_do(running: str, fake: Fake, monkeypatch: Any) -> None:
+    fake.control(f"outbid/{running}")
+    said = refused(monkeypatch)
+    assert f"instance {running}, is stopped" in said
+    assert "ray down" in said
+
+
+def test_two_heads_are_told_and_not_chosen_from(running: str, fake: Fake, monkeypatch: Any) -> None:
+    monkeypatch.setattr("sys.argv", ["/bin/ray", "exec", "x.yaml"])
+    on_laptop().create_node(node_config(), HEAD_TAGS, 1)
+    assert "has 2 heads" in refused(monkeypatch)
+
+
+def test_other_versions_than_the_running_cluster_has_are_refused(running: str, monkeypatch: Any) -> None:
+    here = versions()
+    monkeypatch.setattr(before_up, "versions", lambda: here | {"ray": "2.50.0"})
+    monkeypatch.setattr(before_up, "locked_versions", lambda _: {})
+    said = refused(monkeypatch)
+    assert said.startswith("VersionError")
+    assert f"ray was {here['ray']}, is 2.50.0" in said
+
+
+def test_versions_that_nodes_could_not_be_given_are_refused_before_renting(fake: Fake, monkeypatch: Any) -> None:
+    here = versions()
+    monkeypatch.setattr(before_up, "versions", lambda: here | {"ray": "2.50.0"})
+    said = refused(monkeypatch)
+    assert f"ray: {here['ray']} wanted, 2.50.0 here" in said
+    assert "make install" in said
+
+
+def test_an_image_with_another_python_or_ray_is_refused_before_renting(fake: Fake, monkeypatch: Any) -> None:
+    content = config(image_versions={"python": "3.9", "ray": "2.1.0"})
+    said = refused(monkeypatch, content)
+    assert "python: 3.9 wanted" in said
+    assert "ray: 2.1.0 wanted" in said
+    have = versions()
+    ray_up(monkeypatch, config(image_versions={"python": have["python"], "ray": have["ray"]}))
+
+
+@pytest.mark.parametrize("wrong", [{"python": 3.11}, {"rey": "2.60.0"}])
+def test_image_versions_that_make_no_sense_are_named(fake: Fake, monkeypatch: Any, wrong: dict[str, Any]) -> None:
+    assert f"'{next(iter(wrong))}: {next(iter(wrong.values()))}'" in refused(monkeypatch, config(image_versions=wrong))
+
+
+def test_a_constraints_file_that_agrees_is_no_obstacle(tmp_path: Path) -> None:
+    file = tmp_path / "constraints.txt"
+    file.write_text(
+        "# a comment\n" + "".join(f"{k.replace('_', '-')}=={v}+cu130\n" for k, v in versions().items() if k != "python")
+    )
+    before_up.check_versions({}, file)
+    file.write_text("torch==1.0  # old\n")
+    with pytest.raises(VersionError, match=r"torch: 1.0 wanted"):
+        before_up.check_versions({}, file)
+
+
+def test_a_name_in_use_by_someone_else_is_refused_also_where_keys_of_that_name_exist(
+    running: str, fake: Fake, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr("sys.argv", ["/bin/ray", "exec", "x.yaml"])
+    monkeypatch.setenv("PAIRSCOPE_HOME", str(tmp_path / "another laptop"))
+    with pytest.raises(click.ClickException, match="in use by a cluster that was not made from this machine"):
+        on_laptop()
+    fake.control(f"vanish/{running}")
+    on_laptop()  # makes keys of its own for that name
+    monkeypatch.setenv("PAIRSCOPE_HOME", str(tmp_path / "laptop"))
+    on_laptop().create_node(node_config(), HEAD_TAGS, 1)
+    monkeypatch.setenv("PAIRSCOPE_HOME", str(tmp_path / "another laptop"))
+    with pytest.raises(click.ClickException, match="not with the keys in"):
+        on_laptop()
+    assert len(fake.live()) == 1
+
+
+def test_a_config_that_ray_cached_before_the_keys_were_made_anew_is_still_ours(fake: Fake, monkeypatch: Any) -> None:
+    from cluster.vast.provider import VastNodeProvider
+
+    cached = VastNodeProvider.bootstrap_config(config())
+    for turn in range(2):  # `ray up`, `ray down`, and the same again with what Ray kept in its cache
+        laptop = VastNodeProvider(cached["provider"], cached["cluster_name"])
+        laptop.create_node(node_config(), HEAD_TAGS, 1)
+        on_laptop()
+        if turn == 0:
+            laptop.terminate_nodes(laptop.non_terminated_nodes({}))
+            laptop.cleanup_cluster_resources()
+    assert len(fake.live()) == 1
