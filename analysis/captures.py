@@ -22,6 +22,7 @@ _WHERE = {
     "sft_revision": "models.sft.revision",
     "tokenizer": "tokenizer.name",
     "dtype": "dtype",
+    "quantization": "quantization",
     "lens_norm": "lens.norm",
     "mode": "mode",
     "device": "device",

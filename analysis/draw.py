@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
+import textwrap
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from analysis.errors import QueryError
-from analysis.grids import Grid
+from analysis.grid import Grid, GridStack
 from analysis.tables import escape, fit, width
 from capture.errors import StoreError
 
@@ -114,41 +115,129 @@ def _notes(grid: Grid, shown: int) -> list[str]:
     return notes
 
 
-def write_png(grid: Grid, file: str | Path) -> Path:
-    """Draw the grid into a PNG; needs the extra `plots`."""
-    try:
-        import matplotlib
+# What papers get: light to dark, and blue to orange around zero; both are told apart by the colour-blind and in grey.
+PAPER = ("#f4f1ea", "#d3e3d8", "#93c4c0", "#4d9bad", "#2a6d94", "#1d4474", "#16234a")
+PAPER_SIGNED = ("#164a80", "#4f8cc0", "#a9cbe2", "#f2efe9", "#f0bf8e", "#cf7a32", "#87400c")
+FIGURES = (".png", ".pdf", ".svg")
+_COLUMN, _ROW = 0.17, 0.125  # inches of a token and of a layer
+_SMALL = 7.0  # points
 
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
+
+def plot(
+    grid: Grid | GridStack,
+    *,
+    log: bool = False,
+    low: float | None = None,
+    high: float | None = None,
+    title: str | None = None,
+) -> Any:
+    """A matplotlib Figure of a grid, or of a stack with a panel each and one colour scale for all; needs the extra `plots`.
+
+    log: a logarithmic scale; where there are negative numbers, linear within a thousandth of zero. low, high: ends of the
+    scale, to share it between figures; by default the 1st and 99th percentile, around zero where there are negative numbers.
+    title: in place of metric, pair and prompt; "" for none. Cells without a number are hatched, cells not above the noise
+    floor dotted.
+    """
+    try:
+        from matplotlib import pyplot  # noqa: F401  (teaches notebooks to show a figure)
+        from matplotlib.cm import ScalarMappable
+        from matplotlib.colors import LinearSegmentedColormap
+        from matplotlib.figure import Figure
     except ImportError:
-        raise QueryError("a PNG needs matplotlib: pip install 'pairscope[plots]'") from None
-    from matplotlib.colors import LinearSegmentedColormap
+        raise QueryError("a figure needs matplotlib: pip install 'pairscope[plots]'") from None
 
-    path = Path(file).expanduser().absolute()
-    low, high, ramp = colour_scale(grid.values)
-    cmap = LinearSegmentedColormap.from_list("ramp", [tuple(c / 255 for c in rgb) for rgb in ramp])
-    rows, columns = grid.values.shape
-    size = (min(max(6.0, 0.32 * columns + 2), 60.0), min(max(3.5, 0.2 * rows + 1.6), 40.0))
-    figure, axes = pyplot.subplots(figsize=size, layout="constrained")
-    try:
-        image = axes.imshow(
-            grid.values, aspect="auto", cmap=cmap, vmin=low, vmax=max(high, low + 1e-30), origin="lower"
-        )
-        step = max(1, math.ceil(columns / (size[0] * 5)))  # about five labels to the inch
-        ticks = list(range(0, columns, step))
+    panels = list(grid) if isinstance(grid, GridStack) else [grid]
+    first = panels[0]
+    finite = np.concatenate([p.values[np.isfinite(p.values)] for p in panels])
+    norm, signed = _norm(finite, log, low, high)
+    cmap = LinearSegmentedColormap.from_list("pairscope", PAPER_SIGNED if signed else PAPER)
+    rows, columns = first.values.shape
+    wide = min(max(_COLUMN * columns + 0.5, 2.6), 40.0)
+    across = 1 if len(panels) == 1 else max(1, min(3, len(panels), int(14 / wide)))
+    down = math.ceil(len(panels) / across)
+    tall = min(max(_ROW * rows, 1.2), 20.0)
+    # not pyplot's: that would keep every figure, and choose a window system
+    figure = Figure(figsize=(wide * across + 0.9, (tall + 0.25) * down + 1.1), layout="constrained")
+    axes = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False)
+    for axis, panel in zip(axes.flat, panels, strict=False):
+        axis.set_facecolor("white")
+        axis.patch.set(hatch="////", edgecolor="#c8c8c8", linewidth=0)
+        axis.imshow(panel.values, aspect="auto", cmap=cmap, norm=norm, origin="lower", interpolation="nearest")
+        if panel.floor is not None and (panel.floor > 0).any():
+            at_row, at_column = np.nonzero(panel.below_floor)
+            axis.scatter(at_column, at_row, s=1.5, c="#555555", linewidths=0)
+        step = max(1, math.ceil(columns * 0.11 / wide))
         # a dollar sign would start mathematics
-        axes.set_xticks(ticks, [token_label(grid.tokens[i], 12).replace("$", r"\$") for i in ticks], rotation=90)
-        step = max(1, math.ceil(rows / (size[1] * 6)))
-        axes.set_yticks(range(0, rows, step), [str(layer) for layer in grid.layers[::step]])
-        axes.set_ylabel("layer")
-        axes.set_title(grid.title.replace("$", r"\$"))
-        figure.colorbar(image, ax=axes, extend="both", label=grid.unit if grid.unit not in ("", "1") else grid.metric)
+        labels = [token_label(panel.tokens[i], 14).replace("$", r"\$") for i in range(0, columns, step)]
+        axis.set_xticks(range(0, columns, step), labels, rotation=90, fontsize=_SMALL, family="monospace")
+        step = max(1, math.ceil(rows * 0.12 / tall))
+        names = ["emb" if layer < 0 else str(layer) for layer in panel.layers[::step]]
+        axis.set_yticks(range(0, rows, step), names, fontsize=_SMALL)
+        axis.tick_params(length=2, width=0.5)
+        axis.spines[:].set_visible(False)
+        if len(panels) > 1:
+            axis.set_title(panel.label, fontsize=_SMALL + 2)
+    for axis in list(axes.flat)[len(panels) :]:
+        axis.set_visible(False)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("layer", fontsize=_SMALL + 1)
+    if title is None:
+        variant = "" if first.variant == "identity" else f" ({first.variant})"
+        of = "" if len(panels) > 1 else f" of {first.label}"
+        title = f"{first.metric}{of}, pair {first.pair}, prompt {first.prompt_idx}{variant}"
+    if title:
+        lines = textwrap.wrap(title, max(20, int(figure.get_figwidth() / 0.078)))
+        figure.suptitle("\n".join(lines).replace("$", r"\$"), fontsize=_SMALL + 3)
+    if finite.size:
+        ends = {(True, True): "both", (True, False): "min", (False, True): "max", (False, False): "neither"}
+        extend = ends[bool(finite.min() < norm.vmin), bool(finite.max() > norm.vmax)]
+        bar = figure.colorbar(ScalarMappable(norm, cmap), ax=axes, extend=extend, pad=0.01, aspect=25, fraction=0.05)
+        bar.set_label(
+            f"{first.metric} [{first.unit}]" if first.unit not in ("", "1") else first.metric, fontsize=_SMALL + 1
+        )
+        bar.ax.tick_params(labelsize=_SMALL, length=2, width=0.5)
+        bar.outline.set_visible(False)
+    return figure
+
+
+def _norm(finite: np.ndarray, log: bool, low: float | None, high: float | None) -> tuple[Any, bool]:
+    """matplotlib's scale of some finite values, and whether it is around zero."""
+    from matplotlib.colors import LogNorm, Normalize, SymLogNorm
+
+    if finite.size == 0:
+        return Normalize(0, 1), False
+    signed = bool(finite.min() < 0 < finite.max())
+    if signed:
+        end = float(np.percentile(np.abs(finite), 99))
+        low, high = -end if low is None else low, end if high is None else high
+    else:
+        low, high = (
+            float(np.percentile(finite, share)) if given is None else given for given, share in ((low, 1), (high, 99))
+        )
+    if not high > low:
+        high = low + (abs(low) or 1.0)
+    if not log:
+        return Normalize(low, high), signed
+    if signed:
+        return SymLogNorm(linthresh=max(-low, high) / 1000, vmin=low, vmax=high), True
+    positive = finite[finite > 0]
+    if positive.size == 0 or high <= 0:
+        raise QueryError("no logarithmic scale: nothing is positive")
+    if low <= 0 or low < high / 1e6:  # a few tiny cells do not take half of the ramp
+        low = max(float(np.percentile(positive, 5)), high / 1e6)
+    return LogNorm(low if low < high else high / 10, high, clip=True), False
+
+
+def write_png(grid: Grid | GridStack, file: str | Path, **options: Any) -> Path:
+    """Draw into FILE.png (200 dpi), .pdf or .svg; options as of plot."""
+    path = Path(file).expanduser().absolute()
+    if path.suffix not in FIGURES:
+        raise QueryError(f"cannot draw into '{file}': the name must end in {', '.join(FIGURES)}")
+    figure = plot(grid, **options)
+    try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Glyph .* missing")  # a token of another script shows as a box
-            figure.savefig(path, dpi=130, format="png")
+            figure.savefig(path, dpi=200, format=path.suffix[1:])
     except OSError as error:
         raise StoreError(f"cannot write '{path}': {error.strerror or error}") from error
-    finally:
-        pyplot.close(figure)
     return path

@@ -1,85 +1,26 @@
-"""Layer x token grids: values and labels, apart from how they are drawn."""
+"""Build layer x token grids from a run directory: of comparisons, of passes, of tracked logits and of top-k shifts."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import json
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
-from analysis.errors import QueryError
+from analysis.errors import QueryError, near
+from analysis.grid import Grid, GridStack, stack
 from analysis.metrics import Metric, RecordType, find_metric, logit_metric
-from analysis.select import EVERYTHING, Filters, one_cell_set
+from analysis.select import EVERYTHING, Filters, labels, one_cell_set
+from analysis.views import quote
 
 if TYPE_CHECKING:
     import duckdb
 
-
-@dataclass(frozen=True, eq=False)
-class Grid:
-    """One number per layer and token of one prompt.
-
-    values: float64 [layers, positions], NaN where there is no number. layers: int64, -1 is the state entering block 0, the
-    largest the state after the final norm. positions: int64, from 0. tokens: their texts. label: comparison or pass.
-    """
-
-    values: NDArray[np.float64]
-    layers: NDArray[np.int64]
-    positions: NDArray[np.int64]
-    tokens: tuple[str, ...]
-    metric: str
-    unit: str
-    doc: str
-    pair: str
-    capture: str
-    prompt_idx: int
-    variant: str
-    label: str
-
-    @property
-    def title(self) -> str:
-        variant = "" if self.variant == "identity" else f" ({self.variant})"
-        return f"{self.metric} of {self.label}, pair {self.pair}, prompt {self.prompt_idx}{variant}"
-
-    def rows(self) -> Iterator[dict[str, Any]]:
-        """One row per cell: layer, position, token, value (None for NaN)."""
-        for i, layer in enumerate(self.layers.tolist()):
-            for j, position in enumerate(self.positions.tolist()):
-                value = float(self.values[i, j])
-                yield {
-                    "layer": layer,
-                    "position": position,
-                    "token": self.tokens[j],
-                    self.metric: None if np.isnan(value) else value,
-                }
-
-    def at(self, start: int | None, stop: int | None) -> Grid:
-        """The grid at positions start <= position < stop; None is an end."""
-        keep = np.ones(len(self.positions), dtype=bool)
-        keep &= self.positions >= (0 if start is None else start)
-        if stop is not None:
-            keep &= self.positions < stop
-        if not keep.any():
-            raise QueryError(f"no positions {start}:{stop}; the prompt has {len(self.positions)} tokens, from 0")
-        tokens = tuple(t for t, k in zip(self.tokens, keep, strict=True) if k)
-        kept: dict[str, Any] = {"values": self.values[:, keep], "positions": self.positions[keep], "tokens": tokens}
-        return Grid(**(self.__dict__ | kept))
-
-    def to_xarray(self) -> Any:
-        """An xarray.DataArray with dimensions layer and position, and token as a coordinate; needs the extra `xarray`."""
-        try:
-            import xarray
-        except ImportError:
-            raise QueryError("to_xarray needs xarray: pip install 'pairscope[xarray]'") from None
-        return xarray.DataArray(
-            self.values,
-            dims=("layer", "position"),
-            coords={"layer": self.layers, "position": self.positions, "token": ("position", list(self.tokens))},
-            name=self.metric,
-            attrs={k: getattr(self, k) for k in ("unit", "doc", "pair", "capture", "prompt_idx", "variant", "label")},
-        )
+_FLOORS = ("norm_diff", "norm_diff_relative", "cosine_distance")  # the metrics that captures measure a noise floor of
+_PROVENANCE = (
+    "base_model", "sft_model", "base_revision", "sft_revision", "tokenizer", "dtype", "lens_norm", "mode", "device", "gpu",
+    "written", "path",
+)  # fmt: skip
 
 
 def grid_sql(metric: Metric) -> str:
@@ -97,18 +38,21 @@ def build_grid(con: duckdb.DuckDBPyConnection, metric: Metric, filters: Filters 
     key = [chosen.pair, chosen.capture, chosen.prompt, chosen.variant]
     cells = con.execute(grid_sql(metric), [*key, chosen.label]).fetchnumpy()
     found = con.execute(
-        "SELECT position, token FROM tokens WHERE pair = ? AND capture = ? AND prompt_idx = ? AND variant = ?", key
+        "SELECT position, token, is_special FROM tokens WHERE pair = ? AND capture = ? AND prompt_idx = ? AND variant = ?",
+        key,
     ).fetchall()
-    texts = dict(found)
+    texts = {position: (token, special) for position, token, special in found}
     layers, rows = np.unique(cells["layer"], return_inverse=True)
     positions, columns = np.unique(cells["position"], return_inverse=True)
     values = np.full((len(layers), len(positions)), np.nan)
     values[rows, columns] = np.ma.filled(np.ma.asarray(cells["value"], dtype=np.float64), np.nan)
+    provenance, floors = _said(con, str(chosen.pair), str(chosen.capture))
     return Grid(
         values=values,
         layers=layers.astype(np.int64),
         positions=positions.astype(np.int64),
-        tokens=tuple(texts.get(p, "") for p in positions.tolist()),
+        tokens=tuple(texts.get(p, ("", False))[0] for p in positions.tolist()),
+        special=tuple(bool(texts.get(p, ("", False))[1]) for p in positions.tolist()),
         metric=metric.name,
         unit=metric.unit,
         doc=metric.doc,
@@ -117,7 +61,51 @@ def build_grid(con: duckdb.DuckDBPyConnection, metric: Metric, filters: Filters 
         prompt_idx=int(chosen.prompt or 0),
         variant=str(chosen.variant),
         label=str(chosen.label),
+        floor=_floor(floors, metric, str(chosen.label), layers),
+        provenance=provenance,
+        sql=_filled(grid_sql(metric), [*key, chosen.label]),
     )
+
+
+def _filled(sql: str, values: list[Any]) -> str:
+    """The query with its parameters written in, to be pasted elsewhere."""
+    for value in values:
+        sql = sql.replace("?", quote(value) if isinstance(value, str) else str(value), 1)
+    return sql
+
+
+def _said(con: duckdb.DuckDBPyConnection, pair: str, capture: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What capture.json says of where the numbers come from, and its noise floor by pass, metric and layer."""
+    sql = f"SELECT {', '.join(_PROVENANCE)}, json FROM captures WHERE pair = ? AND capture = ?"
+    rows = con.execute(sql, [pair, capture]).fetchall()
+    if not rows:
+        return {}, {}
+    *known, text = rows[0]
+    provenance = {k: v for k, v in zip(_PROVENANCE, known, strict=True) if v is not None}
+    said = json.loads(text or "{}").get("noise_floor") or {}
+    return provenance, said.get("by_run_and_layer") or {}
+
+
+def _floor(floors: dict[str, Any], metric: Metric, label: str, layers: Any) -> Any:
+    """[layers] the larger noise floor of a comparison's two passes, or None: as in the view pairwise_floor."""
+    lists = [floors.get(run, {}).get(metric.name) for run in label.split("-")] if metric.name in _FLOORS else []
+    known = [dict(enumerate(values, start=-1)) for values in lists if values]
+    if metric.record_type != "pairwise" or not known:
+        return None
+    return np.array([max(k.get(int(layer), np.nan) for k in known) for layer in layers], dtype=np.float64)
+
+
+def build_stack(
+    con: duckdb.DuckDBPyConnection, metric: Metric, filters: Filters = EVERYTHING, names: tuple[str, ...] = ()
+) -> GridStack:
+    """The grids of one prompt for several comparisons (or passes), all where none are named, as one array."""
+    chosen = one_cell_set(con, filters, metric)
+    known = labels(con, chosen, metric)
+    for name in names:
+        if name not in known:
+            raise QueryError(f"no {metric.label} '{name}' here. {near(name, known)}")
+    one = Filters(chosen.pair, chosen.capture, chosen.prompt, chosen.variant)
+    return stack(tuple(build_grid(con, metric, one.with_label(name)) for name in names or known))
 
 
 def build_residual_grid(
@@ -160,7 +148,7 @@ def build_logit_grid(
     variant: str | None = None,
     capture: str | None = None,
 ) -> Grid:
-    """The grid of a tracked token's lens logit. source: base, sft or diff (sft - base); of no effect for a pass.
+    """The grid of a tracked token's lens logit. source: base, sft or diff (base - sft); of no effect for a pass.
 
     label: the comparison, or the pass with record_type "runs". Raises QueryError for a token that is not tracked.
     """
@@ -178,10 +166,26 @@ def check_tracked(con: duckdb.DuckDBPyConnection, token_id: int, filters: Filter
         raise QueryError(f"token {token_id} is not tracked. {there} Name it in tracked_token_ids and capture again.")
 
 
+def build_run_logit_grid(
+    con: duckdb.DuckDBPyConnection,
+    token_id: int,
+    *,
+    pair: str | None = None,
+    prompt: int | None = None,
+    run: str | None = None,
+    variant: str | None = None,
+    capture: str | None = None,
+) -> Grid:
+    """The grid of a tracked token's lens logit in a pass: by default BB of the first pair's first prompt."""
+    return build_logit_grid(
+        con, token_id, record_type="runs", pair=pair, prompt=prompt, label=run, variant=variant, capture=capture
+    )
+
+
 def build_topk_delta_grid(
     con: duckdb.DuckDBPyConnection,
-    direction: Literal["increased", "decreased"] = "increased",
-    statistic: Literal["largest", "mean"] = "largest",
+    token_id: int,
+    direction: Literal["increase", "decrease"] = "increase",
     *,
     pair: str | None = None,
     prompt: int | None = None,
@@ -189,19 +193,20 @@ def build_topk_delta_grid(
     variant: str | None = None,
     capture: str | None = None,
 ) -> Grid:
-    """The grid of the logit shifts in pairwise_topk: the largest of a cell's k shifts, or their mean.
+    """Where a token, tracked or not, is among a cell's k largest logit shifts: its shift (sft_run - base_run), else NaN.
 
-    Falls are negative: the largest fall is the most negative shift.
+    direction: among the rises or among the falls, which are negative.
     """
-    if direction not in ("increased", "decreased") or statistic not in ("largest", "mean"):
-        raise QueryError("direction is increased or decreased, statistic is largest or mean")
+    if direction not in ("increase", "decrease"):
+        raise QueryError(f"no direction '{direction}'. {near(direction, ('increase', 'decrease'))}")
+    column = f"{direction}d"
     metric = Metric(
-        name=f"{statistic} {direction}",
+        name=f"top-k {direction} {int(token_id)}",
         record_type="pairwise",
         view="(SELECT *, base_run || '-' || sft_run AS comparison FROM pairwise_topk)",
-        sql=f"{direction}[1]::DOUBLE" if statistic == "largest" else f"list_avg({direction})::DOUBLE",
+        sql=f"{column}[list_position({column}_ids, {int(token_id)})]::DOUBLE",
         label="comparison",
         unit="logit",
-        doc=f"{statistic} of the k logit shifts that {direction} most, sft_run - base_run",
+        doc=f"logit shift of token {int(token_id)} where it is among the k that {column} most, sft_run - base_run",
     )
     return build_grid(con, metric, Filters(pair, capture, prompt, variant, comparison))

@@ -11,7 +11,7 @@ from capture.schema import Column
 
 RecordType = Literal["runs", "pairwise"]
 RECORD_TYPES: tuple[RecordType, ...] = ("runs", "pairwise")
-DEFAULT_METRIC: dict[RecordType, str] = {"runs": "norm", "pairwise": "kl_divergence"}
+DEFAULT_METRIC: dict[RecordType, str] = {"runs": "norm", "pairwise": "norm_diff"}
 _NUMBERS = ("float32", "float64", "bool")
 _KEYS = {"layer", "position", "prompt_idx"}
 
@@ -73,8 +73,31 @@ def logit_metric(record_type: RecordType, token_id: int, source: str = "diff") -
         doc = {
             "base": "lens logit in base_run",
             "sft": "lens logit in sft_run",
-            "diff": "lens logit, sft_run - base_run",
+            "diff": "lens logit, base_run - sft_run",
         }[source]
     name = f"logit {int(token_id)}" + ("" if record_type == "runs" else f" {source}")
     table = f"(SELECT * FROM {view} WHERE token_id = {int(token_id)})"
     return Metric(name, record_type, table, f"{column}::DOUBLE", label, "logit", f"{doc} of token {int(token_id)}")
+
+
+def choose_metric(
+    name: str | None = None,
+    *,
+    comparison: str | None = None,
+    run: str | None = None,
+    token_id: int | None = None,
+    source: str = "diff",
+) -> Metric:
+    """What a grid is of: a metric by name, by default kl_divergence, or norm with `run`; or the logit of a token.
+
+    A name that only passes have is of a pass, even without `run`. Raises QueryError for what excludes each other.
+    """
+    if comparison and run:
+        raise QueryError("a grid is of a comparison or of a run: --comparison and --run exclude each other")
+    if name and token_id is not None:
+        raise QueryError("a grid is of a metric or of a token's logit: --metric and --token-id exclude each other")
+    only_runs = name is not None and name in metrics("runs") and name not in metrics("pairwise")
+    record_type: RecordType = "runs" if run or (only_runs and not comparison) else "pairwise"
+    if token_id is not None:
+        return logit_metric(record_type, token_id, source)
+    return find_metric(record_type, name or ("norm" if run else "kl_divergence"))

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from analysis.errors import QueryError, near
+from analysis.macros import MACROS
+from analysis.metrics import metrics
 from analysis.tables import TERMINAL_ROWS, csv_lines, json_line, shortest_float32, show_table
 from analysis.views import BY_VIEW, VIEWS
 
@@ -27,11 +29,19 @@ def check_query(con: duckdb.DuckDBPyConnection, query: str) -> None:
     try:
         statements = con.extract_statements(query)
     except duckdb.Error as error:
-        raise QueryError(explain(error)) from error
+        raise QueryError(explain(error, query)) from error
     if len(statements) != 1:
         raise QueryError(f"expected one query, got {len(statements)}")
     kind = statements[0].type
-    if kind not in (duckdb.StatementType.SELECT, duckdb.StatementType.EXPLAIN):
+    if kind == duckdb.StatementType.EXPLAIN:  # EXPLAIN ANALYZE runs what it explains
+        inner = re.sub(r"(?is)^\s*EXPLAIN(\s+ANALYZE)?(\s*\([^)]*\))?\s+", "", statements[0].query)
+        if inner != statements[0].query and not re.match(r"(?i)EXPLAIN\b", inner):
+            check_query(con, inner)
+            return
+        raise QueryError("EXPLAIN is of one query")
+    if kind.name == "MULTI":
+        raise QueryError("name the columns of a PIVOT, as in PIVOT ... ON layer IN (0, 1, 2) USING first(value)")
+    if kind != duckdb.StatementType.SELECT:
         raise QueryError(
             f"'{kind.name}' is not a query: a run directory is only read here. Use SELECT, DESCRIBE, SUMMARIZE or EXPLAIN, and "
             "--csv, --json or 'pairscope catalog' to take data elsewhere"
@@ -54,7 +64,7 @@ def answer(
         cursor = con.execute(query)
         columns = [d[0] for d in cursor.description]
     except duckdb.Error as error:
-        raise QueryError(explain(error)) from error
+        raise QueryError(explain(error, query)) from error
     floats = [i for i, kind in enumerate(types) if shortest and kind in ("FLOAT", "FLOAT[]")]
 
     def rows() -> Iterator[list[Any]]:
@@ -66,14 +76,17 @@ def answer(
                         values[i] = shortest_float32(values[i])
                     yield values
         except duckdb.Error as error:
-            raise QueryError(explain(error)) from error
+            raise QueryError(explain(error, query)) from error
 
     return columns, rows()
 
 
-def explain(error: Exception) -> str:
-    """DuckDB's message, and for an unknown column or table where it is or what is near."""
+def explain(error: Exception, query: str = "") -> str:
+    """DuckDB's message, and for an unknown column, table or metric where it is or what is near."""
     message = str(error).strip()
+    if (found := re.search(r'Referenced column "([^"]+)" not found', message)) and f"'{found[1]}'" in query:
+        known = sorted({*metrics("pairwise"), *metrics("runs")})  # a macro's argument, not a column in the query itself
+        return f"no metric '{found[1]}'. {near(found[1], known)}"
     if found := re.search(
         r'column(?: named)? "?([^"\s]+)"? (?:not found|does not)|have a column named "([^"]+)"', message
     ):
@@ -82,6 +95,12 @@ def explain(error: Exception) -> str:
         if homes:
             return f"{message}\n'{name}' is a column of: {', '.join(homes)}."
         return f"{message}\n{near(name, sorted({c.name for view in VIEWS for c in view.columns}))}"
+    if "disabled by configuration" in message:
+        return f"{message}\nOnly files of the run directory can be read; --any-file allows others."
+    if (
+        found := re.search(r"Table Function with name (\S+) does not exist", message)
+    ) and "Did you mean" not in message:
+        return f"{message}\n{near(found[1], [m.name for m in MACROS])}"
     if (found := re.search(r"Table with name (\S+) does not exist", message)) and "Did you mean" not in message:
         return f"{message}\n{near(found[1], sorted(BY_VIEW))}"
     return message
@@ -110,6 +129,7 @@ def print_views(out: str, as_json: bool, as_csv: bool) -> None:
         for view in VIEWS
         for c in view.columns
     ]
+    rows += [{"view": m.signature, "column": "", "type": "macro", "unit": "", "doc": m.doc} for m in MACROS]
     if as_json:
         for row in rows:
             click.echo(json_line(row))
@@ -125,6 +145,12 @@ def print_views(out: str, as_json: bool, as_csv: bool) -> None:
             unit = f" [{c.unit}]" if c.unit else ""
             click.echo(f"  {c.name.ljust(longest)}  {c.doc}{unit}")
         click.echo()
+    click.echo("macros:")
+    for macro in MACROS:
+        click.echo(f"  {macro.signature}")
+        for line in macro.doc.splitlines():
+            click.echo(f"      {line}")
+    click.echo()
     click.echo(
         f'Ask: pairscope sql {out} "SELECT layer, avg(kl_divergence) FROM pairwise GROUP BY layer ORDER BY layer"'
     )

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from analysis.grids import check_tracked
+from analysis.logits import MIN_LOGIT, changes_sql, membership_sql
 from analysis.metrics import DEFAULT_METRIC, Metric, RecordType, find_metric, logit_metric
 from analysis.select import EVERYTHING, Filters, check_filters, labels
 from analysis.summaries import (
@@ -20,7 +20,6 @@ from analysis.summaries import (
     prompt_hotspots_sql,
     statistics_sql,
 )
-from analysis.tables import copy_query
 
 if TYPE_CHECKING:
     import duckdb
@@ -32,13 +31,18 @@ _BATCH = 64  # prompts per query: memory stays small, and row groups hold about 
 class Question:
     """What a report is asked for. Metrics are checked when the question is made."""
 
-    metric: Metric
-    second: Metric | None = None
-    logit: Metric | None = None
-    token_id: int | None = None
+    metrics: tuple[Metric, ...]
+    token_ids: tuple[int, ...] = ()
+    logits: tuple[Metric, ...] = ()
     axis: Axis = "layer"
     top_n: int = 5
+    min_logit: float = MIN_LOGIT
     filters: Filters = EVERYTHING
+
+    @property
+    def metric(self) -> Metric:
+        """The first metric: what overviews are of."""
+        return self.metrics[0]
 
 
 @dataclass
@@ -53,7 +57,12 @@ class MetricPart:
 
 @dataclass
 class Section:
-    """One prompt and one comparison or pass. correlation: Pearson, of the two metrics, null where it has no meaning."""
+    """One prompt and one comparison or pass.
+
+    correlations: Pearson, of the first metric with each other one, over all cells; null where it has no meaning. tracked: a
+    row per tracked token. changes: the cells where a tracked token's logit differs most. membership: how often the token ids
+    asked for are among the k largest shifts.
+    """
 
     pair: str
     capture: str
@@ -65,8 +74,10 @@ class Section:
     text: str
     metadata: dict[str, Any]
     metrics: list[MetricPart]
-    correlation: float | None = None
+    correlations: list[dict[str, Any]] = field(default_factory=list)
     tracked: list[dict[str, Any]] = field(default_factory=list)
+    changes: list[dict[str, Any]] = field(default_factory=list)
+    membership: list[dict[str, Any]] = field(default_factory=list)
 
     def row(self, record_type: RecordType) -> dict[str, Any]:
         """As one JSON object; the label is called what it is, comparison or run."""
@@ -78,24 +89,27 @@ class Section:
 def ask(
     con: duckdb.DuckDBPyConnection,
     record_type: RecordType = "pairwise",
-    metric: str | None = None,
-    metric2: str | None = None,
+    metrics: Sequence[str] = (),
     *,
     axis: Axis = "layer",
     top_n: int = 5,
-    token_id: int | None = None,
+    token_ids: Sequence[int] = (),
     logit_source: str = "diff",
+    min_logit: float = MIN_LOGIT,
     filters: Filters = EVERYTHING,
 ) -> Question:
-    """A checked question: raises QueryError for an unknown metric, filter, logit source or token that is not tracked."""
-    found = find_metric(record_type, metric or DEFAULT_METRIC[record_type])
-    second = find_metric(record_type, metric2) if metric2 and metric2 != found.name else None
-    check_filters(con, filters, found)
-    logit = None
-    if token_id is not None:
-        logit = logit_metric(record_type, token_id, logit_source)
-        check_tracked(con, token_id, filters)
-    return Question(found, second, logit, token_id, axis, top_n, filters)
+    """A checked question: raises QueryError for an unknown metric, filter, logit source or token that is not tracked.
+
+    metrics: names; by default norm_diff for pairwise, norm for runs. min_logit: a logit change counts from this size on.
+    """
+    names = list(dict.fromkeys(metrics)) or [DEFAULT_METRIC[record_type]]
+    found = tuple(find_metric(record_type, name) for name in names)
+    check_filters(con, filters, found[0])
+    ids = tuple(dict.fromkeys(int(i) for i in token_ids))
+    logits = tuple(logit_metric(record_type, i, logit_source) for i in ids)
+    for i in ids:
+        check_tracked(con, i, filters)
+    return Question(found, ids, logits, axis, top_n, min_logit, filters)
 
 
 def make_report(con: duckdb.DuckDBPyConnection, question: Question, limit: int | None = None) -> Iterator[Section]:
@@ -124,6 +138,8 @@ def make_report(con: duckdb.DuckDBPyConnection, question: Question, limit: int |
                     yield parts.section(prompt, str(name), metadata)
 
 
+Rows = dict[tuple[Any, ...], list[dict[str, Any]]]  # by pair, capture, prompt, variant and label
+
 _METADATA = ("base_model", "sft_model", "dtype", "mode", "device", "n_layers", "complete")
 
 
@@ -132,9 +148,9 @@ class _Parts:
 
     def __init__(self, con: duckdb.DuckDBPyConnection, question: Question) -> None:
         self.question = question
-        self.metrics = [m for m in (question.metric, question.second, question.logit) if m is not None]
-        self.statistics: list[dict[tuple[Any, ...], list[dict[str, Any]]]] = []
-        self.hotspots: list[dict[tuple[Any, ...], list[dict[str, Any]]]] = []
+        self.metrics = (*question.metrics, *question.logits)
+        self.statistics: list[Rows] = []
+        self.hotspots: list[Rows] = []
         filters = question.filters
         where, values = replace(filters, label=None).where("''")
         sql = f"SELECT pair, capture, prompt_idx, variant, position, token FROM tokens {where}"
@@ -143,22 +159,31 @@ class _Parts:
             cells, values = cells_sql(metric, filters)
             self.statistics.append(_by_key(fetch_rows(con, statistics_sql(cells, question.axis), values)))
             self.hotspots.append(_by_key(fetch_rows(con, prompt_hotspots_sql(cells, question.top_n), values)))
-        self.correlations: dict[tuple[Any, ...], float | None] = {}
-        if question.second is not None:
-            cells, values = cells_sql(question.metric, filters, question.second)
+        self.correlations: list[tuple[str, dict[tuple[Any, ...], float | None]]] = []
+        for other in question.metrics[1:]:
+            cells, values = cells_sql(question.metric, filters, other)
             rows = fetch_rows(con, correlation_sql(cells), values)
-            self.correlations = {tuple(r[k] for k in GROUP): r["correlation"] for r in rows}
+            self.correlations.append((other.name, {tuple(r[k] for k in GROUP): r["correlation"] for r in rows}))
         self.tracked = _by_key(_tracked_rows(con, question))
+        self.changes: Rows = {}
+        self.membership: Rows = {}
+        if question.metric.record_type == "pairwise":
+            sql, values = changes_sql(filters, question.token_ids, question.min_logit, per_prompt=question.top_n)
+            self.changes = _by_key(fetch_rows(con, sql, values))
+            if question.token_ids:
+                sql, values = membership_sql(filters, question.token_ids)
+                self.membership = _by_key(fetch_rows(con, sql, values))
 
     def section(self, prompt: dict[str, Any], label: str, metadata: dict[str, Any]) -> Section:
         key = (prompt["pair"], prompt["capture"], prompt["prompt_idx"], prompt["variant"], label)
         parts = []
         for i, metric in enumerate(self.metrics):
             part = MetricPart(metric.name, metric.unit, self.statistics[i].get(key, []), self.hotspots[i].get(key, []))
-            for row in [*part.statistics, *part.hotspots]:
-                if "position" in row:
-                    row["token"] = self.tokens.get((*key[:-1], row["position"]))
+            self._name_tokens(key, [*part.statistics, *part.hotspots])
             parts.append(part)
+        changes, membership = self.changes.get(key, []), self.membership.get(key, [])
+        self._name_tokens(key, changes)
+        first = self.question.metric.name
         return Section(
             pair=key[0],
             capture=key[1],
@@ -170,13 +195,22 @@ class _Parts:
             text=prompt["text"],
             metadata=metadata,
             metrics=parts,
-            correlation=self.correlations.get(key),
+            correlations=[
+                {"metric": first, "with": name, "correlation": found.get(key)} for name, found in self.correlations
+            ],
             tracked=self.tracked.get(key, []),
+            changes=changes,
+            membership=membership,
         )
 
+    def _name_tokens(self, key: tuple[Any, ...], rows: list[dict[str, Any]]) -> None:
+        for row in rows:
+            if "position" in row:
+                row["token"] = self.tokens.get((*key[:-1], row["position"]))
 
-def _by_key(rows: list[dict[str, Any]]) -> dict[tuple[Any, ...], list[dict[str, Any]]]:
-    out: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
+
+def _by_key(rows: list[dict[str, Any]]) -> Rows:
+    out: Rows = defaultdict(list)
     for row in rows:
         out[tuple(row.pop(k) for k in GROUP)].append(row)
     return out
@@ -202,27 +236,3 @@ def _tracked_rows(con: duckdb.DuckDBPyConnection, question: Question) -> list[di
         f"WHERE isfinite({size})\nGROUP BY ALL\n)\nORDER BY pair, capture, prompt_idx, variant, label, slot",
         values,
     )
-
-
-def export_cells(con: duckdb.DuckDBPyConnection, question: Question, file: str) -> Path:
-    """Write every cell that the question covers to FILE.csv, .json or .parquet.
-
-    Columns: pair, capture, prompt_idx, variant, comparison (or run), layer, position, token, the metric, the second metric,
-    and logit_<id> where a token is asked for.
-    """
-    metric, second = question.metric, question.second
-    cells, values = cells_sql(metric, question.filters, second, finite=False)
-    names = f"value AS {metric.name}" + (f", value2 AS {second.name}" if second else "")
-    join = ""
-    if question.logit is not None:
-        logits, more = cells_sql(question.logit, question.filters, finite=False)
-        join = f"LEFT JOIN (\n{logits}\n) AS l USING ({', '.join(GROUP)}, layer, position)\n"
-        names += f", l.value AS logit_{question.token_id}"
-        values = [*values, *more]
-    names = names.replace("value AS", "c.value AS", 1)
-    sql = (
-        f"SELECT pair, capture, prompt_idx, variant, label AS {metric.label}, layer, position, token, {names}\n"
-        f"FROM (\n{cells}\n) AS c\n{join}LEFT JOIN tokens USING (pair, capture, prompt_idx, variant, position)\n"
-        f"ORDER BY {', '.join(GROUP)}, layer, position"
-    )
-    return copy_query(con, sql, values, file)

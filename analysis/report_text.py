@@ -69,12 +69,21 @@ def section_lines(section: Section, axis: Axis, columns: int) -> Iterator[str]:
     )
     for part in section.metrics:
         yield from _part_lines(part, axis)
-    if len(section.metrics) > 1 and section.correlation is not None:
-        a, b = section.metrics[:2]
-        yield f"  correlation of {a.metric} and {b.metric} over all cells: {section.correlation:.4f}"
+    for row in section.correlations:
+        if row["correlation"] is not None:
+            yield f"  correlation of {row['metric']} and {row['with']} over all cells: {row['correlation']:.4f}"
     if section.tracked:
         yield ""
         yield from _tracked_lines(section.tracked)
+    if section.changes:
+        yield ""
+        yield "  tracked logits that changed most (base - sft)"
+        rows = [{**r, "tracked": f"{r['token_id']} {escape(r['name'])}"} for r in section.changes]
+        yield from table_lines(rows, ("layer", "position", "token", "tracked", "norm_diff", "logit_diff"))
+    if section.membership:
+        yield ""
+        yield "  cells where a token is among the largest shifts (sft - base), and the largest"
+        yield from table_lines(section.membership, ("token_id", "direction", "cells", "largest", "layer", "position"))
     yield ""
 
 
@@ -94,7 +103,7 @@ def _part_lines(part: MetricPart, axis: Axis) -> Iterator[str]:
 def _tracked_lines(rows: list[dict[str, Any]]) -> Iterator[str]:
     pairwise = "diff" in rows[0]
     names = ("base", "sft", "diff") if pairwise else ("mean", "min", "max")
-    yield f"  tracked logits{': means, and the largest change' if pairwise else ', and the largest'}"
+    yield f"  tracked logits{': means, and the largest difference (diff = base - sft)' if pairwise else ', and the largest'}"
     shown = [{**r, "token": f"{r['token_id']} {escape(r['name'])}"} for r in rows]
     columns = ("token", *names, "largest", "layer", "position")
     yield from plain_table(columns, [[r[c] for c in columns] for r in shown], indent="  ")

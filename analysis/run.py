@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import tempfile
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from analysis.captures import captures_table, manifest_table
+from analysis.damage import broken
 from analysis.errors import QueryError
+from analysis.macros import MACROS, comment_sql, create_macros
 from analysis.views import (
-    BY_NAME,
     CAPTURES,
     MANIFEST_VIEW,
     SQL_VIEWS,
@@ -39,11 +41,21 @@ def open_run_dir(out: str) -> RunDir:
     return run
 
 
-def open_run(out: str, include_partial: bool = False) -> duckdb.DuckDBPyConnection:
-    """An in-memory DuckDB connection with the views of analysis.views over the run directory `out`.
+def open_run(
+    out: str,
+    include_partial: bool = False,
+    *,
+    lenient: bool = False,
+    left_out: Callable[[str], Any] | None = None,
+    sandbox: bool = False,
+) -> duckdb.DuckDBPyConnection:
+    """An in-memory DuckDB connection with the views and macros over the run directory `out`.
 
     out: a path or a URI that pyarrow.fs opens. Only complete captures are seen; `include_partial` adds the others, for
     which `captures.complete` is false. The views see the captures that are complete now, not those that finish later.
+
+    lenient: leave out captures of another schema version and files that are damaged (every byte is compared with the
+    checksums) and call `left_out` with a sentence for each. sandbox: no file outside `out` can be reached, and nothing set.
 
     Raises QueryError where there is no run directory, StoreError for another schema version or a broken file.
     """
@@ -52,32 +64,53 @@ def open_run(out: str, include_partial: bool = False) -> duckdb.DuckDBPyConnecti
     run = open_run_dir(out)
     con = duckdb.connect()
     # an in-memory database would spill to .tmp in the working directory
-    con.execute(f"SET temp_directory = {quote(f'{tempfile.gettempdir()}/pairscope-{os.getpid()}')}")
-    create_views(con, run, include_partial)
+    con.execute(f"SET temp_directory = {quote(spill_directory())}")
+    con.execute("SET enable_progress_bar = false")  # it would stand among the rows on stdout
+    con.execute("SET parquet_metadata_cache = true")  # half of a grid's time is reading footers
+    create_views(con, run, include_partial, lenient=lenient, left_out=left_out or (lambda why: None))
+    if sandbox:
+        reachable = [quote(run.root)] if run.is_local else []
+        con.execute(f"SET allowed_directories = [{', '.join(reachable)}]::VARCHAR[]")
+        con.execute("SET enable_external_access = false")
+        con.execute("SET python_enable_replacements = false")  # a name in SQL is no variable of the caller
+        con.execute("SET lock_configuration = true")
     return con
 
 
-def write_catalog(out: str, file: str | None = None, include_partial: bool = False) -> Path:
-    """Write a .duckdb file with the views over `out`, by absolute paths; any DuckDB client can open it and sees the docs.
+def spill_directory() -> str:
+    """Where DuckDB puts what does not fit in memory."""
+    return f"{tempfile.gettempdir()}/pairscope-{os.getpid()}"
 
-    file: default OUT/catalog.duckdb. An existing file is replaced at once. Like open_run it is a picture of now.
+
+def write_catalog(out: str, file: str | None = None, include_partial: bool = False) -> Path:
+    """Write a .duckdb file of views and macros over `out`, docs included, that any DuckDB client can open.
+
+    file: default OUT/catalog.duckdb; a run directory in a store has no default. An existing file is replaced at once. Like
+    open_run it is a picture of now. It holds paths below one directory; where that was moved, the client says
+    SET VARIABLE run_directory = '...', or the catalog is written again: it holds no data.
+
+    Raises QueryError where DuckDB's own reader of a store is missing, StoreError where the file cannot be written.
     """
     import duckdb
 
     run = open_run_dir(out)
-    if not run.is_local:
-        raise QueryError(
-            f"a catalog needs a local run directory, and '{out}' is not one; 'pairscope sql {out}' reads it"
-        )
+    if not run.is_local and file is None:
+        raise QueryError(f"'{out}' is not on this machine: say with -o where the catalog goes")
     path = Path(file or f"{run.root}/catalog.duckdb").expanduser().absolute()
+    root = run.root if run.is_local else f"{out.split('://', 1)[0]}://{run.root}"
     tmp = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         with duckdb.connect(str(tmp)) as con:
+            if not run.is_local:
+                _load_httpfs(con, out)
             con.begin()  # one write to disk, not one for each comment
-            create_views(con, run, include_partial)
+            con.execute(f"CREATE MACRO run_directory() AS coalesce(getvariable('run_directory'), {quote(root)})")
+            create_views(con, run, include_partial, relocatable=True)
             for view in VIEWS:
                 for statement in comments_sql(view):
                     con.execute(statement)
+            for macro in MACROS:
+                con.execute(comment_sql(macro))
             con.commit()
         os.replace(tmp, path)
     except (OSError, duckdb.IOException) as error:
@@ -88,31 +121,78 @@ def write_catalog(out: str, file: str | None = None, include_partial: bool = Fal
     return path
 
 
-def create_views(con: duckdb.DuckDBPyConnection, run: RunDir, include_partial: bool = False) -> None:
-    """Create the two small tables, the views over stored tables and those built on them."""
-    captures = list(run.captures(include_partial))
+def _load_httpfs(con: duckdb.DuckDBPyConnection, out: str) -> None:
+    """A client of a catalog over a store reads it with DuckDB's extension httpfs; it is used if it is there, not fetched."""
+    import duckdb
+
+    try:
+        con.execute("LOAD httpfs")
+    except duckdb.Error as error:
+        raise QueryError(
+            f"a catalog over '{out}' needs DuckDB's extension httpfs, which is not installed: run INSTALL httpfs in DuckDB "
+            f"once, or ask with 'pairscope sql {out}', which does without"
+        ) from error
+
+
+def create_views(
+    con: duckdb.DuckDBPyConnection,
+    run: RunDir,
+    include_partial: bool = False,
+    *,
+    lenient: bool = False,
+    left_out: Callable[[str], Any] = lambda why: None,
+    relocatable: bool = False,
+) -> None:
+    """Create the two small tables, the views over stored tables, those built on them, and the macros.
+
+    relocatable: files are named below run_directory(), which must be there.
+    """
+    refused: list[str] | None = [] if lenient else None
+    captures = list(run.captures(include_partial, refused))
+    for why in refused or []:
+        left_out(why)
     for view, table in ((CAPTURES, captures_table(run, captures)), (MANIFEST_VIEW, manifest_table(run))):
         con.register("_arrow", table)
         con.execute(f"CREATE TABLE {view.name} AS SELECT * FROM _arrow")
         con.unregister("_arrow")
     for view in STORED_VIEWS:
-        _create_stored(con, run, captures, view.name)
+        files = []
+        for capture in captures:
+            damaged = broken(run, capture, view.name, contents=True) if lenient else {}
+            files += [f for f in capture.files(view.name) if f not in damaged]
+            for why in damaged.values():
+                left_out(why)
+        _create_stored(con, run, captures, view.name, files, relocatable)
     for view in SQL_VIEWS:
         con.execute(f"CREATE VIEW {view.name} AS\n{view_sql(view.name)}")
+    create_macros(con)
 
 
-def _create_stored(con: duckdb.DuckDBPyConnection, run: RunDir, captures: list[CaptureDir], name: str) -> None:
+def _create_stored(
+    con: duckdb.DuckDBPyConnection,
+    run: RunDir,
+    captures: list[CaptureDir],
+    name: str,
+    files: list[str],
+    relocatable: bool,
+) -> None:
     import duckdb
 
-    files = [f for c in captures for f in c.files(name)]
     source = None
-    if files and not run.is_local:  # DuckDB's own reader of object stores is an extension that may not be there
-        source = f"_files_{name}"
-        con.register(source, _dataset(run, name, files))
+    if relocatable:
+        sql = stored_sql(name, [f.removeprefix(run.root) for f in files], root="run_directory()")
+    else:
+        if files and not run.is_local:  # DuckDB's own reader of object stores is an extension that may not be there
+            source = f"_files_{name}"
+            con.register(source, _dataset(run, name, files))
+        sql = stored_sql(name, files, source=source)
     try:
-        con.execute(f"CREATE VIEW {name} AS\n{stored_sql(name, files, source=source)}")
+        con.execute(f"CREATE VIEW {name} AS\n{sql}")
     except duckdb.Error as error:
-        raise StoreError(_broken_file(run, name, files) or f"cannot read table '{name}': {error}") from error
+        for capture in captures:
+            for why in broken(run, capture, name).values():
+                raise StoreError(why) from error
+        raise StoreError(f"cannot read table '{name}': {error}") from error
 
 
 def _dataset(run: RunDir, name: str, files: list[str]) -> Any:
@@ -126,22 +206,3 @@ def _dataset(run: RunDir, name: str, files: list[str]) -> Any:
         [pa.field(f.name, f.type.value_type if pa.types.is_dictionary(f.type) else f.type) for f in arrow_schema(name)]
     )
     return dataset.dataset(files, schema=schema, format="parquet", filesystem=run.fs)
-
-
-def _broken_file(run: RunDir, name: str, files: list[str]) -> str | None:
-    """Which file of a table cannot be read, and why."""
-    import pyarrow as pa
-    from pyarrow import parquet
-
-    expected = [c.name for c in BY_NAME[name].all_columns]
-    for file in files:
-        try:
-            found = parquet.read_schema(file, filesystem=run.fs).names
-        except (OSError, pa.ArrowException) as error:
-            return (
-                f"'{file}' is complete by its marker but cannot be read: {error}; capture the pair again with --force"
-            )
-        missing = [c for c in expected if c not in found]
-        if missing:
-            return f"'{file}' lacks the column '{missing[0]}' of table '{name}'; capture the pair again with --force"
-    return None

@@ -43,6 +43,10 @@ class Filters:
             values += self.between
         return ("WHERE " + " AND ".join(used) if used else "", values)
 
+    def with_label(self, label: str) -> Filters:
+        """The same for one comparison or pass."""
+        return replace(self, label=label)
+
 
 EVERYTHING = Filters()
 

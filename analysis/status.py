@@ -10,8 +10,15 @@ from analysis.tables import escape, fit, plain_table, width
 from capture.layout import RunDir
 from capture.schema import MANIFEST
 
-COLUMNS = ("entry", "state", "seconds", "tokens", "mode", "gpu", "peak memory", "error")
-GIVE_WAY = ("gpu", "mode", "tokens", "seconds", "peak memory")  # left out in this order where a terminal is too narrow
+COLUMNS = ("entry", "state", "seconds", "tokens", "mode", "gpu", "peak memory", "dollars", "error")
+GIVE_WAY = (
+    "gpu",
+    "mode",
+    "tokens",
+    "seconds",
+    "peak memory",
+    "dollars",
+)  # left out in this order where a terminal is too narrow
 
 
 def status_rows(run: RunDir, every_attempt: bool = False) -> list[dict[str, Any]]:
@@ -78,6 +85,7 @@ def table_row(row: dict[str, Any]) -> list[Any]:
         "mode": row.get("mode"),
         "gpu": row.get("gpu"),
         "peak memory": None if peak is None else memory_text(peak),
+        "dollars": None if row.get("dollars") is None else f"{row['dollars']:.3f}",
         "error": " ".join(error.split()),
     }
     return ["" if values[c] is None else values[c] for c in COLUMNS]
@@ -90,9 +98,10 @@ def table_lines(rows: list[dict[str, Any]], columns: int | None) -> Iterator[str
     are always whole.
     """
     table = [dict(zip(COLUMNS, table_row(row), strict=True)) for row in rows]
-    names, left_out = list(COLUMNS), []
+    known = [c for c in COLUMNS if c != "dollars" or any(row[c] != "" for row in table)]  # a laptop's work has no price
+    names, left_out = known, []
     if columns is not None:
-        names = [c for c in COLUMNS[:-1] if any(row[c] != "" for row in table)]
+        names = [c for c in known[:-1] if any(row[c] != "" for row in table)]
         for name in GIVE_WAY:
             if max(map(width, _lines(names, table))) > columns and name in names:
                 names.remove(name)

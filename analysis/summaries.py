@@ -6,9 +6,11 @@ linearly between neighbours, and a hotspot is a cell of large absolute value.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from analysis.metrics import Metric, RecordType, find_metric
+from analysis.metrics import metrics as known_metrics
 from analysis.select import EVERYTHING, Filters, check_filters
 
 if TYPE_CHECKING:
@@ -113,7 +115,7 @@ def _hotspots(con: duckdb.DuckDBPyConnection, metric: Metric, top_n: int, filter
 def top_metric_hotspots(
     con: duckdb.DuckDBPyConnection,
     metric: str = "norm_diff",
-    top_n: int = 5,
+    top_n: int = 20,
     *,
     pair: str | None = None,
     prompt: int | None = None,
@@ -132,7 +134,7 @@ def top_metric_hotspots(
 def run_metric_hotspots(
     con: duckdb.DuckDBPyConnection,
     metric: str = "norm",
-    top_n: int = 5,
+    top_n: int = 20,
     *,
     pair: str | None = None,
     prompt: int | None = None,
@@ -158,3 +160,45 @@ def box_statistics(
     check_filters(con, filters, found)
     cells, values = cells_sql(found, filters)
     return fetch_rows(con, f"SELECT * RENAME (label AS {found.label})\nFROM (\n{box_sql(cells)}\n)", values)
+
+
+BOX = ("min", "q1", "median", "q3", "max", "mean", "std")
+
+
+def summarize_file_metrics(
+    con: duckdb.DuckDBPyConnection,
+    metrics: Sequence[str] | None = None,
+    *,
+    pair: str | None = None,
+    prompt: int | None = None,
+    comparison: str | None = None,
+    variant: str | None = None,
+    capture: str | None = None,
+) -> dict[str, dict[str, float | None]]:
+    """Per pairwise metric the box statistics of its means: one number per prompt and comparison, the mean of its grid.
+
+    metrics: by default all of them. Returns metric -> min, q1, median, q3, max, mean, std; None where no grid has a number.
+    For the spread of the single cells see box_statistics.
+    """
+    filters = Filters(pair, capture, prompt, variant, comparison)
+    out: dict[str, dict[str, float | None]] = {}
+    for name in metrics if metrics is not None else available_residual_metrics():
+        found = find_metric("pairwise", name)
+        check_filters(con, filters, found)
+        cells, values = cells_sql(found, filters)
+        means = (
+            f"SELECT '' AS pair, '' AS capture, '' AS label, avg(value) AS value\nFROM (\n{cells}\n)\nGROUP BY {_GROUP}"
+        )
+        rows = fetch_rows(con, box_sql(means), values)
+        out[name] = {k: rows[0][k] if rows else None for k in BOX}
+    return out
+
+
+def available_residual_metrics() -> tuple[str, ...]:
+    """The names of all metrics of comparisons."""
+    return tuple(sorted(known_metrics("pairwise")))
+
+
+def available_run_metrics() -> tuple[str, ...]:
+    """The names of all metrics of passes."""
+    return tuple(sorted(known_metrics("runs")))

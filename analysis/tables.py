@@ -192,14 +192,19 @@ def copy_query(con: duckdb.DuckDBPyConnection, sql: str, values: list[Any], file
     return path
 
 
-def write_rows(con: duckdb.DuckDBPyConnection, rows: list[dict[str, Any]], file: str, *others: str) -> Path:
-    """The same for rows at hand; `others` are further endings that the caller knows, for the error."""
+def export_rows(rows: list[dict[str, Any]], destination: str | Path, *others: str) -> Path:
+    """Write rows at hand to a .csv, .json (one object a line) or .parquet file, whole or not at all.
+
+    A column is in the order of its first row. `others` are further endings that the caller knows, for the error.
+    """
+    import duckdb
     import pyarrow as pa
 
-    if Path(file).suffix not in COPY_FORMATS:
-        raise QueryError(f"cannot write '{file}': the name must end in {', '.join((*COPY_FORMATS, *others))}")
-    con.register("_rows", pa.Table.from_pylist(rows))
-    try:
-        return copy_query(con, "SELECT * FROM _rows", [], file)
-    finally:
-        con.unregister("_rows")
+    if Path(destination).suffix not in COPY_FORMATS:
+        raise QueryError(f"cannot write '{destination}': the name must end in {', '.join((*COPY_FORMATS, *others))}")
+    names = list(dict.fromkeys(k for row in rows for k in row))
+    if not names:
+        raise QueryError(f"there are no rows to write to '{destination}'")
+    with duckdb.connect() as con:
+        con.register("_rows", pa.table({k: [row.get(k) for row in rows] for k in names}))
+        return copy_query(con, "SELECT * FROM _rows", [], str(destination))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from analysis.macros import MACROS
 from analysis.views import CAPTURES, DUCKDB_TYPES, MANIFEST_VIEW, SQL_VIEWS, STORED_VIEWS, View
 
 _INTRO = """\
@@ -13,7 +14,8 @@ Generated from `capture/schema.py` and `analysis/views.py` by `python -m analysi
 Only complete captures are in them; `--include-partial` adds the others, for which `captures.complete` is false.
 
 Words: a *pass* (`run`) is one way through the pair, named by whose embeddings and whose blocks it takes: BB, BS, SB, SS.
-A *comparison* is an ordered pair of passes, `BB-SS`; differences are the second minus the first.
+A *comparison* is an ordered pair of passes, `BB-SS`: `base_run` and `sft_run`. Signs: `norm_delta` and `entropy_delta` of a
+comparison and `diff` of a tracked logit are base minus sft; the shifts of top-k lists are sft minus base.
 Layer -1 is the state that enters block 0, layers 0 to L-1 are the outputs of the blocks before any final norm, and layer L
 is the last block's output after the final norm. Norms are in residual units, entropies and divergences in nats, logits raw.
 """
@@ -29,6 +31,8 @@ def tables_page() -> str:
         *(_section(view) for view in SQL_VIEWS),
         "## Captures and attempts\n",
         *(_section(view) for view in (CAPTURES, MANIFEST_VIEW)),
+        "## Macros\n\nFunctions to ask with: `FROM hotspots('kl_divergence', 10)`. [sql.md](sql.md) shows them at work.\n",
+        *(f"### {m.name}\n\n```text\n{m.signature}\n\n{m.doc}\n```\n" for m in MACROS),
     ]
     return "\n".join(parts)
 

@@ -78,18 +78,20 @@ DERIVED: dict[str, tuple[tuple[Column, str], ...]] = {
 STORED_DOC = {
     "prompts": "the texts",
     "tokens": "the tokens of each prompt",
+    "vocabulary": "the texts of all token ids that occur, in prompts and in top-k lists",
     "tracked_tokens": "the tokens whose logits are kept for every cell",
     "runs": "what each pass says of each layer and token",
     "runs_topk": "the likeliest next tokens of the lens, as lists",
     "pairwise": "how two passes differ at each layer and token; stored and cheap columns only, so scans are quick",
     "pairwise_topk": "the tokens whose logits moved most between two passes, as lists",
     "spectrum": "how many dimensions the difference of two passes has at each layer, over all tokens; where asked for",
+    "imported": "what an imported JSON file says beyond the other tables, so that export-json can give it back",
 }
 
 _CELL = (PAIR, CAPTURE, PROMPT, VARIANT)
 _TOKEN = (
     Column("token_id", "int32", "id of the token"),
-    Column("token", "string", "its text, where the id occurs in tokens or tracked_tokens; else null", "", True),
+    Column("token", "string", "its text; null where the capture has none of this id", "", True),
 )
 _SLOT = (
     Column("slot", "int16", "place of the tracked token, from 0"),
@@ -202,7 +204,9 @@ SQL_VIEWS = (
             Column("norm_diff_floor", "float64", "its noise floor; null where that was not measured", "residual", True),
             Column("cosine_distance", "float32", "1 - cosine between the two states", "1"),
             Column("cosine_distance_floor", "float64", "its noise floor; null where that was not measured", "1", True),
-            Column("below_floor", "bool", "true where norm_diff is not above its floor: no difference is seen", "", True),
+            Column(
+                "below_floor", "bool", "true where norm_diff is not above its floor: no difference is seen", "", True
+            ),
         ),
     ),
 )
@@ -222,6 +226,13 @@ CAPTURES = View(
         Column("sft_revision", "string", "its resolved revision", "", True),
         Column("tokenizer", "string", "the tokenizer of both", "", True),
         Column("dtype", "string", "dtype of the weights while running", "", True),
+        Column(
+            "quantization",
+            "string",
+            "by what each model's weights are quantized, in memory or as stored (JSON)",
+            "",
+            True,
+        ),
         Column("lens_norm", "string", "lens.norm of the config: final or none", "", True),
         Column("mode", "string", "resident or streamed", "", True),
         Column("device", "string", "device of the run", "", True),
@@ -257,8 +268,11 @@ def quote(text: str) -> str:
     return "'" + text.replace("'", "''") + "'"
 
 
-def stored_sql(name: str, files: Sequence[str] = (), *, source: str | None = None) -> str:
-    """The SELECT of a stored table's view: over Parquet `files`, over the relation `source`, or typed and empty."""
+def stored_sql(name: str, files: Sequence[str] = (), *, source: str | None = None, root: str | None = None) -> str:
+    """The SELECT of a stored table's view: over Parquet `files`, over the relation `source`, or typed and empty.
+
+    root: an SQL expression of a directory that the files are below, for a catalog that may be moved.
+    """
     derived = "".join(f",\n  {sql} AS {column.name}" for column, sql in DERIVED.get(name, ()))
     columns = BY_NAME[name].all_columns
     if not files and source is None:
@@ -266,9 +280,10 @@ def stored_sql(name: str, files: Sequence[str] = (), *, source: str | None = Non
         names = ", ".join(c.name for c in columns)
         return f"SELECT\n  {names}{derived}\nFROM (SELECT {nulls})\nWHERE false"
     if source is None:
-        listed = ",\n  ".join(quote(f) for f in files)
+        prefix = f"{root} || " if root else ""
+        listed = ",\n  ".join(prefix + quote(f) for f in files)
         # hive_partitioning would read an all-digit capture id as a number, and the columns are in the files
-        source = f"read_parquet([\n  {listed}\n], union_by_name = true, hive_partitioning = false)"
+        source = f"read_parquet([\n  {listed}\n], hive_partitioning = false)"
     return f"SELECT\n  {', '.join(c.name for c in columns)}{derived}\nFROM {source}"
 
 

@@ -1,11 +1,12 @@
--- Only the ids of prompts and tracked tokens have a stored text, decoded or in the tokenizer's spelling, and the first is
--- preferred; other ids show null.
+-- Decoded texts are preferred to the tokenizer's own spelling. An imported capture has no text of most ids: they show null.
 WITH spelled AS (
   SELECT pair, capture, token_id, arg_min(token, source) AS token
   FROM (
     SELECT pair, capture, token_id, token, 0 AS source FROM tokens
     UNION ALL
-    SELECT pair, capture, token_id, token, 1 AS source FROM tracked_tokens
+    SELECT pair, capture, token_id, token, 0 AS source FROM vocabulary
+    UNION ALL
+    SELECT pair, capture, token_id, token, 1 AS source FROM tracked_tokens WHERE token <> ''
   )
   GROUP BY pair, capture, token_id
 )

@@ -3,7 +3,7 @@ SELECT
   t.slot, t.token_id, t.token, t.label,
   b.tracked_logits[t.slot + 1] AS base,
   s.tracked_logits[t.slot + 1] AS sft,
-  s.tracked_logits[t.slot + 1]::DOUBLE - b.tracked_logits[t.slot + 1]::DOUBLE AS diff
+  b.tracked_logits[t.slot + 1]::DOUBLE - s.tracked_logits[t.slot + 1]::DOUBLE AS diff
 FROM pairwise AS p
 LEFT JOIN runs AS b
   ON b.pair = p.pair AND b.capture = p.capture AND b.prompt_idx = p.prompt_idx AND b.variant = p.variant

@@ -16,7 +16,10 @@ from rich.console import Console
 
 from analysis import QueryError, build_residual_grid, build_run_grid
 from analysis.draw import DIVERGING, SEQUENTIAL, colour, colour_scale, draw, short_number, token_label, write_png
-from analysis.grids import Grid
+from analysis.grid import Grid
+from analysis.grids import build_stack
+from analysis.metrics import find_metric
+from analysis.select import Filters
 
 
 @pytest.fixture
@@ -109,11 +112,62 @@ def test_a_grid_of_one_value_is_drawn(grid: Grid) -> None:
     assert draw(replace(grid, values=np.zeros_like(grid.values))).plain.splitlines()[3].split() == ["-1", *["0"] * 5]
 
 
-def test_a_png_is_written(synthetic: Any, call: Callable[..., Any], tmp_path: Path, con: Any) -> None:
+def test_a_figure_has_labels_units_and_a_title(grid: Grid) -> None:
     pytest.importorskip("matplotlib")
-    file = tmp_path / "g.png"
-    assert call("grid", synthetic.out, "-o", file).code == 0
-    assert file.read_bytes().startswith(b"\x89PNG")
+    figure = grid.plot()
+    cells, bar = figure.axes
+    assert figure.get_suptitle().replace("\n", " ") == "kl_divergence of BB-SS, pair alpha, prompt 0"
+    assert [t.get_text() for t in cells.get_xticklabels()] == ["<s>", "·a", "\\n", "·long-token", "界"]
+    assert [t.get_text() for t in cells.get_yticklabels()] == ["emb", "0", "1", "2"]
+    assert cells.get_ylabel() == "layer"
+    assert bar.get_ylabel() == "kl_divergence [nats]"
+    np.testing.assert_array_equal(cells.images[0].get_array(), grid.values)
+    assert cells.images[0].origin == "lower", "layers go up"
+    assert grid.plot(title="").get_suptitle() == ""
+
+
+def test_scales_are_around_zero_logarithmic_or_given(grid: Grid) -> None:
+    pytest.importorskip("matplotlib")
+    norm = lambda g, **options: g.plot(**options).axes[0].images[0].norm  # noqa: E731
+    assert norm(grid, low=0, high=3).vmax == 3
+    assert type(norm(grid, log=True)).__name__ == "LogNorm"
+    signed = replace(grid, values=np.array(grid.values) - np.median(grid.values))
+    assert norm(signed).vmin == -norm(signed).vmax
+    assert norm(signed)(0.0) == pytest.approx(0.5)
+    assert norm(signed, log=True)(0.0) == pytest.approx(0.5)
+    assert norm(replace(grid, values=np.full_like(grid.values, np.nan))).vmax == 1
+    assert norm(replace(grid, values=np.zeros_like(grid.values))).vmax > 0
+    with pytest.raises(QueryError, match="no logarithmic scale"):
+        replace(grid, values=-np.array(grid.values)).plot(log=True)
+
+
+def test_comparisons_share_one_scale(con: Any) -> None:
+    pytest.importorskip("matplotlib")
+    stack = build_stack(con, find_metric("pairwise", "norm_diff"), Filters("alpha", prompt=0))
+    *panels, bar = stack.plot().axes
+    assert [p.get_title() for p in panels] == ["BB-BS", "BB-SB", "BB-SS", "BS-SB", "BS-SS", "SB-SS"]
+    assert len({id(p.images[0].norm) for p in panels}) == 1
+    assert bar.get_ylabel() == "norm_diff [residual]"
+
+
+def test_figures_are_written(synthetic: Any, call: Callable[..., Any], tmp_path: Path, con: Any) -> None:
+    pytest.importorskip("matplotlib")
+    starts = {"png": b"\x89PNG", "pdf": b"%PDF", "svg": b"<?xml"}
+    for option, name in (("-o", "png"), ("--png", "pdf"), ("--png", "svg")):
+        file = tmp_path / f"g.{name}"
+        assert call("grid", synthetic.out, option, file).code == 0
+        assert file.read_bytes().startswith(starts[name])
+    done = call("grid", synthetic.out, "--metric", "norm_diff", "--png", tmp_path / "all.png", "--all", "--log")
+    assert (done.code, done.out) == (0, "")
+    for wrong, why in (
+        (["--log"], "--png FILE"),
+        (["--all", "--comparison", "BB-SS", "--png", "x.png"], "leave out --comparison"),
+        (["--png", "x.gif"], "must end in .png, .pdf, .svg"),
+        (["--png", tmp_path / "no" / "x.png"], "cannot write"),
+    ):
+        done = call("grid", synthetic.out, *wrong)
+        assert done.code != 0
+        assert why in done.err
     price = replace(build_run_grid(con, "norm_delta", pair="alpha", prompt=0), tokens=("$x", "$", "_{", "\\frac", "^"))
     write_png(price, tmp_path / "dollars.png")
 

@@ -38,7 +38,7 @@ def test_a_residual_grid_is_what_was_written(con: Any, synthetic: Any) -> None:
 def test_a_joined_metric_makes_a_grid(con: Any, synthetic: Any) -> None:
     cells = synthetic.alpha.cells
     grid = build_residual_grid(con, "entropy_delta", pair="alpha", prompt=1, comparison="SB-SS")
-    expected = cells[1, "identity", "SS"]["entropy"].astype(float) - cells[1, "identity", "SB"]["entropy"]
+    expected = cells[1, "identity", "SB"]["entropy"].astype(float) - cells[1, "identity", "SS"]["entropy"]
     assert np.allclose(grid.values, expected, rtol=1e-15)
 
 
@@ -60,21 +60,26 @@ def test_logit_grids_of_either_side_and_their_difference(con: Any, synthetic: An
     base, sft = (
         synthetic.alpha.cells[0, "identity", n]["tracked_logits"][..., slot].astype(float) for n in ("BB", "BS")
     )
-    for source, expected in (("base", base), ("sft", sft), ("diff", sft - base)):
+    for source, expected in (("base", base), ("sft", sft), ("diff", base - sft)):
         grid = build_logit_grid(con, token, source, pair="alpha", prompt=0, label="BB-BS")
         assert np.array_equal(grid.values, expected)
     one = build_logit_grid(con, token, record_type="runs", pair="alpha", prompt=0, label="BS")
     assert np.array_equal(one.values, sft)
 
 
-def test_top_k_delta_grids_take_the_largest_or_the_mean(con: Any, synthetic: Any) -> None:
+def test_top_k_delta_grids_hold_a_tokens_shift_where_it_is_in_the_list(con: Any, synthetic: Any) -> None:
     cells = synthetic.alpha.cells[0, "identity", "BB-SS"]
-    for direction in ("increased", "decreased"):
-        largest = build_topk_delta_grid(con, direction, pair="alpha", prompt=0)
-        mean = build_topk_delta_grid(con, direction, "mean", pair="alpha", prompt=0)
-        assert np.array_equal(largest.values, cells[direction][..., 0])
-        assert np.allclose(mean.values, cells[direction].astype(float).mean(axis=-1))
-    assert (largest.values <= 0).all()
+    for direction in ("increase", "decrease"):
+        ids, shifts = cells[f"{direction}d_ids"], cells[f"{direction}d"]
+        token = int(ids[1, 2, 1])
+        grid = build_topk_delta_grid(con, token, direction, pair="alpha", prompt=0)
+        first = np.argmax(ids == token, axis=-1)  # a made-up list may name a token twice
+        picked = np.take_along_axis(shifts, first[..., None], axis=-1)[..., 0]
+        expected = np.where((ids == token).any(axis=-1), picked.astype(float), np.nan)
+        assert np.array_equal(grid.values, expected, equal_nan=True)
+        assert np.isfinite(grid.values[1, 2])
+    with pytest.raises(QueryError, match="no direction 'up'"):
+        build_topk_delta_grid(con, 1, "up")  # type: ignore[arg-type]
 
 
 def test_the_defaults_are_the_first_pair_and_prompt_and_bb_ss(con: Any) -> None:

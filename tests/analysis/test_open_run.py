@@ -100,7 +100,7 @@ def test_a_store_that_is_not_local_gives_the_same_rows(
     for view in ("runs", "pairwise_full", "tracked_pairwise", "topk", "topk_shift", "tokens", "captures"):
         sql = f"SELECT * FROM {view} WHERE pair = 'alpha' ORDER BY ALL"
         assert remote.execute(sql).fetchall() == con.execute(sql).fetchall()
-    with pytest.raises(QueryError, match="local run directory"):
+    with pytest.raises(QueryError, match="say with -o where"):
         write_catalog(str(synthetic.out))
 
 
@@ -151,3 +151,82 @@ def test_the_arrow_table_of_rows_without_values_is_typed(synthetic: Any) -> None
     table = manifest_table(RunDir(str(synthetic.out)))
     assert table.schema.field("finished").type == pa.timestamp("us")
     assert table.schema.field("dollars").type == pa.float64()
+
+
+def damage(path: Path) -> None:
+    """Turn over bytes of the data and leave the footer as it is: it shows only when the data is read."""
+    data = bytearray(path.read_bytes())
+    data[4:400] = bytes(255 - b for b in data[4:400])
+    path.write_bytes(data)
+
+
+def test_damage_that_shows_in_the_middle_of_an_answer_names_the_file(tmp_path: Path, call: Callable[..., Any]) -> None:
+    write_capture(tmp_path, beta())
+    path = write_capture(tmp_path, alpha()) / "runs-00000.parquet"
+    damage(path)
+    answer = call("sql", tmp_path, "SELECT DISTINCT pair FROM runs ORDER BY 1")
+    assert answer.code == 1
+    assert f"'{path}' is not what was written" in answer.err
+    assert "--lenient" in answer.err
+    answer = call("sql", tmp_path, "SELECT DISTINCT pair FROM runs ORDER BY 1", "--lenient", "--json")
+    assert (answer.code, answer.rows) == (0, [{"pair": "beta"}])
+    assert f"left out: '{path}'" in answer.err
+    for verb in ("report", "grid"):
+        args = ("--record-type", "runs") if verb == "report" else ("--run", "BB", "--pair", "alpha")
+        answer = call(verb, tmp_path, *args)
+        assert answer.code == 1
+        assert "runs-00000.parquet' is not what was written" in answer.err
+
+
+def test_two_schema_versions_are_an_error_or_one_is_left_out(tmp_path: Path, call: Callable[..., Any]) -> None:
+    write_capture(tmp_path, beta())
+    marker = write_capture(tmp_path, alpha()) / "_COMPLETE"
+    marker.write_text(json.dumps(json.loads(marker.read_text()) | {"schema_version": 99}))
+    answer = call("sql", tmp_path, "FROM captures")
+    assert answer.code == 1
+    assert "schema version 99" in answer.err
+    answer = call("sql", tmp_path, "SELECT pair FROM captures", "--lenient", "--json")
+    assert answer.rows == [{"pair": "beta"}]
+    assert "left out" in answer.err
+    assert "schema version 99" in answer.err
+
+
+def test_a_catalog_goes_with_its_run_directory(tmp_path: Path) -> None:
+    write_capture(tmp_path / "out", alpha())
+    write_catalog(str(tmp_path / "out"))
+    (tmp_path / "out").rename(tmp_path / "moved")
+    with duckdb.connect(str(tmp_path / "moved" / "catalog.duckdb"), read_only=True) as con:
+        with pytest.raises(duckdb.IOException, match="No files found"):
+            con.execute("FROM runs LIMIT 1").fetchall()
+        con.execute(f"SET VARIABLE run_directory = '{tmp_path / 'moved'}'")
+        assert con.execute("SELECT count(*) FROM pairwise_full").fetchall() == [(6 * 4 * 8,)]
+        assert len(con.execute("FROM hotspots('norm_diff', 3)").fetchall()) == 3
+        assert con.execute("SELECT count(*) FROM duckdb_functions() WHERE comment LIKE 'hotspots(%'").fetchall() == [
+            (1,)
+        ]
+
+
+def test_a_catalog_over_a_store_needs_the_reader_of_stores(
+    synthetic: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(RunDir, "is_local", False)
+    monkeypatch.setattr("analysis.run._load_httpfs", lambda con, out: con.execute("LOAD no_such_extension"))
+    with pytest.raises((QueryError, StoreError)):
+        write_catalog(str(synthetic.out), str(tmp_path / "c.duckdb"))
+    monkeypatch.undo()
+    monkeypatch.setattr(RunDir, "is_local", False)
+    with duckdb.connect() as con:
+        try:
+            con.execute("LOAD httpfs")
+        except duckdb.Error:
+            with pytest.raises(QueryError, match=r"needs DuckDB's extension httpfs.*pairscope sql"):
+                write_catalog(str(synthetic.out), str(tmp_path / "c.duckdb"))
+    assert not (tmp_path / "c.duckdb").exists()
+
+
+def test_a_uri_of_a_local_file_system_is_opened(synthetic: Any, con: Any) -> None:
+    from urllib.parse import quote as percent
+
+    remote = open_run("file://" + percent(str(synthetic.out)))
+    sql = "SELECT * FROM pairwise ORDER BY ALL LIMIT 20"
+    assert remote.execute(sql).fetchall() == con.execute(sql).fetchall()

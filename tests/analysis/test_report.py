@@ -49,7 +49,7 @@ def test_a_section_agrees_with_numpy(synthetic: Any, call: Callable[..., Any]) -
         "BS-SB",
         "--metric",
         "norm_diff",
-        "--metric2",
+        "--metric",
         "kl_reverse",
     )
     (section,) = call("report", synthetic.out, *args, "--top-n", 3, "--json").rows
@@ -63,14 +63,28 @@ def test_a_section_agrees_with_numpy(synthetic: Any, call: Callable[..., Any]) -
         found = [(h["layer"] + 1, h["position"]) for h in part["hotspots"]]
         assert found == [tuple(int(i) for i in np.unravel_index(o, values.shape)) for o in order]
     expected = np.corrcoef(cells["norm_diff"].ravel().astype(float), cells["kl_reverse"].ravel().astype(float))[0, 1]
-    assert section["correlation"] == pytest.approx(expected)
+    (found,) = section["correlations"]
+    assert (found["metric"], found["with"]) == ("norm_diff", "kl_reverse")
+    assert found["correlation"] == pytest.approx(expected)
     assert section["n_tokens"] == 5
     assert section["metadata"]["base_model"] == "org/base"
     assert section["text"] == "<s> a\n long-token界"
 
 
 def test_statistics_by_token_name_the_tokens(synthetic: Any, call: Callable[..., Any]) -> None:
-    args = ("--pair", "alpha", "--prompt", 1, "--comparison", "BB-SS", "--axis", "token", "--json")
+    args = (
+        "--pair",
+        "alpha",
+        "--prompt",
+        1,
+        "--comparison",
+        "BB-SS",
+        "--axis",
+        "token",
+        "--metric",
+        "kl_div",
+        "--json",
+    )
     (section,) = call("report", synthetic.out, *args).rows
     rows = section["metrics"][0]["statistics"]
     assert [(r["position"], r["token"]) for r in rows] == [(0, "<s>"), (1, " b"), (2, "c")]
@@ -84,7 +98,7 @@ def test_tracked_logits_show_their_means_and_largest_change(synthetic: Any, call
     (section,) = call("report", synthetic.out, *args, "--comparison", "BB-SS").rows
     for slot, row in enumerate(section["tracked"]):
         base, sft = (cells[0, "identity", n]["tracked_logits"][..., slot].astype(float) for n in ("BB", "SS"))
-        diff = sft - base
+        diff = base - sft
         assert (row["token_id"], row["name"]) == (TRACKED[slot][0], TRACKED[slot][2])
         assert np.allclose([row["base"], row["sft"], row["diff"]], [base.mean(), sft.mean(), diff.mean()])
         i, j = np.unravel_index(np.argmax(np.abs(diff)), diff.shape)
@@ -113,14 +127,14 @@ def test_a_token_id_adds_the_statistics_of_its_logit(synthetic: Any, call: Calla
     (section,) = call("report", synthetic.out, *args).rows
     part = section["metrics"][1]
     base, sft = (synthetic.alpha.cells[0, "identity", n]["tracked_logits"][..., 1].astype(float) for n in ("BB", "SS"))
-    values = {"base": base, "sft": sft, "diff": sft - base}[source]
+    values = {"base": base, "sft": sft, "diff": base - sft}[source]
     assert part["metric"] == f"logit 9 {source}"
     assert np.allclose([r["max"] for r in part["statistics"]], values.max(axis=1))
     assert part["hotspots"][0]["value"] == pytest.approx(values.flat[np.argmax(np.abs(values))])
 
 
 def test_exports_hold_every_cell_in_three_formats(synthetic: Any, call: Callable[..., Any], tmp_path: Path) -> None:
-    args = ("--pair", "alpha", "--comparison", "BB-SS", "--metric", "kl_div", "--metric2", "norm_base", "--token-id", 7)
+    args = ("--pair", "alpha", "--comparison", "BB-SS", "--metric", "kl_div", "--metric", "norm_base", "--token-id", 7)
     for ending in ("csv", "json", "parquet"):
         assert call("report", synthetic.out, *args, "--export", tmp_path / f"rows.{ending}").code == 0
     rows = parquet.read_table(tmp_path / "rows.parquet").to_pylist()
@@ -134,7 +148,7 @@ def test_exports_hold_every_cell_in_three_formats(synthetic: Any, call: Callable
         p = row["prompt_idx"]
         assert row["kl_div"] == cells[p, "identity", "BB-SS"]["kl_divergence"][at]
         assert row["norm_base"] == cells[p, "identity", "BB"]["norm"][at]
-        logits = (float(cells[p, "identity", n]["tracked_logits"][at][0]) for n in ("SS", "BB"))
+        logits = (float(cells[p, "identity", n]["tracked_logits"][at][0]) for n in ("BB", "SS"))
         assert row["logit_7"] == next(logits) - next(logits)
     assert [json.loads(line) for line in (tmp_path / "rows.json").read_text().splitlines()] == rows
     with (tmp_path / "rows.csv").open(newline="") as file:
@@ -152,7 +166,7 @@ def test_the_text_has_an_overview_and_sections_and_says_what_is_left_out(
     synthetic: Any, call: Callable[..., Any]
 ) -> None:
     out = call("report", synthetic.out, "--limit", 2).out
-    assert out.startswith("kl_divergence [nats]: ")
+    assert out.startswith("norm_diff [residual]: ")
     assert out.count("\n== ") == 2
     assert "(sections 1 to 2; --limit 0 shows all" in out
     assert call("report", synthetic.out, "--limit", 0).out.count("\n== ") == 6 * 2 + 1 * 2
@@ -167,13 +181,13 @@ def test_the_text_has_an_overview_and_sections_and_says_what_is_left_out(
 
 def test_a_metric_without_numbers_says_so(tmp_path: Path, call: Callable[..., Any]) -> None:
     write_capture(tmp_path, make_capture("p", "c", ("BB", "SS"), 1, {(0, "identity"): ["x"]}, set(), 0))
-    out = call("report", tmp_path).out
+    out = call("report", tmp_path, "--metric", "kl_div").out
     assert out.count("no cell has a number (was the lens on?)") == 2
     assert "no cell has a number" in call("grid", tmp_path).out
 
 
 def test_sections_come_in_order_and_no_more_than_asked_for(con: Any) -> None:
-    question = ask(con, "runs", "norm")
+    question = ask(con, "runs", ["norm"])
     sections = list(make_report(con, question))
     keys = [(s.pair, s.capture, s.prompt_idx, s.variant, s.label) for s in sections]
     assert keys == sorted(keys)
@@ -187,7 +201,7 @@ def test_more_prompts_than_one_step_holds_are_all_reported(tmp_path: Path, monke
     write_capture(tmp_path, made)
     monkeypatch.setattr("analysis.report._BATCH", 3)
     con = open_run(str(tmp_path))
-    sections = list(make_report(con, ask(con, "runs", "norm")))
+    sections = list(make_report(con, ask(con, "runs", ["norm"])))
     assert [s.prompt_idx for s in sections] == list(range(7))
     for s in sections:
         values = made.cells[s.prompt_idx, "identity", "BB"]["norm"]
@@ -199,11 +213,15 @@ def test_more_prompts_than_one_step_holds_are_all_reported(tmp_path: Path, monke
     ("args", "said"),
     [
         (("--metric", "kl_dvi"), "Did you mean 'kl_div'"),
-        (("--metric2", "nope"), "no metric 'nope'"),
+        (("--metric", "kl_div", "--metric", "nope"), "no metric 'nope'"),
         (("--record-type", "runs", "--metric", "norm_diff"), "It is a metric of --record-type pairwise"),
         (("--record-type", "runs", "--comparison", "BB-SS"), "--comparison is for --record-type pairwise"),
         (("--run", "BB"), "--run is for --record-type runs"),
-        (("--token-id", "1"), "token 1 is not tracked"),
+        (("--token-id", "7", "--token-id", "1"), "token 1 is not tracked"),
+        (
+            ("--record-type", "runs", "--export", "x.csv", "--export-rows", "changes"),
+            "logit changes are of comparisons",
+        ),
         (("--axis", "head"), "Invalid value for '--axis'"),
         (("--pair", "delta"), "no pair 'delta'"),
     ],
@@ -212,3 +230,113 @@ def test_a_wrong_call_exits_with_2(synthetic: Any, call: Callable[..., Any], arg
     answer = call("report", synthetic.out, *args)
     assert answer.code == 2
     assert said in answer.err
+
+
+def test_logit_changes_are_the_largest_of_each_section(synthetic: Any, call: Callable[..., Any]) -> None:
+    args = ("--pair", "alpha", "--prompt", 0, "--comparison", "BB-SS", "--token-id", 9, "--top-n", 4, "--json")
+    (section,) = call("report", synthetic.out, *args).rows
+    cells = synthetic.alpha.cells
+    base, sft = (cells[0, "identity", n]["tracked_logits"][..., 1].astype(float) for n in ("BB", "SS"))
+    diff = base - sft
+    order = np.argsort(-np.abs(diff), axis=None)[:4]
+    places = [tuple(int(i) for i in np.unravel_index(o, diff.shape)) for o in order]
+    assert [(r["layer"] + 1, r["position"]) for r in section["changes"]] == places
+    for row, place in zip(section["changes"], places, strict=True):
+        assert row["logit_diff"] == diff[place]
+        assert row["norm_diff"] == cells[0, "identity", "BB-SS"]["norm_diff"][place]
+        assert (row["token_id"], row["name"]) == (9, "no")
+    assert all(abs(r["logit_diff"]) >= 0.5 for r in section["changes"])
+    (section,) = call("report", synthetic.out, *args, "--min-logit", 99).rows
+    assert section["changes"] == []
+
+
+def test_a_token_id_says_how_often_it_is_among_the_largest_shifts(tmp_path: Path, call: Callable[..., Any]) -> None:
+    made = make_capture("p", "c", ("BB", "SS"), 1, {(0, "identity"): ["x", "y"]}, {-1, 0, 1}, 0)
+    cells = made.cells[0, "identity", "BB-SS"]
+    cells["increased_ids"][:] = 1
+    cells["increased_ids"][1, 0, 2] = cells["increased_ids"][2, 1, 0] = 7
+    cells["decreased_ids"][:] = 2
+    write_capture(tmp_path, made)
+    (section,) = call("report", tmp_path, "--token-id", 7, "--json").rows
+    (row,) = section["membership"]
+    assert (row["token_id"], row["direction"], row["cells"]) == (7, "increased", 2)
+    assert (row["layer"], row["position"]) in [(0, 0), (1, 1)]
+    assert "among the largest shifts" in call("report", tmp_path, "--token-id", 7).out
+
+
+@pytest.mark.parametrize("kind", ["hotspots", "statistics", "changes"])
+def test_the_rows_of_the_sections_are_exported_too(
+    synthetic: Any, call: Callable[..., Any], tmp_path: Path, kind: str
+) -> None:
+    args = ("--pair", "alpha", "--prompt", 0, "--comparison", "BB-SS", "--metric", "norm_diff", "--metric", "kl_div")
+    file = tmp_path / "rows.parquet"
+    assert call("report", synthetic.out, *args, "--export", file, "--export-rows", kind).code == 0
+    rows = parquet.read_table(file).to_pylist()
+    (section,) = call("report", synthetic.out, *args, "--json").rows
+    if kind == "changes":
+        assert [r["logit_diff"] for r in rows][: len(section["changes"])] == [
+            r["logit_diff"] for r in section["changes"]
+        ]
+        return
+    expected = [{"metric": part["metric"], **row} for part in section["metrics"] for row in part[kind]]
+    assert [{k: r[k] for k in e} for r, e in zip(rows, expected, strict=True)] == expected
+
+
+def test_hand_made_numbers_give_the_report_that_is_worked_out_by_hand(tmp_path: Path, call: Callable[..., Any]) -> None:
+    """Two layers, two tokens, numbers that halves hold exactly: every metric, statistic and hotspot is known."""
+    from seed_files import write
+
+    def cell(token: str, a: float) -> dict[str, Any]:
+        return {
+            "token": token, "top_k_increased": {"indices": [42], "values": [a]},
+            "top_k_decreased": {"indices": [9], "values": [-a]}, "entropy_base": 2 * a, "entropy_sft": a,
+            "kl_div": a / 2, "tracked_token_logits": {"42": {"base": a, "sft": -a}}, "cosine_sim": 1 - a / 16,
+            "norm_base": 4 * a, "norm_sft": a, "norm_diff": 3 * a, "base_cosine_prev": 0.5, "base_norm_delta": a,
+            "sft_cosine_prev": 0.25, "sft_norm_delta": -a,
+        }  # fmt: skip
+
+    numbers = {"0": {"0": 1.0, "1": 2.0}, "1": {"0": 4.0, "1": 8.0}}
+    record = {
+        "prompt": "ab", "tokens": ["a", "b"], "metadata": {"prompt_idx": 0},
+        "layers": {k: {i: cell("ab"[int(i)], a) for i, a in by.items()} for k, by in numbers.items()},
+    }  # fmt: skip
+    write(tmp_path / "f.json", [record])
+    assert call("import-json", tmp_path / "f.json", "--out", tmp_path / "out", "--pair", "p").code == 0
+    values = {  # of (layer 0: a = 1, 2; last layer: a = 4, 8), by the definitions of the report
+        "norm_diff": (3, 6, 12, 24), "cosine_sim": (0.9375, 0.875, 0.75, 0.5), "kl_div": (0.5, 1, 2, 4),
+        "norm_base": (4, 8, 16, 32), "norm_sft": (1, 2, 4, 8), "norm_delta": (3, 6, 12, 24),
+        "entropy_base": (2, 4, 8, 16), "entropy_sft": (1, 2, 4, 8), "entropy_delta": (1, 2, 4, 8),
+        "base_cosine_prev": (0.5,) * 4, "sft_cosine_prev": (0.25,) * 4, "base_norm_delta": (1, 2, 4, 8),
+        "sft_norm_delta": (-1, -2, -4, -8),
+    }  # fmt: skip
+    flags = [flag for metric in values for flag in ("--metric", metric)]
+    (section,) = call("report", tmp_path / "out", *flags, "--token-id", 42, "--json").rows
+    parts = {p["metric"]: p for p in section["metrics"]}
+    values["logit 42 diff"] = (2, 4, 8, 16)  # base - sft
+    assert set(parts) == set(values)
+    for metric, (a, b, c, d) in values.items():
+        for row, layer, (x, y) in zip(parts[metric]["statistics"], (0, 2), ((a, b), (c, d)), strict=True):
+            mean = (x + y) / 2
+            expected = {"layer": layer, "n": 2, "mean": mean, "median": mean, "min": min(x, y), "max": max(x, y),
+                        "std": abs(x - y) / 2}  # fmt: skip
+            assert {k: row[k] for k in expected} == expected, metric
+        spots = sorted([(a, 0, 0, "a"), (b, 0, 1, "b"), (c, 2, 0, "a"), (d, 2, 1, "b")], key=lambda s: -abs(s[0]))
+        found = [(h["value"], h["layer"], h["position"], h["token"]) for h in parts[metric]["hotspots"]]
+        assert found == spots, metric
+    (token,) = call("report", tmp_path / "out", "--axis", "token", "--json").rows
+    by_token = token["metrics"][0]["statistics"]
+    assert [(r["token"], r["mean"], r["std"], r["min"], r["max"]) for r in by_token] == [
+        ("a", 7.5, 4.5, 3, 12),
+        ("b", 15, 9, 6, 24),
+    ]
+    assert [c["correlation"] for c in section["correlations"] if c["with"] == "norm_base"] == [pytest.approx(1)]
+    (tracked,) = section["tracked"]
+    assert (tracked["base"], tracked["sft"], tracked["diff"], tracked["largest"]) == (3.75, -3.75, 7.5, 16)
+    assert [r["logit_diff"] for r in section["changes"]] == [16, 8, 4, 2]
+    assert [(r["direction"], r["cells"], r["largest"]) for r in section["membership"]] == [("increased", 4, 8)]
+    runs = call("report", tmp_path / "out", "--record-type", "runs", "--metric", "cosine_prev", "--metric", "entropy",
+                "--metric", "norm_delta", "--json").rows  # fmt: skip
+    found = {
+        (s["label"] if "label" in s else s["run"]): [p["statistics"][1]["mean"] for p in s["metrics"]] for s in runs
+    }
+    assert found == {"BB": [0.5, 12, 6], "SS": [0.25, 6, -6]}

@@ -4,4 +4,4 @@ SELECT
 FROM read_parquet([
   '/a/it''s.parquet',
   '/b/2.parquet'
-], union_by_name = true, hive_partitioning = false)
+], hive_partitioning = false)

@@ -1,0 +1,92 @@
+"""The `html` verb."""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+from analysis.cli import HELP, asking, example, lenient_option, partial_option
+
+
+class ListsNames(click.Command):
+    """Lets `--entries` take several names: `--entries a b` reads as `--entries a --entries b`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        spread: list[str] = []
+        listing = False
+        for arg in args:
+            if arg == "--entries":
+                listing = True
+                continue
+            listing = listing and not arg.startswith("-")
+            spread += ["--entries", arg] if listing else [arg]
+        if "--entries" in args and "--entries" not in spread:
+            ctx.fail("--entries needs at least one name.")
+        return super().parse_args(ctx, spread)
+
+
+@click.command(
+    cls=ListsNames,
+    context_settings=HELP,
+    epilog=example("pairscope html out/demo", "pairscope html out/demo -o page.html --top-prompts 5 --entries pydoc"),
+)
+@click.argument("out")
+@click.option("-o", "--output", metavar="FILE", default="page.html", show_default=True, help="The page.")
+@click.option("--entries", multiple=True, metavar="NAME...", help="Only these pairs.")
+@click.option("--prompts", metavar="LIST", help="Only these prompts, such as 0,3,5:9 (5 to 8).")
+@click.option("--top-prompts", type=click.IntRange(1), metavar="N",
+              help="Only the N prompts of each pair with the largest mean KL of BB-SS, largest first.")  # fmt: skip
+@click.option(
+    "--top-k", type=click.IntRange(0), default=5, show_default=True, help="Length of the token lists; 0 for none."
+)
+@click.option("--max-mb", type=click.FloatRange(min=0, min_open=True), default=40.0, show_default=True,
+              help="Size of the file at most. Grids of all prompts go first, then token lists.")  # fmt: skip
+@click.option("--tokenizer", metavar="PATH",
+              help="tokenizer.json (or its folder) that spells the lists' tokens, where the capture's is not on this machine.")  # fmt: skip
+@partial_option
+@lenient_option
+def html(
+    out: str,
+    output: str,
+    entries: tuple[str, ...],
+    prompts: str | None,
+    top_prompts: int | None,
+    top_k: int,
+    max_mb: float,
+    tokenizer: str | None,
+    include_partial: bool,
+    lenient: bool,
+) -> None:
+    """Write one HTML file that shows the run directory OUT; it needs no network and can be mailed.
+
+    The newest capture of each pair. Grids of all metrics, comparisons and passes, token lists, profiles, hotspots, and the SQL behind each. What does not fit
+    into --max-mb is left out, and the page and this command say so.
+    """
+    from analysis.html_page import write_page
+
+    tty = sys.stderr.isatty()
+
+    def show(line: str) -> None:
+        if tty:
+            click.echo(f"\r\x1b[K{line}", err=True, nl=False)
+
+    with asking(out, include_partial, lenient) as con:
+        try:
+            done = write_page(con, output, entries=entries, prompts=prompts, top_prompts=top_prompts, top_k=top_k, max_mb=max_mb,
+                              tokenizer=tokenizer, progress=show)  # fmt: skip
+        finally:
+            show("")
+    of = "" if done.prompts == done.total else f" of {done.total}"
+    pairs = "1 pair" if done.pairs == 1 else f"{done.pairs} pairs"
+    click.echo(f"wrote {done.path}: {done.bytes / 1e6:.1f} MB, {pairs}, prompts {done.prompts}{of}", err=True)
+    if top_k and done.lists < done.prompts:
+        click.echo(
+            f"  token lists of {done.lists} prompts only; --max-mb makes room, a smaller --top-k takes less", err=True
+        )
+    if done.texts_missing:
+        click.echo(
+            f"  tokens of the lists show as ids for {', '.join(done.texts_missing)}: the tokenizer is not on this machine; "
+            "--tokenizer names it",
+            err=True,
+        )

@@ -1,0 +1,256 @@
+"""What the page of a run directory carries: pairs, prompts, and each prompt's cells as arrays."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from analysis.errors import QueryError, near
+from analysis.html_pack import Packer
+from capture.schema import BY_NAME, Column
+
+if TYPE_CHECKING:
+    import duckdb
+
+_CELL = "pair = ? AND capture = ? AND prompt_idx = ? AND variant = ?"
+_SINGULAR = 64  # singular values of a layer that the page shows
+FACTS = ("base_model", "base_revision", "sft_model", "sft_revision", "tokenizer", "dtype", "lens_norm", "mode", "device",
+         "gpu", "n_layers", "n_prompts", "n_tokens", "seconds", "written", "complete")  # fmt: skip
+
+
+def scalars(table: str) -> tuple[Column, ...]:
+    """The columns of `runs` or `pairwise` that are one number per cell."""
+    return tuple(c for c in BY_NAME[table].columns if c.type in ("float32", "bool"))
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt in one variant of one capture."""
+
+    prompt_idx: int
+    variant: str
+    text: str
+
+
+@dataclass
+class PairData:
+    """One pair's capture: what is the same for all its prompts. stored: text by token id; facts: a row of `captures`."""
+
+    name: str
+    capture: str
+    facts: dict[str, Any]
+    capture_json: str | None
+    tracked: list[dict[str, Any]]
+    stored: dict[int, str]
+    prompts: list[Prompt]
+    total: int
+    runs: list[str] = field(default_factory=list)
+    comparisons: list[str] = field(default_factory=list)
+
+    @property
+    def noise_floor(self) -> dict[str, dict[str, list[float]]]:
+        """Largest change by batching alone, per pass, column and layer; empty where none was measured."""
+        try:
+            said = json.loads(self.capture_json or "{}").get("noise_floor") or {}
+            found = said.get("by_run_and_layer") or {}
+        except (ValueError, AttributeError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
+
+def choose_pairs(con: duckdb.DuckDBPyConnection, entries: tuple[str, ...] = ()) -> list[PairData]:
+    """The newest capture of each pair, or of those named; QueryError for one that is not there."""
+    rows = con.execute(
+        f"SELECT pair, capture, json, {', '.join(FACTS)} FROM captures WHERE (pair, capture) IN (SELECT (pair, capture) FROM "
+        "prompts) ORDER BY pair, written DESC NULLS LAST, capture"
+    ).fetchall()
+    newest: dict[str, tuple[Any, ...]] = {}
+    for row in rows:
+        newest.setdefault(row[0], row)
+    if not newest:
+        raise QueryError("the run directory holds no complete capture; 'pairscope status OUT' says how far it is")
+    for name in entries:
+        if name not in newest:
+            raise QueryError(f"no pair '{name}' here. {near(name, newest)}")
+    return [_pair(con, newest[name]) for name in (dict.fromkeys(entries) or newest)]
+
+
+def _pair(con: duckdb.DuckDBPyConnection, row: tuple[Any, ...]) -> PairData:
+    name, capture, text, *facts = row
+    key = [name, capture]
+    here = "WHERE pair = ? AND capture = ?"
+    prompts = con.execute(
+        f"SELECT prompt_idx, variant, text FROM prompts {here} ORDER BY prompt_idx, variant <> 'identity', variant", key
+    ).fetchall()
+    tracked = con.execute(f"SELECT token_id, label FROM tracked_tokens {here} ORDER BY slot", key).fetchall()
+    stored = con.execute(f"SELECT DISTINCT token_id, token FROM tokens {here}", key).fetchall()
+    data = PairData(
+        name=name,
+        capture=capture,
+        facts=dict(zip(FACTS, facts, strict=True)),
+        capture_json=text,
+        tracked=[{"token_id": i, "label": label} for i, label in tracked],
+        stored=dict(stored),
+        prompts=[Prompt(*p) for p in prompts],
+        total=len(prompts),
+    )
+    first = [*key, data.prompts[0].prompt_idx, data.prompts[0].variant]
+    for labels, column, view in ((data.runs, "run", "runs"), (data.comparisons, "comparison", "pairwise")):
+        found = con.execute(f"SELECT DISTINCT {column} FROM {view} WHERE {_CELL} ORDER BY 1", first).fetchall()
+        labels += [label for (label,) in found]
+    return data
+
+
+def parse_prompts(text: str) -> list[tuple[int, int]]:
+    """`0,3,5:9` as ranges (first, stop): 0, 3 and 5 to 8."""
+    ranges = []
+    for part in text.split(","):
+        found = re.fullmatch(r"\s*(\d+)(?::(\d+))?\s*", part)
+        if not found or (found[2] and int(found[2]) <= int(found[1])):
+            raise QueryError(f"--prompts '{text}' is not a list of prompt indices such as 0,3,5:9")
+        ranges.append((int(found[1]), int(found[2] or int(found[1]) + 1)))
+    return ranges
+
+
+def keep_prompts(pair: PairData, ranges: list[tuple[int, int]]) -> None:
+    """Keep those prompts only; QueryError where a pair has none of them."""
+    last = pair.prompts[-1].prompt_idx
+    pair.prompts = [p for p in pair.prompts if any(a <= p.prompt_idx < b for a, b in ranges)]
+    if not pair.prompts:
+        raise QueryError(f"pair '{pair.name}' has none of these prompts. There are 0 to {last}.")
+
+
+def keep_top_prompts(con: duckdb.DuckDBPyConnection, pair: PairData, n: int) -> None:
+    """Keep the n prompts of largest mean KL of BB-SS (of norm_diff where there is no lens), the largest first."""
+    label = "BB-SS" if "BB-SS" in pair.comparisons else pair.comparisons[0] if pair.comparisons else ""
+    rows = con.execute(
+        "SELECT prompt_idx, variant, avg(kl_divergence) FILTER (isfinite(kl_divergence)) AS kl, avg(norm_diff) AS size "
+        "FROM pairwise WHERE pair = ? AND capture = ? AND comparison = ? GROUP BY ALL "
+        "ORDER BY kl DESC NULLS LAST, size DESC, prompt_idx, variant",
+        [pair.name, pair.capture, label],
+    ).fetchall()
+    by_key = {(p.prompt_idx, p.variant): p for p in pair.prompts}
+    pair.prompts = [by_key[i, v] for i, v, *_ in rows if (i, v) in by_key][:n]
+
+
+@dataclass
+class Sheet:
+    """One prompt's cells, packed. index: what the page reads first; block and lists: base64, lists may be left out."""
+
+    index: dict[str, Any]
+    block: str
+    lists: str | None = None
+    ids: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+
+
+def read_sheet(con: duckdb.DuckDBPyConnection, pair: PairData, prompt: Prompt) -> Sheet:
+    """The scalars of one prompt: those of passes as float32, which differences are made of, those of comparisons as float16."""
+    key = [pair.name, pair.capture, prompt.prompt_idx, prompt.variant]
+    tokens = con.execute(f"SELECT token, is_special FROM tokens WHERE {_CELL} ORDER BY position", key).fetchall()
+    slots = {f"logit {t['token_id']}": f"tracked_logits[{i + 1}]" for i, t in enumerate(pair.tracked)}
+    columns = {c.name: f"{c.name}::FLOAT" for c in scalars("runs")} | {k: f"{v}::FLOAT" for k, v in slots.items()}
+    runs = _cells(con, "runs", "run", columns, key)
+    pairwise = _cells(con, "pairwise", "comparison", {c.name: f"{c.name}::FLOAT" for c in scalars("pairwise")}, key)
+    layers = np.unique(np.concatenate([runs["layer"], pairwise["layer"]])).astype(int)
+    shape = (len(layers), len(tokens))
+    packer = Packer()
+    for cells, labels, add in ((runs, pair.runs, packer.exact), (pairwise, pair.comparisons, packer.half)):
+        for label in labels:
+            mine = cells["label"] == label
+            at = (np.searchsorted(layers, cells["layer"][mine]), cells["position"][mine])
+            for name, column in cells.items():
+                if name in ("label", "layer", "position"):
+                    continue
+                values = np.full(shape, np.nan, np.float32)
+                values[at] = column[mine]
+                add(f"{label} {name}", values)
+    index = {
+        "prompt": prompt.prompt_idx,
+        "variant": prompt.variant,
+        "text": prompt.text,
+        "tokens": [t for t, _ in tokens],
+        "special": [i for i, (_, special) in enumerate(tokens) if special],
+        "layers": layers.tolist(),
+        "arrays": packer.places,
+    }
+    return Sheet(index, packer.block())
+
+
+def read_lists(con: duckdb.DuckDBPyConnection, pair: PairData, sheet: Sheet, k: int) -> None:
+    """Add the first k of each top-k list to a sheet: ids and logits of passes, ids and shifts of comparisons."""
+    key = [pair.name, pair.capture, sheet.index["prompt"], sheet.index["variant"]]
+    layers = np.array(sheet.index["layers"])
+    shape = (len(layers), len(sheet.index["tokens"]), k)
+    packer = Packer()
+    used: list[Any] = [np.zeros(0, np.int64)]
+    for table, label_sql, labels, lists in (
+        ("runs_topk", "run", pair.runs, {"top": ("ids", "logits")}),
+        ("pairwise_topk", "base_run || '-' || sft_run", pair.comparisons,
+         {"up": ("increased_ids", "increased"), "down": ("decreased_ids", "decreased")}),
+    ):  # fmt: skip
+        columns = {f"{c}{i}": f"{c}[{i + 1}]" for pairs in lists.values() for c in pairs for i in range(k)}
+        cells = _cells(con, table, label_sql, columns, key)
+        for label in labels:
+            mine = cells["label"] == label
+            if not mine.any():
+                continue
+            at = (np.searchsorted(layers, cells["layer"][mine]), cells["position"][mine])
+            for name, (id_column, value_column) in lists.items():
+                ids, values = np.full(shape, -1, np.int64), np.full(shape, np.nan, np.float32)
+                for i in range(k):
+                    ids[(*at, i)] = cells[f"{id_column}{i}"][mine]
+                    values[(*at, i)] = cells[f"{value_column}{i}"][mine]
+                packer.ids(f"{label} {name} ids", ids & 0xFFFFFFFF)
+                packer.half(f"{label} {name}", values)
+                used.append(np.unique(ids[ids >= 0]))
+    if packer.places:
+        sheet.index["lists"] = packer.places
+        sheet.index["k"] = k
+        sheet.lists, sheet.ids = packer.block(), np.unique(np.concatenate(used))
+
+
+def _cells(
+    con: duckdb.DuckDBPyConnection, view: str, label: str, columns: dict[str, str], key: list[Any]
+) -> dict[str, NDArray[Any]]:
+    """One prompt's rows of a view by column: label, layer, position and `columns`; no number is NaN, no id is -1."""
+    select = ", ".join(f'{sql} AS "{name}"' for name, sql in columns.items())
+    found = con.execute(
+        f"SELECT {label} AS label, layer, position, {select} FROM {view} WHERE {_CELL}", key
+    ).fetchnumpy()
+    return {
+        name: np.ma.filled(values, np.nan if values.dtype.kind == "f" else -1)
+        if isinstance(values, np.ma.MaskedArray)
+        else values
+        for name, values in found.items()
+    }
+
+
+def read_spectrum(con: duckdb.DuckDBPyConnection, pair: PairData) -> tuple[dict[str, Any], str] | None:
+    """The spectra of a pair, where it has any: what the page reads first, and the block."""
+    rows = con.execute(
+        "SELECT variant, base_run || '-' || sft_run, layer, singular_values, effective_rank, participation_ratio, "
+        "mean_shift_share FROM spectrum WHERE pair = ? AND capture = ?",
+        [pair.name, pair.capture],
+    ).fetchall()
+    if not rows:
+        return None
+    layers = sorted({row[2] for row in rows})
+    k = max(1, min(_SINGULAR, max(len(row[3] or ()) for row in rows)))
+    packer = Packer()
+    for variant, label in sorted({row[:2] for row in rows}):
+        values = np.full((len(layers), k), np.nan, np.float32)
+        measures = np.full((3, len(layers)), np.nan, np.float32)
+        for row in (r for r in rows if r[:2] == (variant, label)):
+            at = layers.index(row[2])
+            found = np.array(row[3] or (), np.float32)[:k]
+            values[at, : len(found)] = found
+            measures[:, at] = [np.nan if v is None else v for v in row[4:]]
+        packer.exact(f"{variant} {label} singular_values", values)
+        for name, column in zip(("effective_rank", "participation_ratio", "mean_shift_share"), measures, strict=True):
+            packer.exact(f"{variant} {label} {name}", column)
+    return {"layers": layers, "k": k, "arrays": packer.places}, packer.block()

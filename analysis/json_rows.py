@@ -1,0 +1,242 @@
+"""What an export reads: names of passes and comparisons, cells in order, and what an import kept beside the tables."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from analysis.json_file import HERE
+from analysis.json_import import unique
+
+if TYPE_CHECKING:
+    import duckdb
+
+_CHUNK = 2000  # rows fetched at a time
+_RUN_COLUMNS = {"norm": "norm", "norm_delta": "norm_delta", "cosine_prev": "cosine_distance_prev", "entropy": "entropy"}
+_PAIR_COLUMNS = {"norm_diff": "norm_diff", "cosine_sim": "cosine_distance", "kl_div": "kl_divergence"}
+_CELL = "pair = ? AND capture = ? AND prompt_idx = ? AND variant = ?"
+
+
+@dataclass(frozen=True)
+class Names:
+    """One capture: its passes as (name, model, embeddings, unembedding), comparisons, tracked ids and last layer L."""
+
+    pair: str
+    capture: str
+    passes: tuple[tuple[str, str, str, str], ...]
+    comparisons: tuple[str, ...]
+    tracked_ids: tuple[int, ...]
+    last: int | None
+    imported: bool
+    lens_norm: str | None
+
+    @classmethod
+    def of(cls, con: duckdb.DuckDBPyConnection, pair: str, capture: str) -> Names:
+        """Read them from the tables and capture.json."""
+        key = [pair, capture]
+        text, n_layers, norm = con.execute(
+            "SELECT json, n_layers, lens_norm FROM captures WHERE pair = ? AND capture = ?", key
+        ).fetchall()[0]
+        said = json.loads(text or "{}")
+        first = con.execute("SELECT min(prompt_idx) FROM prompts WHERE pair = ? AND capture = ?", key).fetchall()[0][0]
+        runs = con.execute(
+            "SELECT DISTINCT run FROM runs WHERE pair = ? AND capture = ? AND prompt_idx = ? ORDER BY 1", [*key, first]
+        ).fetchall()
+        pairs = con.execute(
+            "SELECT DISTINCT comparison FROM pairwise WHERE pair = ? AND capture = ? AND prompt_idx = ? ORDER BY 1",
+            [*key, first],
+        ).fetchall()
+        tracked = con.execute(
+            "SELECT token_id FROM tracked_tokens WHERE pair = ? AND capture = ? ORDER BY slot", key
+        ).fetchall()
+        known = {p.get("name"): p for p in (said.get("config") or {}).get("passes") or []}
+        return cls(
+            pair,
+            capture,
+            tuple(_pass(run, known.get(run) or {}) for (run,) in runs),
+            tuple(said.get("comparisons") or (c for (c,) in pairs)),
+            tuple(i for (i,) in tracked),
+            n_layers,
+            "imported" in said,
+            norm,
+        )
+
+    def tracked(self, logits: list[float] | None) -> dict[int, float]:
+        """Logits by slot as logits by token id; those that are no number are left out."""
+        pairs = zip(self.tracked_ids, logits or (), strict=False)
+        return {i: v for i, v in pairs if v is not None and not math.isnan(v)}
+
+    def record_header(self, prompt: dict[str, Any], tokens: list[str], single: str | None) -> dict[str, Any]:
+        """The keys of a record that is made here, in the format's order."""
+        metadata = self._metadata(prompt)
+        if single:
+            base, sft = single.split("-", 1)
+            return {"prompt": prompt["text"], "tokens": tokens, "metadata": metadata,
+                    "swap_options": self._swap_options(base, sft), "layers": HERE}  # fmt: skip
+        return {"format_version": 2, "prompt": prompt["text"], "tokens": tokens,
+                "metadata": metadata | {"multi_pass": True}, "runs": HERE, "pairwise": HERE}  # fmt: skip
+
+    def parts(self, kind: str, prompt: dict[str, Any], tokens: list[str]) -> list[tuple[str, dict[str, Any]]]:
+        """The passes or comparisons of a record that is made here, with their keys."""
+        metadata = self._metadata(prompt)
+        if kind == "run":
+            return [
+                (f"run {i}", {"name": name, "model": model, "embedding_source": embeddings,
+                              "unembedding_source": unembedding, "layers": HERE, "metadata": metadata | {"run_name": name}})
+                for i, (name, model, embeddings, unembedding) in enumerate(self.passes)
+            ]  # fmt: skip
+        found = []
+        for i, name in enumerate(self.comparisons):
+            base, sft = name.split("-", 1)
+            runs = {"base_run": base, "sft_run": sft}
+            found.append((f"pairwise {i}", {
+                "name": name, **runs, "prompt": prompt["text"], "tokens": tokens,
+                "metadata": metadata | runs | {"pair_name": name},
+                "swap_options": self._swap_options(base, sft), "layers": HERE,
+            }))  # fmt: skip
+        return found
+
+    def _metadata(self, prompt: dict[str, Any]) -> dict[str, Any]:
+        return {"prompt_idx": prompt["prompt_idx"], "variant_name": prompt["variant"], "pair": self.pair,
+                "capture": self.capture, "lens_norm": self.lens_norm}  # fmt: skip
+
+    def _swap_options(self, base: str, sft: str) -> dict[str, Any]:
+        known = {name: (embeddings, unembedding) for name, _, embeddings, unembedding in self.passes}
+        found = {}
+        for side, run in (("base", base), ("sft", sft)):
+            embeddings, unembedding = known.get(run, (side, side))
+            found[side] = {"embedding_source": embeddings, "unembedding_source": unembedding}
+        return found
+
+
+def _pass(name: str, said: dict[str, Any]) -> tuple[str, str, str, str]:
+    """As the config says; else by the name's letters, embeddings first and blocks second."""
+    letters = {"B": "base", "S": "sft"}
+    model = said.get("model") or letters.get(name[1:2], "base")
+    embeddings = said.get("embedding_source") or letters.get(name[:1], model)
+    return name, model, embeddings, said.get("unembedding_source") or model
+
+
+@dataclass(frozen=True)
+class Rests:
+    """What an import kept of one record: headers by part, and rests of cells by part and then (layer, position)."""
+
+    headers: dict[str, str]
+    by_part: dict[str, dict[tuple[int, int], list[dict[str, Any]]]]
+    run_names: dict[str, str]
+
+    def cells(self, part: str) -> dict[tuple[int, int], list[dict[str, Any]]]:
+        return self.by_part.get(part, {})
+
+    def run(self, part: str, header: dict[str, Any]) -> str:
+        return self.run_names.get(part, str(header.get("name")))
+
+
+def rests(con: duckdb.DuckDBPyConnection, key: list[Any]) -> Rests:
+    """Read what an import kept of one record; nothing for a capture of our own."""
+    rows = con.execute(f"SELECT part, layer, position, json FROM imported WHERE {_CELL}", key).fetchall()
+    headers: dict[str, str] = {}
+    cells: dict[str, dict[tuple[int, int], list[dict[str, Any]]]] = {}
+    for part, layer, position, text in rows:
+        if layer is None:
+            headers[part] = text
+        else:
+            cells.setdefault(part, {}).setdefault((layer, position), []).append(json.loads(text))
+    for by_cell in cells.values():
+        for found in by_cell.values():
+            found.sort(key=lambda rest: "under" not in rest)  # what is under comes first
+    ordered = dict(sorted(headers.items(), key=lambda h: (len(h[0]), h[0])))  # run 9 before run 10
+    return Rests(ordered, cells, _run_names(ordered))
+
+
+def _run_names(headers: dict[str, str]) -> dict[str, str]:
+    """The names that an import gave to passes: their own, or made unique."""
+    names: dict[str, str] = {}
+    for part, text in headers.items():
+        if part.startswith("run "):
+            said = json.loads(text)["header"].get("name")
+            names[part] = unique(str(said or f"run{part.split(' ')[1]}"), names.values())
+    return names
+
+
+def _rows(
+    con: duckdb.DuckDBPyConnection, names: Names, sql: str, values: list[Any]
+) -> Iterator[tuple[int, int, int, dict[str, Any]]]:
+    """Rows with their layer as the format numbers it, position, our layer, and the columns; layers without place are left out."""
+    cursor = con.cursor().execute(sql, values)
+    columns = [d[0] for d in cursor.description]
+    while chunk := cursor.fetchmany(_CHUNK):
+        for values_ in chunk:
+            row = dict(zip(columns, values_, strict=True))
+            ours, position = row.pop("layer"), row.pop("position")
+            layer = ours
+            if names.last is not None:
+                if ours == names.last:
+                    layer = ours - 1
+                elif ours == -1 or ours == names.last - 1:
+                    continue
+            for name, value in row.items():
+                if isinstance(value, float) and math.isnan(value):
+                    row[name] = None
+            yield layer, position, ours, row
+
+
+def _side(names: Names, alias: str, prefix: str) -> str:
+    """The columns of a pass. At the last layer of our own captures the format's layer before is block L-2's output."""
+    picked = []
+    for name, column in _RUN_COLUMNS.items():
+        sql = f"{alias}.{column}"
+        if not names.imported and names.last is not None and name == "norm_delta":
+            sql = (
+                f"CASE WHEN {alias}.layer = {names.last} THEN {alias}.norm::DOUBLE - {alias}_before.norm ELSE {sql} END"
+            )
+        if not names.imported and names.last is not None and name == "cosine_prev":
+            sql = f"CASE WHEN {alias}.layer <> {names.last} THEN {sql} END"
+        picked.append(f"{sql} AS {prefix}{name}")
+    return ", ".join([*picked, f"{alias}.tracked_logits AS {prefix}tracked"])
+
+
+def _before(names: Names, alias: str) -> str:
+    if names.imported or names.last is None:
+        return ""
+    return (
+        f"LEFT JOIN (SELECT run, layer, position, norm FROM runs WHERE {_CELL}) AS {alias}_before ON {alias}.layer = "
+        f"{names.last} AND {alias}_before.layer = {names.last - 2} AND {alias}_before.run = {alias}.run "
+        f"AND {alias}_before.position = {alias}.position\n"
+    )
+
+
+def run_rows(
+    con: duckdb.DuckDBPyConnection, names: Names, key: list[Any], run: str
+) -> Iterator[tuple[int, int, int, dict[str, Any]]]:
+    """The cells of a pass: columns norm, norm_delta, cosine_prev (a distance), entropy, tracked, ids, logits."""
+    before = _before(names, "r")
+    sql = (
+        f"SELECT r.layer, r.position, {_side(names, 'r', '')}, k.ids, k.logits\n"
+        f"FROM (SELECT * FROM runs WHERE {_CELL} AND run = ?) AS r\n"
+        f"LEFT JOIN (SELECT * FROM runs_topk WHERE {_CELL} AND run = ?) AS k USING (layer, position)\n{before}"
+        "ORDER BY r.layer, r.position"
+    )
+    return _rows(con, names, sql, [*key, run, *key, run, *(key if before else [])])
+
+
+def pair_rows(
+    con: duckdb.DuckDBPyConnection, names: Names, key: list[Any], base: str, sft: str
+) -> Iterator[tuple[int, int, int, dict[str, Any]]]:
+    """The cells of a comparison: norm_diff, cosine_sim (a distance), kl_div, both passes' columns, and the top-k lists."""
+    before = _before(names, "b") + _before(names, "s")
+    own = ", ".join(f"p.{column} AS {name}" for name, column in _PAIR_COLUMNS.items())
+    sql = (
+        f"SELECT p.layer, p.position, {own}, {_side(names, 'b', 'base_')}, {_side(names, 's', 'sft_')},\n"
+        "  k.increased_ids, k.increased, k.decreased_ids, k.decreased\n"
+        f"FROM (SELECT * FROM pairwise WHERE {_CELL} AND base_run = ? AND sft_run = ?) AS p\n"
+        f"LEFT JOIN (SELECT * FROM pairwise_topk WHERE {_CELL} AND base_run = ? AND sft_run = ?) AS k USING (layer, position)\n"
+        f"LEFT JOIN (SELECT * FROM runs WHERE {_CELL} AND run = ?) AS b ON b.layer = p.layer AND b.position = p.position\n"
+        f"LEFT JOIN (SELECT * FROM runs WHERE {_CELL} AND run = ?) AS s ON s.layer = p.layer AND s.position = p.position\n"
+        f"{before}ORDER BY p.layer, p.position"
+    )
+    extra = [*key, *key] if before else []
+    return _rows(con, names, sql, [*key, base, sft, *key, base, sft, *key, base, *key, sft, *extra])

@@ -1,0 +1,213 @@
+"""The table macros, against independent arithmetic on the numbers that were written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from synthetic import ALPHA, PASSES, alpha, write_capture
+
+from analysis import open_run
+from analysis.macros import MACROS, NAMES
+from analysis.metrics import metrics
+
+
+def rows_of(con: Any, sql: str) -> list[dict[str, Any]]:
+    cursor = con.execute(sql)
+    names = [d[0] for d in cursor.description]
+    return [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
+
+
+def test_every_macro_says_what_it_gives() -> None:
+    assert [m.name for m in MACROS] == list(NAMES)
+    for macro in MACROS:
+        assert len(macro.doc) > 40
+        assert macro.signature.startswith(f"{macro.name}(")
+
+
+@pytest.mark.parametrize("run", PASSES)
+def test_a_run_grid_has_the_cells_of_its_pass(con: Any, synthetic: Any, run: str) -> None:
+    rows = rows_of(con, f"FROM run_grid('alpha', 0, '{run}', 'norm')")
+    expected = synthetic.alpha.cells[0, "identity", run]["norm"]
+    assert [(r["layer"], r["position"]) for r in rows] == [(i - 1, j) for i in range(4) for j in range(5)]
+    assert np.array_equal([r["value"] for r in rows], expected.astype(float).ravel())
+    assert [r["token"] for r in rows[:5]] == synthetic.alpha.tokens[0, "identity"]
+
+
+def test_a_pairwise_grid_takes_cheap_and_joined_metrics_variants_and_captures(con: Any, synthetic: Any) -> None:
+    rows = rows_of(con, "FROM pairwise_grid('alpha', 1, 'BS-SB', 'kl_reverse')")
+    expected = synthetic.alpha.cells[1, "identity", "BS-SB"]["kl_reverse"]
+    assert np.array_equal([r["value"] for r in rows], expected.astype(float).ravel())
+    rows = rows_of(con, f"FROM pairwise_grid('alpha', 1, 'BS-SB', 'norm_sft', capture := '{ALPHA}')")
+    assert np.array_equal([r["value"] for r in rows], synthetic.alpha.cells[1, "identity", "SB"]["norm"].ravel())
+    rows = rows_of(con, "FROM pairwise_grid('beta', 0, 'BB-SS', 'norm_diff', variant := 'mirror_halves')")
+    assert np.array_equal(
+        [r["value"] for r in rows], synthetic.beta.cells[0, "mirror_halves", "BB-SS"]["norm_diff"].ravel()
+    )
+    assert rows_of(con, "FROM pairwise_grid('alpha', 9, 'BB-SS', 'norm_diff')") == []
+
+
+def test_every_metric_is_known_to_the_macros(con: Any) -> None:
+    for record in ("runs", "pairwise"):
+        for name in metrics(record):  # type: ignore[arg-type]
+            con.execute(f"FROM hotspots('{name}', 1, record := '{record}')").fetchall()
+
+
+def alpha_cells(synthetic: Any, metric: str, labels: Any) -> list[tuple[float, int, int, int, str]]:
+    """(value, layer, position, prompt, label) of all finite cells."""
+    found = []
+    for (prompt, _, label), cells in synthetic.alpha.cells.items():
+        if label in labels:
+            found += [
+                (float(v), i - 1, j, prompt, label) for (i, j), v in np.ndenumerate(cells[metric]) if np.isfinite(v)
+            ]
+    return found
+
+
+def test_hotspots_come_by_size(con: Any, synthetic: Any) -> None:
+    rows = rows_of(con, "FROM hotspots('norm_delta', 6, record := 'runs')")
+    beta = [
+        (float(v), i - 1, j, 0, label)
+        for (_, _, label), cells in synthetic.beta.cells.items()
+        if label in PASSES
+        for (i, j), v in np.ndenumerate(cells["norm_delta"])
+        if np.isfinite(v)
+    ]
+    expected = sorted(alpha_cells(synthetic, "norm_delta", PASSES) + beta, key=lambda c: -abs(c[0]))[:6]
+    assert [(r["value"], r["layer"], r["position"], r["prompt_idx"], r["label"]) for r in rows] == expected
+
+
+def test_hotspots_by_z_are_measured_against_their_own_layer(con: Any, synthetic: Any) -> None:
+    rows = [r for r in rows_of(con, "FROM hotspots_z('norm_diff', 1000)") if r["pair"] == "alpha"]
+    labels = {label for _, _, label in synthetic.alpha.cells if "-" in label}
+    cells = alpha_cells(synthetic, "norm_diff", labels)
+    z = {}
+    for label in labels:
+        for layer in (-1, 0, 1, 2):
+            values = np.array([c[0] for c in cells if c[1] == layer and c[4] == label])
+            for c in cells:
+                if c[1] == layer and c[4] == label:
+                    z[c[1:]] = (c[0] - values.mean()) / values.std()
+    found = {(r["layer"], r["position"], r["prompt_idx"], r["label"]): r["z"] for r in rows}
+    assert set(found) == set(z)
+    assert all(found[k] == pytest.approx(z[k], rel=1e-9) for k in z)
+    sizes = [abs(r["z"]) for r in rows]
+    assert sizes == sorted(sizes, reverse=True)
+
+
+def test_masks_leave_out_first_positions_and_special_tokens(con: Any) -> None:
+    for mask in ("skip_first := 1", "skip_special := true"):  # only token 0 is special
+        rows = rows_of(con, f"FROM cells('norm', record := 'runs', {mask})")
+        assert {r["position"] for r in rows if r["pair"] == "alpha"} == {1, 2, 3, 4}
+    assert {r["position"] for r in rows_of(con, "FROM hotspots_z('norm_diff', 1000, skip_first := 3)")} == {3, 4}
+
+
+def test_profiles_are_numpys(con: Any, synthetic: Any) -> None:
+    rows = [
+        r for r in rows_of(con, "FROM layer_profile('kl_divergence')") if (r["pair"], r["label"]) == ("alpha", "BB-SS")
+    ]
+    cells = synthetic.alpha.cells
+    for row in rows:
+        values = np.concatenate([cells[p, "identity", "BB-SS"]["kl_divergence"][row["layer"] + 1] for p in (0, 1)])
+        values = values.astype(float)
+        assert row["n"] == 8
+        assert np.allclose([row[k] for k in ("mean", "std", "min", "max")],
+                           [values.mean(), values.std(), values.min(), values.max()])  # fmt: skip
+        assert np.allclose([row[k] for k in ("p10", "median", "p90")], np.percentile(values, (10, 50, 90)))
+    assert [r["layer"] for r in rows] == [-1, 0, 1, 2]
+    rows = rows_of(con, "FROM token_profile('norm', record := 'runs')")
+    rows = [r for r in rows if (r["pair"], r["prompt_idx"], r["label"]) == ("alpha", 0, "SB")]
+    values = cells[0, "identity", "SB"]["norm"].astype(float)
+    assert [r["token"] for r in rows] == synthetic.alpha.tokens[0, "identity"]
+    assert np.allclose([r["mean"] for r in rows], values.mean(axis=0))
+    assert np.allclose([r["std"] for r in rows], values.std(axis=0))
+
+
+def test_the_decomposition_of_a_metric_is_its_formula(con: Any, synthetic: Any) -> None:
+    rows = [r for r in rows_of(con, "FROM decomposition('entropy')") if (r["pair"], r["prompt_idx"]) == ("alpha", 1)]
+    bb, bs, sb, ss = (synthetic.alpha.cells[1, "identity", p]["entropy"].astype(float).ravel() for p in PASSES)
+    assert len(rows) == 12
+    assert np.allclose([r["embeddings"] for r in rows], ((sb - bb) + (ss - bs)) / 2, rtol=1e-12, atol=1e-12)
+    assert np.allclose([r["blocks"] for r in rows], ((bs - bb) + (ss - sb)) / 2, rtol=1e-12, atol=1e-12)
+    assert np.allclose([r["interaction"] for r in rows], ss - sb - bs + bb, rtol=1e-12, atol=1e-12)
+    assert np.allclose([r["embeddings"] + r["blocks"] for r in rows], [r["total"] for r in rows])
+    beta = [r for r in rows_of(con, "FROM decomposition('norm')") if r["pair"] == "beta"]
+    assert all(r["interaction"] is None and r["total"] is not None for r in beta), "two passes alone"
+
+
+def test_the_decomposition_of_states_is_that_of_the_vectors(tmp_path: Path) -> None:
+    """From distances alone, the norms that the vectors themselves have."""
+    rng = np.random.default_rng(5)
+    made = alpha()
+    states = {p: rng.normal(size=(4, 5, 16)) for p in PASSES}
+    states["SS"] = states["SB"] + states["BS"] - states["BB"] + 0.1 * rng.normal(size=(4, 5, 16))
+    for a, b in made.comparisons:
+        distance = np.linalg.norm(states[b] - states[a], axis=-1)
+        made.cells[0, "identity", f"{a}-{b}"]["norm_diff"] = distance.astype(np.float32)
+    write_capture(tmp_path, made)
+    rows = [r for r in rows_of(open_run(str(tmp_path)), "FROM decomposition_states()") if r["prompt_idx"] == 0]
+    bb, bs, sb, ss = (states[p] for p in PASSES)
+    expected = {
+        "embeddings": ((sb - bb) + (ss - bs)) / 2, "blocks": ((bs - bb) + (ss - sb)) / 2, "interaction": ss - sb - bs + bb,
+        "total": ss - bb,
+    }  # fmt: skip
+    for name, vectors in expected.items():
+        assert np.allclose([r[name] for r in rows], np.linalg.norm(vectors, axis=-1).ravel(), rtol=1e-4), name
+
+
+def test_the_edges_of_the_square_are_its_four_comparisons(con: Any, synthetic: Any) -> None:
+    rows = [r for r in rows_of(con, "FROM edges('kl_divergence')") if (r["pair"], r["prompt_idx"]) == ("alpha", 0)]
+    names = {"embeddings_under_base": "BB-SB", "embeddings_under_sft": "BS-SS", "blocks_over_base": "BB-BS",
+             "blocks_over_sft": "SB-SS", "both": "BB-SS"}  # fmt: skip
+    for column, comparison in names.items():
+        expected = synthetic.alpha.cells[0, "identity", comparison]["kl_divergence"].astype(float)
+        assert np.array_equal([r[column] for r in rows], expected.ravel())
+
+
+def test_an_unknown_metric_or_record_type_names_the_near_ones(con: Any, synthetic: Any, call: Any) -> None:
+    answer = call("sql", synthetic.out, "FROM hotspots('norm_dif', 3)")
+    assert answer.code == 2
+    assert answer.err.startswith("no metric 'norm_dif'. Did you mean 'norm_diff'")
+    assert "there are: runs, pairwise" in call("sql", synthetic.out, "FROM layer_profile('norm', record := 'run')").err
+    assert "Did you mean" in call("sql", synthetic.out, "FROM hotspot('norm')").err
+
+
+def test_the_noise_floor_marks_differences_that_are_none(tmp_path: Path) -> None:
+    import json
+
+    made = alpha()
+    path = write_capture(tmp_path, made) / "capture.json"
+    floors = {p: {"norm_diff": [0.0, 0.5, 1.0, 2.0 + i], "norm_diff_relative": [0.0] * 4, "cosine_distance": [0.0] * 4}
+              for i, p in enumerate(PASSES)}  # fmt: skip
+    said = {"measured": True, "by_run_and_layer": floors}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"noise_floor": said}))
+    con = open_run(str(tmp_path))
+    assert con.execute("SELECT layer, norm_diff FROM noise WHERE run = 'SB' ORDER BY layer").fetchall() == [
+        (-1, 0.0), (0, 0.5), (1, 1.0), (2, 4.0),
+    ]  # fmt: skip
+    rows = con.execute(
+        "SELECT layer, position, norm_diff_floor, below_floor FROM pairwise_floor "
+        "WHERE prompt_idx = 0 AND comparison = 'BS-SB' ORDER BY ALL"
+    ).fetchall()
+    values = made.cells[0, "identity", "BS-SB"]["norm_diff"]
+    assert [r[2] for r in rows] == [f for f in (0.0, 0.5, 1.0, 4.0) for _ in range(5)], "the larger of the two passes'"
+    assert [r[3] for r in rows] == [bool(values[r[0] + 1, r[1]] <= r[2]) for r in rows]
+    assert {r[3] for r in rows} == {True, False}
+    from analysis import build_residual_grid
+
+    grid = build_residual_grid(con, "norm_diff", comparison="BS-SB")
+    assert grid.floor is not None
+    assert grid.floor.tolist() == [0.0, 0.5, 1.0, 4.0]
+    assert grid.below_floor.ravel().tolist() == [r[3] for r in rows]
+    assert "line-through" in grid._repr_html_()
+
+
+def test_without_a_measured_floor_nothing_is_below_it(con: Any) -> None:
+    from analysis import build_residual_grid
+
+    assert con.execute("SELECT DISTINCT below_floor FROM pairwise_floor").fetchall() == [(None,)]
+    grid = build_residual_grid(con, "norm_diff")
+    assert grid.floor is None
+    assert not grid.below_floor.any()

@@ -1,0 +1,363 @@
+"""The page in a headless Chromium: what it shows is what SQL says, and pickers, pointer, keys and links work."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+from browser import Browser, browser  # noqa: F401  (a fixture)
+from synthetic import PASSES, alpha, beta, make_capture, write_capture
+
+from analysis import open_run
+from analysis.html_page import write_page
+
+EVIL = "</script><script>window.hacked = 1</script>"
+TOKENS = ["<s>", EVIL, ' "it\'s"', "<!--", "<img src=x onerror=window.hacked=1>", "\n", " &amp;", " end"]
+
+
+@dataclass(frozen=True)
+class Made:
+    address: str
+    con: Any
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, browser: Browser) -> Made:  # noqa: F811
+    out = tmp_path_factory.mktemp("page") / "out"
+    write_capture(out, alpha())
+    write_capture(out, beta())
+    tokens = {(0, "identity"): TOKENS, (1, "identity"): [f" w{i}" for i in range(120)]}
+    write_capture(out, make_capture("it's", "feedfeedfeedfeed", PASSES, 3, tokens, {-1, 0, 1, 2, 3}, 5))
+    con = open_run(str(out))
+    done = write_page(con, out.parent / "page.html")
+    return Made(f"file://{done.path}", con)
+
+
+def press(browser: Browser, keys: str) -> None:  # noqa: F811
+    """Type keys into the page, one after the other, each when the one before is drawn."""
+    from selenium.webdriver.common.action_chains import ActionChains
+
+    for key in keys:
+        ActionChains(browser.driver).send_keys(key).perform()
+        browser.wait_ready()
+
+
+def point(browser: Browser, row: int, column: int, *, click: bool = False) -> None:  # noqa: F811
+    from selenium.webdriver.common.action_chains import ActionChains
+
+    x, y = browser.execute_script(
+        "grid.canvas.scrollIntoView({block: 'center'}); const b = grid.canvas.getBoundingClientRect();"
+        "return [grid.gutter + (arguments[1] + 0.5) * grid.cellWidth - grid.scroller.scrollLeft - b.width / 2,"
+        "(S.data.rows - 1 - arguments[0] + 0.5) * grid.cellHeight - b.height / 2]", row, column)  # fmt: skip
+    chain = ActionChains(browser.driver).move_to_element_with_offset(browser.find("#grid"), round(x), round(y))
+    (chain.click() if click else chain).perform()
+    browser.wait_ready()
+
+
+def choose(browser: Browser, picker: str, text: str | int) -> None:  # noqa: F811
+    from selenium.webdriver.support.ui import Select
+
+    found = Select(browser.find(f"#{picker}"))
+    found.select_by_index(text) if isinstance(text, int) else found.select_by_visible_text(text)
+    browser.wait_ready()
+
+
+def test_it_opens_without_a_complaint_and_asks_for_nothing_but_itself(made: Made, browser: Browser) -> None:  # noqa: F811
+    browser.open(made.address)
+    console, asked = browser.logs()
+    assert console == []
+    assert asked == [made.address]
+    assert browser.text("#grid-title") == "kl_divergence, BB-SS"
+    assert browser.execute_script("return S.pair.name") == "alpha"
+
+
+def test_every_number_of_every_grid_is_what_its_sql_says(made: Made, browser: Browser) -> None:  # noqa: F811
+    browser.open(made.address)
+    asked = browser.driver.execute_async_script("""
+      const done = arguments[0], found = [];
+      (async () => {
+        for (const pair of INDEX.pairs) for (const sheet of pair.sheets) {
+          const data = await openSheet(pair, sheet);
+          for (const view of viewsOf(pair).flatMap(([, l]) => l)) for (const [at, { name }] of metricsOf(pair, view).entries()) {
+            // all metrics of a few views, one or another of each other view
+            const all = pair === INDEX.pairs[0] && sheet === pair.sheets[0] && ["BB-SS", "SB", "embeddings"].includes(view);
+            if (!all && at !== found.length % metricsOf(pair, view).length) continue;
+            const values = valuesOf(data, view, name), cells = [];
+            for (let i = 0; i < data.n; i++) if (Number.isFinite(values[i]))
+              cells.push([data.sheet.layers[Math.floor(i / data.columns)], i % data.columns, values[i]]);
+            found.push([SQL.grid({ ...S, pair, sheet, view, metric: name }), viewKind(view), name, cells]);
+          }
+        }
+        done(found);
+      })();""")
+    assert len(asked) > 60
+    for sql, kind, name, cells in asked:
+        expected = [row for row in made.con.execute(sql).fetchall() if row[2] is not None]
+        assert [c[:2] for c in cells] == [list(row[:2]) for row in expected], sql
+        values, there = np.array([c[2] for c in cells]), np.array([row[2] for row in expected])
+        halved = kind == "comparison" and name not in ("norm_delta", "entropy_delta") and not name.startswith("logit")
+        np.testing.assert_allclose(values, there, rtol=6e-4 if halved else 1e-6, atol=1e-6 * np.abs(there).max(initial=0), err_msg=sql)  # fmt: skip
+
+
+@pytest.mark.parametrize("link", ["pair=alpha&show=BB-SS", "pair=alpha&show=SB&metric=entropy&scope=all", "pair=it%27s&show=blocks&metric=norm&mask=1",
+                                  "pair=alpha&show=BB-SB&metric=norm_diff&mask=1&scope=all&order=z", "pair=alpha&metric=logit+7&mask=1"])  # fmt: skip
+def test_hotspots_profile_marginals_and_the_2x2_are_what_their_sql_says(
+    made: Made,
+    browser: Browser,  # noqa: F811
+    link: str,
+) -> None:
+    browser.open(f"{made.address}#{link}&cell=1.2")
+    ask = lambda name: made.con.execute(browser.text(f"#{name}-sql pre")).fetchall()  # noqa: E731
+    spots = browser.execute_script(
+        "return S.spots.map((h) => [h.data.sheet.prompt, h.data.sheet.layers[h.row], h.column, h.value, h.z])"
+    )
+    assert [s[:3] for s in spots] == [list(row[:3]) for row in ask("spots")]
+    np.testing.assert_allclose([s[3:] for s in spots], [row[3:] for row in ask("spots")], rtol=2e-3, atol=2e-3)
+    found = browser.driver.execute_async_script("""
+      const done = arguments[0];
+      Promise.all((S.scope === "all" ? sheetsOf(S) : [S.sheet]).map((x) => openSheet(S.pair, x))).then((many) => {
+        const p = profile(many, S.view, S.metric, S.mask);
+        const kind = viewKind(S.view) === "comparison" ? EDGES.map((e) => e[0]) : FOUR;
+        done([p.layers.map((l, i) => [l, p.p10[i], p.p50[i], p.p90[i]]),
+              kind.sort().flatMap((v) => profile(many, v, S.metric, S.mask).mean.map((m, i) => [v, p.layers[i], m]))]);
+      });""")
+    np.testing.assert_allclose(found[0], ask("profile"), rtol=2e-3, atol=1e-6)
+    four = ask("four")
+    assert [r[:2] for r in found[1]] == [list(row[:2]) for row in four]
+    np.testing.assert_allclose([r[2] for r in found[1]], [row[2] for row in four], rtol=2e-3, atol=1e-6)
+    row, column = browser.execute_script("""const c = S.cell, n = S.data.columns;
+      return [[...S.values.slice(c.row * n, (c.row + 1) * n)], S.data.sheet.layers.map((_, r) => S.values[r * n + c.column])];""")
+    np.testing.assert_allclose(row, [value for _, value in ask("by-token")], rtol=1e-3)
+    np.testing.assert_allclose(column, [value for _, value in ask("by-layer")], rtol=1e-3)
+
+
+def test_pickers_choose_pair_prompt_comparison_and_metric(made: Made, browser: Browser) -> None:  # noqa: F811
+    browser.open(made.address)
+    choose(browser, "pair", "it's")
+    choose(browser, "prompt", 1)
+    choose(browser, "view", "SB-SS")
+    choose(browser, "metric", "norm_diff")
+    assert browser.text("#grid-title") == "norm_diff, SB-SS"
+    assert browser.execute_script("return [S.pair.name, S.sheet.prompt, S.data.columns]") == ["it's", 1, 120]
+    choose(browser, "view", "interaction of embeddings and blocks")
+    assert browser.text("#grid-title") == "norm, interaction of embeddings and blocks", "a metric that passes have"
+    choose(browser, "pair", "beta")
+    assert browser.execute_script("return [S.view, S.pair.name, byId('four').hidden]") == ["BB-SS", "beta", True]
+    choose(browser, "prompt", 1)
+    assert browser.execute_script("return S.sheet.variant") == "mirror_halves"
+
+
+def test_the_pointer_reads_a_cell_with_all_metrics_and_both_lists(made: Made, browser: Browser) -> None:  # noqa: F811
+    browser.open(f"{made.address}#pair=alpha&show=BB-SS")
+    point(browser, 2, 3)
+    card = browser.wait("return document.querySelector('#cell .lists ol') && byId('cell').innerText")
+    assert "layer 1" in card
+    assert "·long-token" in card
+    for metric in (
+        "cosine_distance",
+        "norm_diff",
+        "kl_divergence",
+        "kl_reverse",
+        "top1_agree",
+        "entropy_delta",
+        "logit of agrees",
+        "norm of BB",
+    ):
+        assert metric in card
+    rows = made.con.execute(browser.text("#cell-sql pre")).fetchall()
+    shown = browser.execute_script(
+        "return [...document.querySelectorAll('#cell .lists > div')].slice(0, 2).map((d) => [...d.querySelectorAll('li')]"
+        ".map((li) => [li.children[0].title, li.children[0].textContent, li.children[1].textContent]))"
+    )
+    for direction, items in zip(("increased", "decreased"), shown, strict=True):
+        mine = [row for row in rows if row[0] == direction]
+        assert [title for title, _, _ in items] == [f"token {row[2]}" for row in mine]
+        for (_, text, value), row in zip(items, mine, strict=True):
+            assert float(value.replace("−", "-")) == pytest.approx(row[4], rel=5e-3)
+            stored = made.con.execute(
+                "SELECT token FROM tokens WHERE pair = 'alpha' AND token_id = ?", [row[2]]
+            ).fetchone()
+            assert text == (stored[0].replace(" ", "·").replace("\n", "⏎") if stored else f"#{row[2]}")
+    tip = browser.find("#tip")
+    assert tip.is_displayed()
+    assert "long-token" in tip.text
+    assert browser.find("#marginals").is_displayed() is False, "only a click asks for the marginals"
+
+
+def test_a_click_keeps_the_cell_and_shows_its_row_and_column(made: Made, browser: Browser) -> None:  # noqa: F811
+    browser.open(f"{made.address}#pair=alpha&show=BB-SS")
+    point(browser, 1, 4, click=True)
+    assert browser.text("#by-token-title") == "Layer 0, over tokens"
+    assert browser.text("#by-layer-title") == "Token 界 (4), over layers"
+    assert browser.execute_script(
+        "return ['by-token', 'by-layer'].map((id) => byId(id).querySelectorAll('.dot').length)"
+    ) == [5, 4]
+    browser.execute_script("document.querySelectorAll('#spots button')[3].click()")
+    browser.wait("return jump.last === 3 && S.cell.row === S.spots[3].row && S.cell.column === S.spots[3].column")
+
+
+def test_keys_move_and_switch(made: Made, browser: Browser) -> None:  # noqa: F811
+    from selenium.webdriver.common.keys import Keys
+
+    browser.open(f"{made.address}#pair=alpha&show=BB-BS")
+    state = lambda: browser.execute_script(  # noqa: E731
+        "return [S.sheet.prompt, S.view, S.metric, S.log, S.lock, S.mask, S.order, S.scope, S.zoom, S.cell && [S.cell.row, S.cell.column]]"
+    )
+    press(browser, "pcmlsxza+")
+    assert state() == [1, "BB-SB", "kl_reverse", True, True, True, "z", "all", 1, None]
+    press(browser, "PCMlsxza-")
+    assert state() == [0, "BB-BS", "kl_divergence", False, False, False, "size", "prompt", 0, None]
+    press(browser, Keys.ARROW_UP + Keys.ARROW_RIGHT + Keys.ARROW_UP + Keys.ARROW_RIGHT + Keys.ARROW_LEFT)
+    assert state()[-1] == [1, 1]
+    press(browser, Keys.ESCAPE)
+    assert state()[-1] is None
+    press(browser, "hh")
+    assert browser.execute_script("return S.cell.row === S.spots[1].row && S.cell.column === S.spots[1].column")
+    before = browser.execute_script("return dark()")
+    press(browser, "t")
+    assert browser.execute_script("return [dark(), getComputedStyle(document.body).colorScheme]") == [
+        not before,
+        "light" if before else "dark",
+    ]
+    press(browser, "?")
+    assert browser.find("#keys").is_displayed()
+
+
+def test_a_link_brings_the_view_back(made: Made, browser: Browser) -> None:  # noqa: F811
+    browser.open(made.address)
+    choose(browser, "pair", "it's")
+    browser.execute_script("document.activeElement.blur()")  # in a picker, keys are the picker's
+    press(browser, "cmlsxzat")
+    point(browser, 2, 5, click=True)
+    link, title = browser.current_url, browser.execute_script("return document.title")
+    browser.open(link)
+    assert browser.execute_script("return [toHash(), document.title]") == [link[link.index("#") :], title]
+    assert browser.execute_script("return [S.cell.row, S.cell.column, S.log, S.lock, S.mask, S.order, S.scope]") == [2, 5, True, True, True, "z", "all"]  # fmt: skip
+    browser.execute_script("location.hash = '#pair=alpha&prompt=1'")
+    browser.wait("return S.pair.name === 'alpha' && S.sheet.prompt === 1")
+    browser.open(f"{made.address}#pair=nobody&prompt=99&show=XX&metric=none&cell=77.x&zoom=q&theme=%3Cb%3E")
+    assert browser.execute_script("return [S.pair.name, S.sheet.prompt, S.view, S.metric, S.cell]") == [
+        "alpha",
+        0,
+        "BB-SS",
+        "kl_divergence",
+        None,
+    ]
+    assert browser.logs()[0] == []
+
+
+def test_markup_in_prompts_and_tokens_is_text(made: Made, browser: Browser) -> None:  # noqa: F811
+    browser.open(f"{made.address}#pair=it%27s&prompt=0&cell=0.1")
+    point(browser, 1, 1)
+    assert browser.text("#text") == "".join(TOKENS)
+    seen = EVIL.replace(" ", "·")
+    assert seen in browser.wait("return byId('cell').textContent")
+    assert browser.execute_script("return [window.hacked, document.images.length]") == [None, 0]
+    assert seen in browser.text("#tip")
+    console, asked = browser.logs()
+    assert console == []
+    assert all(address.startswith("file:") for address in asked)
+
+
+def test_even_a_script_of_its_own_could_reach_no_host(made: Made, browser: Browser) -> None:  # noqa: F811
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(1.5)
+        called = threading.Event()
+
+        def listen() -> None:
+            try:
+                server.accept()
+                called.set()
+            except TimeoutError:
+                pass
+
+        listener = threading.Thread(target=listen)
+        listener.start()
+        browser.open(made.address)
+        refused = browser.driver.execute_async_script(
+            """const address = `http://127.0.0.1:${arguments[0]}/`, done = arguments[1];
+            const image = new Image(); image.src = address; document.body.append(image);
+            const frame = document.createElement("iframe"); frame.src = address; document.body.append(frame);
+            const code = document.createElement("script"); code.textContent = "window.hacked = 1"; document.body.append(code);
+            fetch(address).then(() => done(false), () => done(true));""", server.getsockname()[1])  # fmt: skip
+        listener.join()
+        assert refused
+        assert not called.is_set()
+        assert browser.execute_script("return window.hacked") is None, (
+            "a script that is not the page's own does not run"
+        )
+        browser.logs()
+
+
+def test_colours_are_locked_logarithmic_and_diverging_as_asked(made: Made, browser: Browser) -> None:  # noqa: F811
+    ends = "return [S.scale.low, S.scale.high, S.scale.signed, S.scale.log]"
+    seen = {}
+    for lock in ("", "&lock=1"):
+        for view in ("BB-SS", "SB-SS"):
+            browser.open(f"{made.address}#pair=alpha&metric=norm_diff&show={view}{lock}")
+            seen[lock, view] = browser.execute_script(ends)
+    assert seen["", "BB-SS"][:2] != seen["", "SB-SS"][:2]
+    assert seen["&lock=1", "BB-SS"] == seen["&lock=1", "SB-SS"]
+    browser.open(f"{made.address}#pair=alpha&metric=entropy_delta&log=1")
+    low, high, signed, log = browser.execute_script(ends)
+    assert (low, signed, log) == (-high, True, True)
+    middle = browser.execute_script("return [S.scale.step(0), S.scale.step(S.scale.high), S.scale.step(S.scale.low)]")
+    assert middle == [128, 255, 0]
+    drawn = "const p = grid.pen.getImageData(grid.gutter + 4, 4, 1, 1).data; return [p[0], p[1], p[2]]"
+    theme = {}
+    for name in ("light", "dark"):
+        browser.open(f"{made.address}#pair=alpha&theme={name}&zoom=-4")
+        expected = browser.execute_script(
+            "return S.scale.css[S.scale.step(S.values[(S.data.rows - 1) * S.data.columns])]"
+        )
+        theme[name] = browser.execute_script(drawn)
+        assert expected == f"rgb({','.join(map(str, theme[name]))})", "the canvas has the colour of the scale"
+    assert theme["light"] != theme["dark"]
+
+
+@pytest.mark.parametrize("width", [1280, 400])
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_nothing_is_wider_than_the_window(made: Made, browser: Browser, width: int, theme: str) -> None:  # noqa: F811
+    browser.width(width)
+    try:
+        for link in ("pair=alpha&cell=1.2", "pair=it%27s&prompt=1&cell=1.100&show=embeddings"):
+            browser.open(f"{made.address}#{link}&theme={theme}")
+            assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+            outside = browser.execute_script(
+                "return [...document.querySelectorAll('.panel *')].filter((e) => !e.closest('#scroller, pre, svg, [hidden]') && e.offsetParent && "
+                "e.getBoundingClientRect().right > innerWidth + 0.5).map((e) => e.outerHTML.slice(0, 80))"
+            )
+            assert outside == []
+    finally:
+        browser.width(1280)
+
+
+def test_the_spectrum_shows_where_there_is_one(made: Made, browser: Browser) -> None:  # noqa: F811
+    browser.open(f"{made.address}#pair=alpha&show=BB-SS&cell=1.0")
+    panel = browser.find("#spectrum-panel")
+    assert panel.is_displayed()
+    layers, ranks, _, _, values = zip(*made.con.execute(browser.text("#spectrum-sql pre")).fetchall(), strict=True)
+    shown = browser.driver.execute_async_script("""const done = arguments[0], { spectrum } = S.pair;
+      open_(spectrum.block, spectrum.arrays).then((get) => done([spectrum.layers, [...get("identity BB-SS effective_rank", spectrum.layers.length)]]));""")
+    assert shown[0] == list(layers)
+    np.testing.assert_allclose(shown[1], [np.nan if r is None else r for r in ranks], rtol=1e-6)
+    assert browser.text("#spectrum-layer") == "Largest singular values, layer 1"
+    assert browser.execute_script("return [...document.querySelectorAll('#spectrum-values .dot')].length") == len(
+        values[layers.index(1)]
+    )
+    choose(browser, "view", "BB")
+    assert not browser.find("#spectrum-panel").is_displayed()
+
+
+def test_cells_without_a_number_and_the_masks_are_told(made: Made, browser: Browser) -> None:  # noqa: F811
+    browser.open(f"{made.address}#pair=beta&prompt=0&metric=kl_divergence")
+    assert browser.execute_script("return S.values.filter(Number.isFinite).length") == 2, (
+        "the lens of beta reads one layer"
+    )
+    browser.open(f"{made.address}#pair=alpha&mask=1")
+    assert browser.execute_script("return S.spots.every((h) => h.column > 0)")
+    assert "without first and special tokens" in browser.text("#spots-scope")

@@ -1,0 +1,184 @@
+"""What goes into the page: the numbers' precision, what fits, which prompts, whose tokens; and every wrong call."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, decoders, models
+
+from analysis import QueryError
+from analysis.html_data import parse_prompts
+from analysis.html_pack import Packer, to_half
+from analysis.html_page import PAGE, SCRIPTS, write_page
+from analysis.html_texts import token_texts
+from capture.errors import StoreError
+
+
+def index_of(file: Path) -> dict[str, Any]:
+    text = file.read_text(encoding="utf-8")
+    found = re.search(r'<script type="application/json" id="index">(.*?)</script>', text, re.DOTALL)
+    assert found
+    return json.loads(found[1])
+
+
+def test_half_precision_keeps_three_digits_over_eight_decades_and_no_number_overflows() -> None:
+    rng = np.random.default_rng(0)
+    values = (10.0 ** rng.uniform(-7, 1, 5000)).astype(np.float32)
+    halves, scale = to_half(values)
+    np.testing.assert_allclose(halves.astype(np.float64) * scale, values, rtol=5e-4)
+    assert np.log2(scale) == int(np.log2(scale)), "a power of two loses nothing"
+    halves, scale = to_half(np.array([1e30, -3e29, 0, np.nan, np.inf], np.float32))
+    back = halves.astype(np.float64) * scale
+    np.testing.assert_allclose(back[:3], [1e30, -3e29, 0], rtol=5e-4)
+    assert np.isnan(back[3:]).all()
+    assert to_half(np.zeros(3, np.float32))[1] == 1.0
+
+
+def test_equal_arrays_are_packed_once() -> None:
+    packer = Packer()
+    values = np.arange(100, dtype=np.float32)
+    packer.exact("SB norm", values)
+    packer.exact("BB norm", values.copy())
+    packer.half("BB-SB norm_diff", np.zeros(100, np.float32))
+    assert packer.places == {"SB norm": ["f4", 0, 1.0], "BB norm": ["f4", 0, 1.0], "BB-SB norm_diff": ["f2", 400, 1.0]}
+    raw = gzip.decompress(base64.b64decode(packer.block()))
+    assert len(raw) == 600
+    planes = np.frombuffer(raw[:400], np.uint8).reshape(4, 100).T.copy()
+    np.testing.assert_array_equal(planes.view("<f4")[:, 0], values)
+
+
+def test_the_page_needs_no_host_and_allows_only_its_own_code(con: Any, tmp_path: Path) -> None:
+    done = write_page(con, tmp_path / "page.html")
+    text = done.path.read_text(encoding="utf-8")
+    assert done.bytes == len(text.encode())
+    assert re.findall(r"https?://[^\"' ]+", text) == ["http://www.w3.org/2000/svg"], "a namespace, not an address"
+    assert "default-src 'none'" in text
+    assert "unsafe" not in text[: text.index("<style>")]
+    assert set(SCRIPTS) | {"page.html", "page.css"} == {p.name for p in PAGE.iterdir()}, "every part is used"
+
+
+def test_all_prompts_fit_by_default_and_fewer_into_less(con: Any, tmp_path: Path) -> None:
+    done = write_page(con, tmp_path / "all.html")
+    assert (done.pairs, done.prompts, done.total, done.lists) == (2, 4, 4, 4)
+    bare = write_page(con, tmp_path / "bare.html", top_k=0)
+    assert bare.lists == 0
+    assert bare.bytes < done.bytes
+    # the grids of all go first, and lists with what is left
+    some = write_page(con, tmp_path / "some.html", max_mb=(bare.bytes + 3 * done.bytes) / 4e6)
+    assert some.prompts == 4
+    assert 0 < some.lists < 4
+    with_lists = [["list_block" in sheet for sheet in pair["sheets"]] for pair in index_of(some.path)["pairs"]]
+    assert with_lists[0][0], "the first prompt of the first pair comes first"
+    less = write_page(con, tmp_path / "less.html", max_mb=bare.bytes / 1e6 - 0.001)
+    assert less.bytes <= bare.bytes
+    assert 2 <= less.prompts < 4
+    with pytest.raises(
+        QueryError, match=r"prompt 0 of pair 'alpha' takes .* raise it, or choose with --entries and --prompts"
+    ):
+        write_page(con, tmp_path / "none.html", max_mb=0.001)
+    assert not (tmp_path / "none.html").exists()
+
+
+def test_entries_prompts_and_the_largest_prompts_are_chosen(con: Any, tmp_path: Path) -> None:
+    file = tmp_path / "page.html"
+    chosen = lambda: {p["name"]: [s["prompt"] for s in p["sheets"]] for p in index_of(file)["pairs"]}  # noqa: E731
+    write_page(con, file, entries=("beta",))
+    assert chosen() == {"beta": [0, 0]}
+    write_page(con, file, entries=("alpha",), prompts="1:5")
+    assert chosen() == {"alpha": [1]}
+    rows = con.execute("SELECT prompt_idx FROM pairwise WHERE pair = 'alpha' AND comparison = 'BB-SS' GROUP BY 1 "
+                       "ORDER BY avg(kl_divergence) DESC").fetchall()  # fmt: skip
+    write_page(con, file, entries=("alpha",), top_prompts=1)
+    assert chosen() == {"alpha": [rows[0][0]]}
+    write_page(con, file, entries=("alpha",), top_prompts=9)
+    assert chosen() == {"alpha": [p for (p,) in rows]}
+
+
+def test_lists_of_prompts_are_indices_and_ranges() -> None:
+    assert parse_prompts("0, 3,5:9") == [(0, 1), (3, 4), (5, 9)]
+    for wrong in ("", "a", "3:", "5:5", "-1", "1,,2"):
+        with pytest.raises(QueryError, match="is not a list of prompt indices such as 0,3,5:9"):
+            parse_prompts(wrong)
+
+
+def test_the_verb_says_what_it_wrote_and_what_it_left_out(
+    synthetic: Any, call: Callable[..., Any], tmp_path: Path
+) -> None:
+    file = tmp_path / "page.html"
+    done = call("html", synthetic.out, "-o", file, "--entries", "alpha", "beta")
+    assert done.code == 0
+    assert done.err.splitlines()[0] == f"wrote {file}: {file.stat().st_size / 1e6:.1f} MB, 2 pairs, prompts 4"
+    assert "tokens of the lists show as ids for alpha, beta" in done.err
+    done = call("html", synthetic.out, "-o", file, "--prompts", "1", "--entries", "alpha", "--top-k", 0)
+    assert done.err.splitlines() == [f"wrote {file}: {file.stat().st_size / 1e6:.1f} MB, 1 pair, prompts 1 of 2"]
+    done = call("html", synthetic.out, "-o", file, "--include-partial")
+    assert "3 pairs" in done.err
+    assert index_of(file)["pairs"][2]["facts"]["complete"] is False
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--entries", "alhpa"), r"no pair 'alhpa' here. Did you mean 'alpha'\?"),
+        (("--entries", "gamma"), "no pair 'gamma' here"),  # partial
+        (("--prompts", "7:9"), "pair 'alpha' has none of these prompts. There are 0 to 1."),
+        (("--prompts", "x"), "--prompts 'x' is not a list of prompt indices"),
+        (("--tokenizer", "/nowhere"), "there is no tokenizer '/nowhere'"),
+    ],
+)
+def test_a_wrong_call_is_one_clear_error(
+    synthetic: Any, call: Callable[..., Any], tmp_path: Path, options: tuple[str, ...], message: str
+) -> None:
+    done = call("html", synthetic.out, "-o", tmp_path / "page.html", *options)
+    assert done.code == 2
+    assert re.search(message, done.err)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_cannot_be_written_is_named(
+    synthetic: Any, call: Callable[..., Any], con: Any, tmp_path: Path
+) -> None:
+    with pytest.raises(StoreError, match=r"cannot write the page '.*/no/page.html': No such file"):
+        write_page(con, tmp_path / "no" / "page.html")
+    with pytest.raises(StoreError, match="it is a directory"):
+        write_page(con, tmp_path)
+    assert call("html", tmp_path / "nothing", "-o", tmp_path / "page.html").code == 2
+    assert call("html", synthetic.out, "--max-mb", 0).code == 2
+    assert call("html", synthetic.out, "--entries").code == 2
+
+
+def spelled(folder: Path, words: dict[str, int]) -> Path:
+    """A tokenizer.json of whole words, as sentencepiece spells them."""
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<s>"))
+    tokenizer.decoder = decoders.Metaspace()
+    folder.mkdir()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def test_texts_of_other_ids_come_from_the_captures_tokenizer_if_it_is_here_and_the_same(tmp_path: Path) -> None:
+    here = spelled(tmp_path / "tok", {"<s>": 0, "▁a": 1, "b": 2, "▁more": 3})
+    said = json.dumps({"tokenizer": {"name": str(here)}, "models": {"base": {"model": "x/y"}, "sft": {"model": "x/z"}}})
+    stored = {1: " a", 2: "b"}
+    texts = token_texts(stored, said)
+    assert texts.source == str(here)
+    assert texts.of([0, 1, 3, 99]) == {0: "<s>", 1: " a", 3: " more"}
+    other = token_texts({1: " something else"}, said)
+    assert other.source is None
+    assert other.of([1, 3]) == {1: " something else"}
+    assert token_texts(stored, None).source is None
+    assert token_texts(stored, None, str(here)).of([3]) == {3: " more"}
+    with pytest.raises(QueryError, match="is another tokenizer"):
+        token_texts({1: " something else"}, None, str(here / "tokenizer.json"))
+    (here / "tokenizer.json").write_text("{}")
+    assert token_texts(stored, said).source is None
+    with pytest.raises(QueryError, match="can be read"):
+        token_texts(stored, None, str(here))

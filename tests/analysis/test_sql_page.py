@@ -1,0 +1,56 @@
+"""docs/sql.md: thirty questions, and each query gives an answer."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from synthetic import PASSES, alpha, beta, write_attempt, write_capture
+
+import analysis
+from analysis.macros import NAMES
+
+PAGE = (Path(__file__).resolve().parents[2] / "docs" / "sql.md").read_text(encoding="utf-8")
+QUESTIONS = re.findall(r"^### (\d+)\. (.+?)\n(.*?)```sql\n(.*?)```", PAGE, re.DOTALL | re.MULTILINE)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The pair of the page, with a noise floor, next to another."""
+    out = tmp_path_factory.mktemp("sql")
+    made = alpha()
+    made.pair = "pydoc"
+    path = write_capture(out, made) / "capture.json"
+    floors = {p: {k: [0.1] * 4 for k in ("norm_diff", "norm_diff_relative", "cosine_distance")} for p in PASSES}
+    noise = {"measured": True, "by_run_and_layer": floors}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"noise_floor": noise}))
+    write_capture(out, beta())
+    write_attempt(out, "1", entry="pydoc", state="complete", started="2025-01-01T00:00:01.000")
+    with analysis.open(str(out)) as opened:
+        yield opened
+
+
+def test_there_are_thirty_questions_in_order() -> None:
+    assert [int(n) for n, *_ in QUESTIONS] == list(range(1, 31))
+    assert all(title.endswith("?") for _, title, *_ in QUESTIONS)
+
+
+@pytest.mark.parametrize(("number", "query"), [(n, sql) for n, _, _, sql in QUESTIONS])
+def test_a_query_of_the_page_has_an_answer(run: Any, number: str, query: str) -> None:
+    table = run.arrow(query)
+    assert table.num_rows > 0, query
+    for name in table.column_names:
+        nothing = table.column(name).null_count == table.num_rows
+        assert not nothing or name in ("error", "error_class", "seconds", "n_tokens"), (
+            f"{name} of question {number} is always null"
+        )
+
+
+def test_every_macro_that_is_asked_by_name_is_shown() -> None:
+    shown = " ".join(sql for *_, sql in QUESTIONS)
+    for name in NAMES:
+        if name not in ("latest", "cells_source", "cells", "run_grid"):
+            assert f"{name}(" in shown, name
