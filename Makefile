@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install look demo demo-smollm2 test rehearsal lint bench docs clean
+.PHONY: help install look demo demo-smollm2 test slow rehearsal lint bench bench-analysis bench-page docs images clean
 
 help:  ## show this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | expand -t 16
@@ -45,6 +45,9 @@ look:
 test: $(STAMP)  ## all tests, but for the slow ones and those that need a GPU
 	@$(BIN)/python -m pytest -m "not slow and not gpu" -n 2 --dist loadfile
 
+slow: $(STAMP)  ## the slow tests of the packages: spans over two Ray nodes, groups of four ranks (some minutes)
+	@$(BIN)/python -m pytest -m "slow and not gpu" tests/capture tests/cluster
+
 rehearsal: $(STAMP)  ## the whole cluster on this machine: a fake Vast, real sshd hosts, real Ray (root; some ten minutes)
 	@$(BIN)/python -m pytest tests/e2e
 
@@ -56,8 +59,18 @@ lint: $(STAMP)  ## ruff and mypy
 bench: $(STAMP)  ## time a capture against the bare floor, in one run
 	@$(BIN)/python tests/bench/bench_capture.py
 
+bench-analysis: $(STAMP)  ## time questions on 100 M rows, and the import of 1 GB of JSON (some minutes, 5 GB of disk)
+	@$(BIN)/python tests/bench/bench_analysis.py
+	@$(BIN)/python tests/bench/bench_import.py
+
+bench-page: $(STAMP)  ## time the page of 20 prompts x 250 tokens x 34 layers in a browser (needs Debian's chromium)
+	@$(BIN)/python -m pytest tests/analysis/test_page_speed.py -s
+
 docs: $(STAMP)  ## write the generated pages of docs/ again
 	@$(BIN)/python docs/generate.py
+
+images: $(STAMP)  ## make the README's pictures again, after demo-smollm2 (needs Debian's chromium)
+	@$(BIN)/python docs/make_images.py
 
 clean:  ## remove .venv, caches and the demo's output
 	rm -rf $(VENV) .cache out .pytest_cache .ruff_cache .mypy_cache

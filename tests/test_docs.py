@@ -40,6 +40,9 @@ def test_a_command_shown_exists_with_its_options(file, line):
         return
     command = pairscope.cli.get_command(None, words[1])
     assert command is not None, f"{file}: no verb {words[1]}"
+    if isinstance(command, pairscope.click.Group) and len(words) > 2:
+        command = command.get_command(None, words[2])
+        assert command is not None, f"{file}: no {words[1]} {words[2]}"
     options = {o for p in command.params for o in (*p.opts, *p.secondary_opts)} | {"--help", "-h"}
     for word in words[2:]:
         if re.match(r"--?[a-z]", word):
