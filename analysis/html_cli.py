@@ -42,8 +42,6 @@ class ListsNames(click.Command):
 )
 @click.option("--max-mb", type=click.FloatRange(min=0, min_open=True), default=40.0, show_default=True,
               help="Size of the file at most. Grids of all prompts go first, then token lists.")  # fmt: skip
-@click.option("--tokenizer", metavar="PATH",
-              help="tokenizer.json (or its folder) that spells the lists' tokens, where the capture's is not on this machine.")  # fmt: skip
 @partial_option
 @lenient_option
 def html(
@@ -54,7 +52,6 @@ def html(
     top_prompts: int | None,
     top_k: int,
     max_mb: float,
-    tokenizer: str | None,
     include_partial: bool,
     lenient: bool,
 ) -> None:
@@ -74,7 +71,7 @@ def html(
     with asking(out, include_partial, lenient) as con:
         try:
             done = write_page(con, output, entries=entries, prompts=prompts, top_prompts=top_prompts, top_k=top_k, max_mb=max_mb,
-                              tokenizer=tokenizer, progress=show)  # fmt: skip
+                              progress=show)  # fmt: skip
         finally:
             show("")
     of = "" if done.prompts == done.total else f" of {done.total}"
@@ -86,7 +83,6 @@ def html(
         )
     if done.texts_missing:
         click.echo(
-            f"  tokens of the lists show as ids for {', '.join(done.texts_missing)}: the tokenizer is not on this machine; "
-            "--tokenizer names it",
+            f"  tokens of the lists show as ids for {', '.join(done.texts_missing)}: an imported capture has no texts of them",
             err=True,
         )

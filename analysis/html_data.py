@@ -88,7 +88,9 @@ def _pair(con: duckdb.DuckDBPyConnection, row: tuple[Any, ...]) -> PairData:
         f"SELECT prompt_idx, variant, text FROM prompts {here} ORDER BY prompt_idx, variant <> 'identity', variant", key
     ).fetchall()
     tracked = con.execute(f"SELECT token_id, label FROM tracked_tokens {here} ORDER BY slot", key).fetchall()
-    stored = con.execute(f"SELECT DISTINCT token_id, token FROM tokens {here}", key).fetchall()
+    stored = con.execute(
+        f"SELECT token_id, token FROM tokens {here} UNION SELECT token_id, token FROM vocabulary {here}", [*key, *key]
+    ).fetchall()
     data = PairData(
         name=name,
         capture=capture,

@@ -27,7 +27,6 @@ from analysis.html_data import (
     read_spectrum,
     scalars,
 )
-from analysis.html_texts import TokenTexts, token_texts
 from analysis.tables import jsonable
 from analysis.views import BY_VIEW
 from capture.errors import StoreError
@@ -65,7 +64,6 @@ def write_page(
     top_prompts: int | None = None,
     top_k: int = TOP_K,
     max_mb: float = MAX_MB,
-    tokenizer: str | None = None,
     progress: Callable[[str], None] = lambda line: None,
 ) -> Written:
     """Write the page of the captures in `con`, whole or not at all.
@@ -84,23 +82,26 @@ def write_page(
             keep_prompts(pair, parse_prompts(prompts))
         if top_prompts is not None:
             keep_top_prompts(con, pair, top_prompts)
-    texts = [token_texts(pair.stored, pair.capture_json, tokenizer) for pair in pairs]
     spectra = [read_spectrum(con, pair) for pair in pairs]
     code = _code()
 
     def page(sheets: list[list[Sheet]], known: list[dict[int, str]]) -> str:
-        return _document(code, pairs, sheets, known, spectra, texts)
+        return _document(code, pairs, sheets, known, spectra)
 
     nothing: list[dict[int, str]] = [{} for _ in pairs]
     room = int(max_mb * 1e6) - len(page([[] for _ in pairs], nothing).encode(errors="replace"))
     sheets, room = _read_sheets(con, pairs, room, max_mb, progress)
-    known = _read_all_lists(con, pairs, texts, sheets, top_k, room, progress) if top_k else nothing
+    known = _read_all_lists(con, pairs, sheets, top_k, room, progress) if top_k else nothing
     text = page(sheets, known)
     _write(path, text)
-    missing = tuple(p.name for p, t, mine in zip(pairs, texts, sheets, strict=True)
-                    if t.source is None and any(s.lists for s in mine))  # fmt: skip
+    missing = tuple(p.name for p, mine in zip(pairs, sheets, strict=True) if not _all_spelled(p, mine))
     return Written(path, path.stat().st_size, len(pairs), sum(map(len, sheets)), sum(p.total for p in pairs),
                    sum(s.lists is not None for mine in sheets for s in mine), missing)  # fmt: skip
+
+
+def _all_spelled(pair: PairData, sheets: list[Sheet]) -> bool:
+    """Whether the capture has the text of every listed token: an imported one has not."""
+    return all(i in pair.stored for sheet in sheets if sheet.lists is not None for i in sheet.ids.tolist())
 
 
 def _read_sheets(
@@ -128,8 +129,7 @@ def _read_sheets(
 
 
 def _read_all_lists(
-    con: duckdb.DuckDBPyConnection, pairs: list[PairData], texts: list[TokenTexts], sheets: list[list[Sheet]], k: int,
-    room: int, progress: Callable[[str], None],
+    con: duckdb.DuckDBPyConnection, pairs: list[PairData], sheets: list[list[Sheet]], k: int, room: int, progress: Callable[[str], None],
 ) -> list[dict[int, str]]:  # fmt: skip
     """Add top-k lists to as many sheets as fit; returns the texts of their ids, by pair."""
     known: list[dict[int, str]] = [{} for _ in pairs]
@@ -139,7 +139,8 @@ def _read_all_lists(
         sheet = sheets[i][n]
         before = sheet.index.copy()
         read_lists(con, pairs[i], sheet, k)
-        new = texts[i].of([t for t in sheet.ids.tolist() if t not in known[i]])
+        stored = pairs[i].stored
+        new = {t: stored[t] for t in sheet.ids.tolist() if t in stored and t not in known[i]}
         size = len(sheet.lists or "") + len(json.dumps(sheet.index.get("lists"))) + len(json.dumps(new)) + _FRAME
         if size > room:
             sheet.index, sheet.lists = before, None
@@ -151,7 +152,7 @@ def _read_all_lists(
 
 def _pair_index(
     pair: PairData, sheets: list[Sheet], known: dict[int, str], spectrum: tuple[dict[str, Any], str] | None,
-    texts: TokenTexts, number: int, blocks: list[tuple[str, str]],
+    number: int, blocks: list[tuple[str, str]],
 ) -> dict[str, Any]:  # fmt: skip
     """What the page reads first of one pair; its blocks are appended to `blocks` as (id, base64)."""
     for n, sheet in enumerate(sheets):
@@ -173,7 +174,6 @@ def _pair_index(
         "comparisons": pair.comparisons,
         "prompts_total": pair.total,
         "texts": known,
-        "texts_known": texts.source is not None,
         "spectrum": spectrum[0] | {"block": f"s{number}"} if spectrum else None,
         "sheets": [sheet.index for sheet in sheets],
     }
@@ -188,7 +188,7 @@ def _code() -> dict[str, str]:
 
 def _document(
     code: dict[str, str], pairs: list[PairData], sheets: list[list[Sheet]], known: list[dict[int, str]],
-    spectra: list[tuple[dict[str, Any], str] | None], texts: list[TokenTexts],
+    spectra: list[tuple[dict[str, Any], str] | None],
 ) -> str:  # fmt: skip
     """The page. Only this very script and style may run, and nothing may be fetched: a policy by hashes."""
     blocks: list[tuple[str, str]] = []
@@ -196,9 +196,7 @@ def _document(
         "made": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "metrics": {table: [asdict(c) for c in scalars(table)] for table in ("runs", "pairwise")}
         | {"joined": [asdict(c) for c in BY_VIEW["pairwise_full"].columns if c.name in JOINED]},
-        "pairs": [
-            _pair_index(pair, sheets[i], known[i], spectra[i], texts[i], i, blocks) for i, pair in enumerate(pairs)
-        ],
+        "pairs": [_pair_index(pair, sheets[i], known[i], spectra[i], i, blocks) for i, pair in enumerate(pairs)],
     }
     policy = (
         f"default-src 'none'; script-src {_hash(code['js'])}; style-src {_hash(code['css'])}; "

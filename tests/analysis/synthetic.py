@@ -100,6 +100,9 @@ def rows_of(capture: Capture, table: str) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     if table == "tracked_tokens":
         return [top | {"slot": i, "token_id": t, "token": s, "label": n} for i, (t, s, n) in enumerate(TRACKED)]
+    if table == "vocabulary":
+        texts = {10 * prompt + i: t for (prompt, _), tokens in capture.tokens.items() for i, t in enumerate(tokens)}
+        return [top | {"token_id": i, "token": texts[i]} for i in sorted(texts)]
     if table == "spectrum":
         variants = dict.fromkeys(variant for _, variant in capture.tokens)
         for variant, (a, b), layer in itertools.product(variants, capture.comparisons, capture.layers):
@@ -139,12 +142,9 @@ def write_capture(out: Path, capture: Capture, *, marker: bool = True) -> Path:
     path = out / "captures" / f"pair={capture.pair}" / f"capture={capture.capture}"
     path.mkdir(parents=True)
     files = []
-    for table in ("prompts", "tokens", "tracked_tokens", "runs", "runs_topk", "pairwise", "pairwise_topk", "spectrum"):
-        name = (
-            f"{table}.parquet"
-            if table in ("prompts", "tokens", "tracked_tokens", "spectrum")
-            else f"{table}-00000.parquet"
-        )
+    whole = ("prompts", "tokens", "vocabulary", "tracked_tokens", "spectrum")
+    for table in (*whole, "runs", "runs_topk", "pairwise", "pairwise_topk"):
+        name = f"{table}.parquet" if table in whole else f"{table}-00000.parquet"
         rows = rows_of(capture, table)
         parquet.write_table(pa.Table.from_pylist(rows, schema=arrow_schema(table)), path / name)
         data = (path / name).read_bytes()

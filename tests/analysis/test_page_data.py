@@ -12,13 +12,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, decoders, models
 
 from analysis import QueryError
 from analysis.html_data import parse_prompts
 from analysis.html_pack import Packer, to_half
 from analysis.html_page import PAGE, SCRIPTS, write_page
-from analysis.html_texts import token_texts
 from capture.errors import StoreError
 
 
@@ -131,7 +129,6 @@ def test_the_verb_says_what_it_wrote_and_what_it_left_out(
         (("--entries", "gamma"), "no pair 'gamma' here"),  # partial
         (("--prompts", "7:9"), "pair 'alpha' has none of these prompts. There are 0 to 1."),
         (("--prompts", "x"), "--prompts 'x' is not a list of prompt indices"),
-        (("--tokenizer", "/nowhere"), "there is no tokenizer '/nowhere'"),
     ],
 )
 def test_a_wrong_call_is_one_clear_error(
@@ -153,32 +150,3 @@ def test_a_file_that_cannot_be_written_is_named(
     assert call("html", tmp_path / "nothing", "-o", tmp_path / "page.html").code == 2
     assert call("html", synthetic.out, "--max-mb", 0).code == 2
     assert call("html", synthetic.out, "--entries").code == 2
-
-
-def spelled(folder: Path, words: dict[str, int]) -> Path:
-    """A tokenizer.json of whole words, as sentencepiece spells them."""
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<s>"))
-    tokenizer.decoder = decoders.Metaspace()
-    folder.mkdir()
-    tokenizer.save(str(folder / "tokenizer.json"))
-    return folder
-
-
-def test_texts_of_other_ids_come_from_the_captures_tokenizer_if_it_is_here_and_the_same(tmp_path: Path) -> None:
-    here = spelled(tmp_path / "tok", {"<s>": 0, "▁a": 1, "b": 2, "▁more": 3})
-    said = json.dumps({"tokenizer": {"name": str(here)}, "models": {"base": {"model": "x/y"}, "sft": {"model": "x/z"}}})
-    stored = {1: " a", 2: "b"}
-    texts = token_texts(stored, said)
-    assert texts.source == str(here)
-    assert texts.of([0, 1, 3, 99]) == {0: "<s>", 1: " a", 3: " more"}
-    other = token_texts({1: " something else"}, said)
-    assert other.source is None
-    assert other.of([1, 3]) == {1: " something else"}
-    assert token_texts(stored, None).source is None
-    assert token_texts(stored, None, str(here)).of([3]) == {3: " more"}
-    with pytest.raises(QueryError, match="is another tokenizer"):
-        token_texts({1: " something else"}, None, str(here / "tokenizer.json"))
-    (here / "tokenizer.json").write_text("{}")
-    assert token_texts(stored, said).source is None
-    with pytest.raises(QueryError, match="can be read"):
-        token_texts(stored, None, str(here))

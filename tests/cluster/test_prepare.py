@@ -306,5 +306,5 @@ def test_a_login_that_is_mounted_goes_to_the_head_and_no_further(
     (tmp_path / ".cache" / "huggingface" / "token").write_text("hf_secret\n")
     assert Gate().login() == "hf_secret"
     mounts = {HUB_LOGIN: HUB_LOGIN, "~/pairscope/capture": "capture"}
-    config = for_head({"file_mounts": mounts, "provider": {}}, "a key")
+    config = for_head({"file_mounts": mounts, "provider": {}}, "a key", "an owner")
     assert config["file_mounts"] == {"~/pairscope/capture": "capture"}
