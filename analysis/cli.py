@@ -66,15 +66,16 @@ def filter_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.command(context_settings=HELP, epilog=example("pairscope status out/demo", "pairscope status out/demo --json"))
 @click.argument("out")
 @click.option("--all", "every_attempt", is_flag=True, help="Every attempt, not only the last of each entry.")
+@click.option("--memory", is_flag=True, help="Device memory instead: planned, and the peak of every stage.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a row.")
 @click.pass_context
-def status(ctx: click.Context, out: str, every_attempt: bool, as_json: bool) -> None:
+def status(ctx: click.Context, out: str, every_attempt: bool, memory: bool, as_json: bool) -> None:
     """Show every entry of the run directory OUT, its state and its error.
 
     Exit code 1 if the last attempt at some entry failed.
     """
     from analysis.run import open_run_dir
-    from analysis.status import failed, status_rows, table_lines
+    from analysis.status import failed, memory_lines, status_rows, table_lines
     from analysis.tables import escape, json_line, terminal_width
 
     rows = status_rows(open_run_dir(out), every_attempt)
@@ -85,6 +86,9 @@ def status(ctx: click.Context, out: str, every_attempt: bool, as_json: bool) -> 
     if as_json:
         for row in rows:
             click.echo(json_line(row))
+    elif memory:
+        for line in memory_lines(rows):
+            click.echo(line)
     else:
         for line in table_lines(rows, terminal_width() if sys.stdout.isatty() else None):
             click.echo(line)

@@ -8,7 +8,7 @@ from typing import Any
 
 from analysis.tables import escape, fit, plain_table, width
 from capture.layout import RunDir
-from capture.schema import MANIFEST
+from capture.schema import MANIFEST, STAGES
 
 COLUMNS = ("entry", "state", "seconds", "tokens", "mode", "gpu", "peak memory", "dollars", "error")
 GIVE_WAY = (
@@ -89,6 +89,20 @@ def table_row(row: dict[str, Any]) -> list[Any]:
         "error": " ".join(error.split()),
     }
     return ["" if values[c] is None else values[c] for c in COLUMNS]
+
+
+def memory_lines(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """What was planned and what was alive at most, over all and stage by stage, a line for each row."""
+    figures = {"planned": "planned_memory_bytes", "peak": "peak_memory_bytes"}
+    figures |= {stage: f"peak_{stage}_bytes" for stage in STAGES}
+    table = []
+    for row in rows:
+        sizes = [row.get(key) for key in figures.values()]
+        known = [row.get(key) or "" for key in ("entry", "state", "mode", "gpu")]
+        table.append([*known, *("" if size is None else memory_text(size) for size in sizes)])
+    yield from plain_table(["entry", "state", "mode", "gpu", *figures], table)
+    if any(row.get("gpu") == "cpu" for row in rows):
+        yield "(on a CPU peaks are of the weights alone; planned is everything)"
 
 
 def table_lines(rows: list[dict[str, Any]], columns: int | None) -> Iterator[str]:

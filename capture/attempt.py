@@ -188,6 +188,8 @@ def work_on(
                 raise
             known = _MANIFEST_FROM_RESULT if result.state == "complete" else ("capture",)  # skipped: nothing was run
             fields = {name: getattr(result, name) for name in known}
+            if result.state == "complete":
+                fields |= {f"peak_{stage}_bytes": size for stage, size in result.peak_bytes.items()}
             logger.info("%s in %.1f s: %s", result.state, result.seconds, result.path)
         return Outcome("complete", fields, handover=getattr(result, "handover", None))
     except BaseException as error:

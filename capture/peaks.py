@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 
 from capture.ledger import Ledger
-
-STAGES = ("open", "layers", "lens", "write")
+from capture.schema import STAGES
 
 
 class Peaks:

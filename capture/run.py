@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from capture.config import Entry
 from capture.device import choose_device
@@ -56,6 +56,7 @@ class CaptureResult:
     peak_memory_bytes: int
     planned_memory_bytes: int
     handover: Handover | None = None  # where other workers walk the layers behind this one's
+    peak_bytes: dict[str, int] = field(default_factory=dict)  # by stage
 
 
 def resolve(entry: Entry, *, download: bool = True) -> Resolved:
@@ -144,5 +145,6 @@ def capture_pair(
         gpu=choice.name,
         peak_memory_bytes=work.peak_memory(),
         planned_memory_bytes=work.mode.need.peak,
+        peak_bytes=dict(work.peaks.bytes),
         handover=work.handover,
     )

@@ -222,6 +222,8 @@ class ManifestField:
     doc: str
 
 
+STAGES = ("open", "layers", "lens", "write")  # of a capture, each with a peak of its own
+
 MANIFEST: tuple[ManifestField, ...] = (
     ManifestField("attempt", "VARCHAR", "id of the attempt; also the name of its manifest file and its log"),
     ManifestField("entry", "VARCHAR", "entry of the config's sweep"),
@@ -240,5 +242,9 @@ MANIFEST: tuple[ManifestField, ...] = (
     ManifestField("n_tokens", "BIGINT", "tokens over all prompts"),
     ManifestField("peak_memory_bytes", "BIGINT", "peak device memory (live weight bytes on CPU)"),
     ManifestField("planned_memory_bytes", "BIGINT", "what was planned: weights, states and work, on a CPU too"),
+    *(
+        ManifestField(f"peak_{stage}_bytes", "BIGINT", f"peak device memory of the stage {stage} (live weights on CPU)")
+        for stage in STAGES
+    ),
     ManifestField("dollars", "DOUBLE", "cost of the attempt, where a rate is known"),
 )

@@ -105,3 +105,13 @@ def test_a_capture_that_lost_bytes_is_damaged(out: Path, call: Callable[..., Any
     rows = call("status", out, "--json").rows
     assert states(rows)[0] == ("alpha", "damaged")
     assert "sweep again" in rows[0]["error"]
+
+
+def test_memory_shows_the_plan_and_the_peak_of_every_stage(tmp_path: Path, call: Callable[..., Any]) -> None:
+    write_capture(tmp_path, alpha())
+    peaks = {"peak_open_bytes": 2**20, "peak_layers_bytes": 3 * 2**20, "peak_lens_bytes": 2**30, "peak_write_bytes": 0}
+    write_attempt(tmp_path, "1", entry="alpha", capture=ALPHA, state="complete", started="2025-01-01T00:00:02.000",
+                  mode="streamed", gpu="NVIDIA H100", peak_memory_bytes=2**30, planned_memory_bytes=2**31, **peaks)  # fmt: skip
+    header, line = call("status", tmp_path, "--memory").out.splitlines()
+    assert header.split() == ["entry", "state", "mode", "gpu", "planned", "peak", "open", "layers", "lens", "write"]
+    assert " ".join(line.split()).endswith("NVIDIA H100 2.0 GiB 1.0 GiB 1.0 MiB 3.0 MiB 1.0 GiB 0 bytes")
