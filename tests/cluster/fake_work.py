@@ -54,16 +54,22 @@ def resolve(entry: Entry, *, download: bool) -> Resolved:
     return Resolved(f"id-{entry.name}")
 
 
+def _calls(out: str | Path) -> Path:
+    """Where notes lie; an output at the head (head://desk/path) is a path of this machine here."""
+    text = str(out)
+    return Path("/" + text.split("/", 3)[3] if text.startswith("head:") else text) / "calls"
+
+
 def calls(out: str | Path, entry: str | None = None) -> list[dict[str, Any]]:
     """The notes of all calls, oldest first."""
-    notes = [json.loads(p.read_text()) for p in (Path(out) / "calls").glob("*.json")]
+    notes = [json.loads(p.read_text()) for p in _calls(out).glob("*.json")]
     return sorted((n for n in notes if entry in (None, n["entry"])), key=lambda n: n["began"])
 
 
 def _note(entry: Entry, out: str, tile_divisor: int) -> int:
     """Leave a note of this call; how many calls for this entry there were before."""
     before = len(calls(out, entry.name))
-    folder = Path(out) / "calls"
+    folder = _calls(out)
     folder.mkdir(parents=True, exist_ok=True)
     note = {
         "entry": entry.name, "tile_divisor": tile_divisor, "mode": entry.mode, "pid": os.getpid(), "began": time.time(),
