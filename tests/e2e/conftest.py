@@ -11,7 +11,6 @@ from hosts import missing
 from hosts_loopback import missing_loopback, user
 from rehearsal import Rehearsal, rehearsal
 
-
 REQUIRED = "PAIRSCOPE_REHEARSAL"  # set to `required` by .ci/run: there, not to rehearse at all is a failure
 
 
