@@ -17,7 +17,15 @@ from typing import Any
 
 from capture.attemptlog import append_log, attempt_log, header
 from capture.config import Entry
-from capture.errors import DeviceMemoryError, PairscopeError, StoreError, cannot_write, disk_is_full, why_not_written
+from capture.errors import (
+    DeviceMemoryError,
+    DoesNotFitError,
+    PairscopeError,
+    StoreError,
+    cannot_write,
+    disk_is_full,
+    why_not_written,
+)
 from capture.layout import RunDir
 from capture.manifest import Attempt
 from capture.progress import Progress
@@ -106,6 +114,8 @@ def _smaller_mode(entry: Entry) -> str | None:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """True for our own DeviceMemoryError and for what torch and Python raise when an allocation fails."""
+    if isinstance(error, DoesNotFitError):
+        return False
     return (
         isinstance(error, DeviceMemoryError | MemoryError)
         or type(error).__name__ == "OutOfMemoryError"

@@ -92,7 +92,8 @@ class StreamedModel:
             )
         apart = self.group.whole_attention
         check_degree(self.directory, self.group.size, self.label, whole_attention=apart)
-        plan: Any = whole_attention_plan(self.directory) if apart else "auto"
+        # no entry for attention in the plan: it is undivided as it is, and an empty plan is none
+        plan: Any = (apart and whole_attention_plan(self.directory)) or "auto"
         return DistributedConfig(tp_size=self.group.size, tp_plan=plan)
 
     @property

@@ -45,6 +45,10 @@ class DeviceMemoryError(DeviceError):
     """The device ran out of memory, or a plan would not fit it."""
 
 
+class DoesNotFitError(DeviceMemoryError):
+    """The arithmetic says beforehand that it will not fit: trying again would say the same."""
+
+
 class StoreError(PairscopeError):
     """The output cannot be written or read: no permission, no space, another schema version, a broken file."""
 

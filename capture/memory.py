@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from capture.checkpoint import StreamedModel
 from capture.config import Entry
 from capture.device import DeviceChoice
-from capture.errors import DeviceMemoryError, UnsupportedModelError
+from capture.errors import DoesNotFitError, UnsupportedModelError
 from capture.footprint import AUTO, MODES, ROOM, Activations, ModelBytes, Need, ways, weight_bytes
 from capture.measure import model_bytes
 
@@ -73,7 +73,7 @@ class Promise:
         if need[mode] > self.device.free_bytes:
             others = [m for m in self.modes if need[m] <= self.device.free_bytes]
             hint = f"; mode {others[0]} takes {gib(need[others[0]])} of weights" if others else self._no_other()
-            raise DeviceMemoryError(
+            raise DoesNotFitError(
                 f"mode {mode} needs {gib(need[mode])} for weights alone; {gib(self.device.free_bytes)} are free on "
                 f"{self.device.name}{hint}"
             )
@@ -86,7 +86,7 @@ class Promise:
         """The entry's mode, or for `auto` the first of AUTO that fits, with the largest lens tiles that do.
 
         Smaller tiles, and states in main memory, come before another mode; batches in parts come after all modes, because
-        only they change numbers (within the noise floor). Raises DeviceMemoryError, with the arithmetic, where nothing fits.
+        only they change numbers (within the noise floor). Raises DoesNotFitError, with the arithmetic, where nothing fits.
         """
         free = self.device.free_bytes
         share = ROOM["cpu" if self.on_host else "cuda"]
@@ -96,7 +96,7 @@ class Promise:
             for found in self._ways(self._asked(), measure, tile_bytes, most_parts):
                 if found.need.peak <= limit:
                     return self._with_reason(found)
-        raise DeviceMemoryError(self._refusal(measure, tile_bytes, most_parts))
+        raise DoesNotFitError(self._refusal(measure, tile_bytes, most_parts))
 
     def _ways(
         self, modes: Sequence[str], measure: Callable[[int, int], Activations], tile_bytes: int, most_parts: int

@@ -155,6 +155,10 @@ class SweepEntry(Frozen):
         default=None, description="share each layer among so many GPUs of one node, or auto"
     )
     replicate_attention: bool | None = Field(default=None, description="every GPU of a group holds the whole attention")
+    layers: Layers | None = Field(default=None, description="layers whose statistics this entry writes")
+    lens: Lens | None = Field(default=None, description="the logit lens of this entry, instead of the block's")
+    spectrum: bool | None = Field(default=None, description="whether this entry writes singular values")
+    device_memory_gib: Number | None = Field(default=None, gt=0, description="cap on device memory of this entry")
     estimated_vram_gb: Number | None = Field(
         default=None, ge=0, description="for people; the plan does its own arithmetic"
     )

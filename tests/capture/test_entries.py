@@ -54,6 +54,17 @@ def test_an_entry_inherits_what_it_leaves_out(tmp_path: Path) -> None:
     assert (bare.model_kwargs, bare.tokenizer_kwargs) == ({"a": 1}, {"b": 2})
 
 
+def test_an_entry_may_have_statistics_and_a_memory_cap_of_its_own(tmp_path: Path) -> None:
+    block = (
+        "prompts: [x]\nlayers: 2\nlens: {norm: none}\nspectrum: true\ndevice_memory_gib: 8\nmodel_sweep:\n"
+        "- {name: own, base_model: x, sft_model: y, layers: [0, 3], lens: {enabled: false}, spectrum: false, "
+        "device_memory_gib: 4}\n- {name: bare, base_model: x, sft_model: y}"
+    )
+    own, bare = load(tmp_path, block).entries()
+    assert (own.layers, own.lens.enabled, own.spectrum, own.device_memory_gib) == ((0, 3), False, False, 4)
+    assert (bare.layers, bare.lens.norm, bare.spectrum, bare.device_memory_gib) == (2, "none", True, 8)
+
+
 def test_the_tokenizer_of_another_pair_is_not_inherited(tmp_path: Path) -> None:
     sweep = (
         "model_sweep: [{name: a, base_model: x, sft_model: y}, {name: b, base_model: x, sft_model: y, tokenizer: t}]\n"

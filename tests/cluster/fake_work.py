@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from capture.config import Entry
-from capture.errors import CheckpointError, DeviceMemoryError
+from capture.errors import CheckpointError, DeviceMemoryError, DoesNotFitError
 from capture.progress import Progress
 from capture.show import Show
 
@@ -150,6 +150,11 @@ def out_of_memory_unless_streamed(entry: Entry, out: str, **kwargs: Any) -> Resu
 def out_of_memory_always(entry: Entry, out: str, **kwargs: Any) -> Result:
     _note(entry, out, kwargs["tile_divisor"])
     raise MemoryError("no more")
+
+
+def too_large(entry: Entry, out: str, **kwargs: Any) -> Result:
+    _note(entry, out, kwargs["tile_divisor"])
+    raise DoesNotFitError("mode streamed needs 3 GiB; 2 GiB are free")
 
 
 def gated(entry: Entry, out: str, **kwargs: Any) -> Result:

@@ -10,6 +10,7 @@ from pathlib import Path
 # for the workers
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ["RAY_raylet_start_wait_time_s"] = "180"  # noqa: SIM112  Ray spells it so; on a busy machine
 
 import ray
 from fake_work import quiet

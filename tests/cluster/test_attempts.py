@@ -86,6 +86,12 @@ class TestAttempts:
         assert len(rows(tmp_path)) == 2  # no mode takes less, so only the tiles were left
         assert not bug
 
+    def test_what_the_arithmetic_says_cannot_fit_is_not_tried_again(self, execute: Any, tmp_path: Path) -> None:
+        row, bug = execute(make_entry(), tmp_path, "too_large")
+        assert (row["state"], row["error_class"]) == ("failed", "DoesNotFitError")
+        assert len(rows(tmp_path)) == 1
+        assert not bug
+
     def test_a_gated_model_fails_once_with_its_reason_in_one_line(self, execute: Any, tmp_path: Path) -> None:
         row, bug = execute(make_entry(), tmp_path, "gated")
         assert row["error_class"] == "CheckpointError"
