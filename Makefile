@@ -56,8 +56,9 @@ lint: $(STAMP)  ## ruff and mypy
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
-bench: $(STAMP)  ## time a capture against the bare floor, in one run
+bench: $(STAMP)  ## time a capture against the bare floor, and a streamed pair against the same resident
 	@$(BIN)/python tests/bench/bench_capture.py
+	@$(BIN)/python tests/bench/bench_streaming.py
 
 bench-analysis: $(STAMP)  ## time questions on 100 M rows, and the import of 1 GB of JSON (some minutes, 5 GB of disk)
 	@$(BIN)/python tests/bench/bench_analysis.py

@@ -9,7 +9,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from capture.errors import UnsupportedModelError
+from capture.errors import ConfigError, UnsupportedModelError
 
 # Types whose plan divides attention and feed-forward.
 PLANNED = frozenset(
@@ -61,6 +61,15 @@ def valid_degrees(
         for n in counts
         if degree_error(model_type, heads, kv_heads, n, ffn=ffn, whole_attention=whole_attention) is None
     )
+
+
+def check_mode(mode: str, tensor_parallel: int | str, where: str) -> None:
+    """Raise ConfigError where a mode cannot be shared among GPUs. where: the file and the entry."""
+    if mode == "sub-layer" and isinstance(tensor_parallel, int) and tensor_parallel > 1:
+        raise ConfigError(
+            f"{where}: mode: sub-layer and tensor_parallel: {tensor_parallel} exclude each other, as matrices are read whole; set "
+            "tensor_parallel: 1, or mode: streamed-2, which needs least of the modes that several GPUs share"
+        )
 
 
 def check_degree(directory: str, degree: int, label: str, *, whole_attention: bool = False) -> None:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from capture.degrees import check_mode
 from capture.errors import ConfigError, PromptError
 from capture.fields import Frozen, masked, near
 from capture.passes import FOUR_PASSES, Comparison, MultiPass, Pass, single_comparisons
@@ -160,6 +161,7 @@ class Config:
             check_asked(pick("model_kwargs"), pick("mode"), pick("tensor_parallel"))
         except ConfigError as error:
             raise ConfigError(f"{self._where(f'{prefix}model_kwargs')}: {error}") from error
+        check_mode(pick("mode"), pick("tensor_parallel"), f"{self.path}: {BLOCK}{f'.{prefix[:-1]}' if prefix else ''}")
         passes, comparisons = block.multi_pass.runs, block.multi_pass.comparisons()
         variants: dict[str, str] = {}
         if not block.multi_pass.enabled:

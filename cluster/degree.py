@@ -10,14 +10,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from capture.config import Entry
-from capture.degrees import degree_error
 from capture.errors import DeviceError, DeviceMemoryError
-from capture.footprint import DTYPE_BYTES
 from cluster.connect import Cluster
 from cluster.offers import COUNTS, Offer, assumed_offers, prices, this_machine
+from cluster.plan_asked import as_asked, fits_heads
 from cluster.plan_models import Models
 from cluster.plan_options import options
-from cluster.plan_sizes import ModelSizes
 from cluster.plan_work import token_counts, work_of
 from cluster.resources import gpus_wanted
 
@@ -37,16 +35,16 @@ def with_degree(entry: Entry, cluster: Cluster, models: Models) -> tuple[Entry, 
     pair = [base] if same else [base, models.sizes(entry.sft_model, entry.sft_revision, entry.dtype, token)]
     card = card_of(entry, cluster)
     most = most_on_a_node(entry, cluster)
-    valid = [n for n in COUNTS if n <= most and all(fits_heads(m, n, entry.replicate_attention) for m in pair)]
+    asked = as_asked(entry, pair)
+    counts = COUNTS if asked.degree is None else (asked.degree,)  # quantized weights stay on one GPU
+    valid = [n for n in counts if n <= most and all(fits_heads(m, n, entry.replicate_attention) for m in pair)]
     work = work_of(entry, pair, token_counts(entry))
     cap = None if entry.device_memory_gib is None else entry.device_memory_gib * GIB
-    if entry.replicate_attention:
-        pair = [_with_whole_attention(m) for m in pair]
+    mode = asked.mode(entry)
     # more GPUs come before sub-layer mode, which reads every matrix again for every batch
     for last_resort, degree in itertools.product((False, True), valid):
         machine = replace(card, gpus=degree, disk_gb=float("inf"))
-        found = [o for o in options([machine], pair, work, mode=entry.mode, cap_bytes=cap) if o.degree == degree]
-        for option in found:
+        for option in options([machine], asked.pair, work, mode=mode, cap_bytes=cap, degree=degree):
             if option.runs and (last_resort or option.mode != "sub-layer"):
                 text = (
                     f"tensor_parallel: {degree}: mode {option.mode} takes {option.need_bytes / GIB:.2f} GiB of a GPU's "
@@ -54,30 +52,9 @@ def with_degree(entry: Entry, cluster: Cluster, models: Models) -> tuple[Entry, 
                 )
                 return entry.model_copy(update={"tensor_parallel": degree}), text
     raise DeviceMemoryError(
-        f"entry '{entry.name}': tensor_parallel: auto found no degree: mode {entry.mode} does not fit "
+        f"entry '{entry.name}': tensor_parallel: auto found no degree: mode {mode} does not fit "
         f"{min(card.room_bytes, cap or card.room_bytes) / GIB:.2f} GiB with {' or '.join(map(str, valid))} GPUs; `pairscope plan` "
         "shows what would"
-    )
-
-
-def fits_heads(model: ModelSizes, degree: int, whole_attention: bool) -> bool:
-    why = degree_error(
-        model.model_type, model.heads, model.kv_heads, degree, ffn=[model.ffn], whole_attention=whole_attention
-    )
-    return why is None
-
-
-def _with_whole_attention(model: ModelSizes) -> ModelSizes:
-    """The model as the plan is to see it where every GPU holds all of q, k, v and o: no head stands in the way of a degree."""
-    matrices = 2 * (model.heads + model.kv_heads) * model.head_dim * model.hidden * DTYPE_BYTES[model.dtype]
-    whole = model.weights.replicated or (0,) * model.n_layers
-    alike = tuple(min(size, same + matrices) for size, same in zip(model.weights.layers, whole, strict=True))
-    most = COUNTS[-1]
-    return replace(
-        model,
-        heads=most * model.heads,
-        kv_heads=most * model.kv_heads,
-        weights=replace(model.weights, replicated=alike),
     )
 
 

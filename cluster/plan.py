@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from capture.config import Entry
 from capture.errors import CheckpointError, PairscopeError, UnsupportedModelError
-from capture.footprint import LENS_TILE_BYTES, MODES, Way, activations, needs, ways
-from cluster.offers import Offer
+from capture.footprint import LENS_TILE_BYTES, MODES, ModelBytes, Way, activations, needs, rank_share, ways
+from cluster.offers import Offer, Tflops
+from cluster.plan_asked import as_asked
 from cluster.plan_hub import has_token
 from cluster.plan_models import Models
 from cluster.plan_options import HOURS_PER_MONTH, Option, cost_order, options, split_order, time_order
@@ -19,7 +20,9 @@ from cluster.schedule import Job, Schedule, schedule
 
 @dataclass(frozen=True)
 class EntryPlan:
-    """One entry. models: base and sft, or one where both are the same. options: cheapest first. error: why there is none."""
+    """One entry. models: base and sft, or one where both are the same. options: cheapest first. error: why there is none.
+
+    modes: those that the entry's keys leave. degree: the GPUs that `tensor_parallel` splits it over, None where that is open."""
 
     name: str
     models: tuple[ModelSizes, ...] = ()
@@ -27,6 +30,8 @@ class EntryPlan:
     options: tuple[Option, ...] = ()
     error: str | None = None
     warnings: tuple[str, ...] = ()
+    modes: tuple[str, ...] = tuple(MODES)
+    degree: int | None = None
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -53,14 +58,18 @@ class EntryPlan:
     def needs(self) -> dict[str, int]:
         """Bytes on one GPU by mode: weights, what loading adds, states and work with whole lens tiles."""
         assert self.work is not None
-        shapes, act = [m.weights for m in self.models], activations(self.work.walk)
-        return {mode: needs(shapes, mode, act).peak for mode in MODES}
+        act = activations(self.work.walk)
+        return {mode: needs(self._shares, mode, act).peak for mode in self.modes}
+
+    @property
+    def _shares(self) -> list[ModelBytes]:
+        return [rank_share(m.weights, self.degree or 1) for m in self.models]
 
     def least(self, mode: str) -> Way:
         """The way of a mode that needs least on one GPU."""
         assert self.work is not None
-        walk, shapes = self.work.walk, [m.weights for m in self.models]
-        found = ways(shapes, mode, lambda tile: activations(walk, tile), LENS_TILE_BYTES, on_host=False)
+        walk = self.work.walk
+        found = ways(self._shares, mode, lambda tile: activations(walk, tile), LENS_TILE_BYTES, on_host=False)
         return min(found, key=lambda way: way.need.peak)
 
 
@@ -92,18 +101,24 @@ def plan_entry(
         same = (entry.base_model, entry.base_revision) == (entry.sft_model, entry.sft_revision)
         pair = (base,) if same else (base, _sizes(models, entry, "sft"))
         _check(pair)
+        asked = as_asked(entry, pair)
     except PairscopeError as error:
         return EntryPlan(entry.name, error=f"{type(error).__name__}: {error}")
     work = work_of(entry, pair, token_counts(entry, prompts, tokens))
-    on = [here] if entry.device == "cpu" else offers
+    on = [_shared(here, asked.degree or 1)] if entry.device == "cpu" else offers
     cap = None if entry.device_memory_gib is None else entry.device_memory_gib * 2**30
-    found = tuple(options(on, pair, work, mode=entry.mode, cap_bytes=cap))
-    made = EntryPlan(entry.name, pair, work, found, warnings=_warnings(pair))
-    if found:
-        return made
-    return EntryPlan(
-        entry.name, pair, work, error=f"DeviceMemoryError: {_why_none(made, on, entry, cap)}", warnings=made.warnings
-    )
+    mode = asked.mode(entry)
+    found = tuple(options(on, asked.pair, work, mode=mode, cap_bytes=cap, degree=asked.degree))
+    warnings = (*_warnings(pair), *asked.notes)
+    made = EntryPlan(entry.name, asked.pair, work, found, warnings=warnings, modes=asked.modes, degree=asked.degree)
+    return made if found else replace(made, error=f"DeviceMemoryError: {_why_none(made, on, mode, cap)}")
+
+
+def _shared(here: Offer, degree: int) -> Offer:
+    """This machine as the processes of a group see it: its memory and its cores are divided among them."""
+    speed = here.tflops
+    each = Tflops(speed.half / degree, speed.tf32 / degree, speed.single / degree)
+    return replace(here, gpus=degree, memory_mib=here.memory_mib / degree, tflops=each)
 
 
 def _sizes(models: Models, entry: Entry, owner: str) -> ModelSizes:
@@ -137,15 +152,20 @@ def _warnings(pair: Sequence[ModelSizes]) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _why_none(plan: EntryPlan, offers: Sequence[Offer], entry: Entry, cap: float | None) -> str:
+def _why_none(plan: EntryPlan, offers: Sequence[Offer], mode: str, cap: float | None) -> str:
     """Why no machine will do: the smallest need against the largest memory."""
-    modes = [entry.mode] if entry.mode != "auto" else list(MODES)
-    way = min((plan.least(mode) for mode in modes), key=lambda w: w.need.peak)
-    need = f"mode {way.mode} needs {way.need.peak / 1e9:.1f} GB on one GPU"
+    modes = [mode] if mode != "auto" else plan.modes
+    way = min((plan.least(one) for one in modes), key=lambda w: w.need.peak)
+    split = plan.degree or 1
+    each = "on one GPU" if split == 1 else f"on each of {split} GPUs"
+    need = f"mode {way.mode} needs {way.need.peak / 1e9:.1f} GB {each}"
     if cap is not None and way.need.peak > cap:
         return f"{need}; device_memory_gib allows {cap / 1e9:.1f} GB"
     if not offers:
         return "no machine is offered"
+    offers = [o for o in offers if o.gpus >= split]
+    if not offers:
+        return f"{need}, and no machine with {split} GPUs is offered"
     largest = max(offers, key=lambda o: o.room_bytes)
     disk = sum(m.download_bytes for m in plan.models) / 1e9
     return (

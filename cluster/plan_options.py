@@ -120,10 +120,12 @@ def options(
     *,
     mode: str = "auto",
     cap_bytes: float | None = None,
+    degree: int | None = None,
 ) -> list[Option]:
     """Every mode on every machine that it fits, cheapest first. models: base and sft, or one where both are the same.
 
-    mode: the entry's; auto leaves all open. cap_bytes: the config's cap on device memory.
+    mode: the entry's; auto leaves all open. cap_bytes: the config's cap on device memory. degree: split over so many
+    GPUs, which the models must allow; None takes as many of a machine's as they do.
     """
     single = {(o.gpu, o.memory_mib) for o in offers if o.gpus == 1}
     found: list[Option] = []
@@ -132,8 +134,12 @@ def options(
             continue
         if disk_gb(models) > offer.disk_gb:
             continue
-        for degree in degrees(models, offer.gpus, alone=(offer.gpu, offer.memory_mib) not in single):
-            found += _on(offer, degree, models, work, mode, cap_bytes)
+        if degree is None:
+            counts = degrees(models, offer.gpus, alone=(offer.gpu, offer.memory_mib) not in single)
+        else:
+            counts = [degree] if degree <= offer.gpus else []
+        for count in counts:
+            found += _on(offer, count, models, work, mode, cap_bytes)
     return sorted(found, key=cost_order)
 
 

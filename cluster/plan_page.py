@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from capture.config import load_config
-from capture.footprint import MODES, RUNNABLE
+from capture.footprint import MODES
 from cluster.offers import prices
 from cluster.plan import EntryPlan, Plan
 from cluster.plan_facts import CONFIGS
@@ -40,9 +40,9 @@ MODES_TEXT = """
 ## Memory by mode
 
 {modes}
-GB on one GPU, states and the lens included, and the smallest machine of up to 8 GPUs that it fits. Modes with a star are {planned};
-so is every split over several GPUs, and every capture of a float8 checkpoint. Where several GPUs are named, the capture is split
-over them, which it can be where their number divides both query and key-value heads; the GB are those without a split.
+GB on one GPU, states and the lens included, and the smallest machine of up to 8 GPUs that it fits. Where several GPUs are named,
+the capture is split over them, which it can be where their number divides both query and key-value heads; the GB are those
+without a split.
 
 """
 
@@ -85,14 +85,14 @@ def hardware_page() -> str:
             ("pair", "download GB", "mode", "machine", "GB of GB", "1 Gbit/s", "10 Gbit/s", "earlier guide", "why"),
             [_row(a, b, guide[a.name]) for a, b in zip(slow.entries, fast.entries, strict=True)],
         ),
-        f"\n\\* {PLANNED}.\n\n",
+        f"\n{_star([a.choice for a in slow.entries if a.choice])}",
         _notes(slow.entries),
         "\n## The whole sweep\n\nOn so many machines at a time, the longest pair first, each on its recommended kind of machine.\n\n",
         _table(
             ("machines", "1 Gbit/s", "10 Gbit/s"), [_sweep(a, b) for a, b in zip(slow.sweeps, fast.sweeps, strict=True)]
         ),
-        MODES_TEXT.format(planned=PLANNED, modes="".join(f"- {mode}: {text}\n" for mode, text in MODES.items())),
-        _table(("pair", *(m if m in RUNNABLE else f"{m} \\*" for m in MODES)), [_needs(e) for e in slow.entries]),
+        MODES_TEXT.format(modes="".join(f"- {mode}: {text}\n" for mode, text in MODES.items())),
+        _table(("pair", *MODES), [_needs(e) for e in slow.entries]),
         GUIDE.format(
             impossible=sum(c.impossible for c in every),
             tight=sum(c.too_tight for c in every),
@@ -127,6 +127,11 @@ def _row(slow: EntryPlan, fast: EntryPlan, guide: Sequence[Cell]) -> tuple[str, 
         f"{choice.need_bytes / 1e9:.1f} of {choice.offer.room_bytes / 1e9:.1f}", _cost(choice), _cost(same), cell.name,
         _why(slow, choice, cell),
     )  # fmt: skip
+
+
+def _star(choices: Sequence[Option]) -> str:
+    """What a star says; empty where no row has one."""
+    return "" if all(choice.runs for choice in choices) else f"\\* {PLANNED}.\n\n"
 
 
 def _cost(option: Option) -> str:

@@ -32,6 +32,7 @@ def _entry(entry: EntryPlan) -> dict[str, Any]:
                 "parameters": m.parameters,
                 "stored": m.stored,
                 "dtype": m.dtype,
+                "quantized": m.quantized or None,
                 "download_bytes": m.download_bytes,
                 "weight_bytes": m.weights.total,
                 "layer_bytes": max(m.weights.layers),

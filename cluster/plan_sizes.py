@@ -43,7 +43,8 @@ class ModelSizes:
     source: models.yaml, hub, cache or directory. Bytes: `download_bytes` of its weight files from the hub (0 for a
     directory), `read_bytes` of what a capture reads of them, `weights` as they stand in memory
     in `dtype`. active: elements of each layer that one token uses (all of them but the experts it is not sent to). ffn: the
-    width of the feed-forward of one token. gated: "none", or how access is given.
+    width of the feed-forward of one token. gated: "none", or how access is given. quantized: how, where an entry asks for weights of
+    few bits (cluster/plan_asked.py).
     """
 
     model: str
@@ -64,6 +65,7 @@ class ModelSizes:
     vocab: int
     gated: str = "none"
     note: str | None = None
+    quantized: str = ""
 
     @property
     def n_layers(self) -> int:

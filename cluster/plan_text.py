@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from capture.degrees import valid_degrees
-from capture.footprint import MODES, lens_bytes, state_bytes
+from capture.footprint import lens_bytes, state_bytes
 from cluster.plan import EntryPlan, Plan
 from cluster.plan_options import Option, cost_order, download_gb
 from cluster.schedule import Schedule
@@ -32,7 +32,7 @@ def show(plan: Plan, out: Console, *, verbose: bool) -> None:
     if good:
         out.print(_overview(good))
         out.print(
-            "GB: both checkpoints; layer: one in memory; memory: needed / usable of a GPU; $: with the download",
+            "GB: download of both; layer: one in memory; memory: needed / usable of a GPU; $: with the download",
             style="dim",
         )
         if any(e.choice and not e.choice.runs for e in good):
@@ -69,7 +69,7 @@ def _overview(entries: Sequence[EntryPlan]) -> Table:
         choice = entry.choice
         if choice is not None:
             table.add_row(
-                entry.name, _gb(sum(m.read_bytes for m in entry.models)), _gb(max(entry.models[0].weights.layers)),
+                entry.name, _gb(1e9 * download_gb(entry.models)), _gb(max(entry.models[0].weights.layers)),
                 choice.mode + ("" if choice.runs else " *"), choice.offer.title + _split(choice),
                 f"{_gb(choice.need_bytes)}/{_gb(choice.offer.room_bytes)}",
                 hours(choice.hours), f"{choice.usd:.2f}", choice.stages.bottleneck,
@@ -85,6 +85,8 @@ def _split(option: Option) -> str:
 def _gb(size: float) -> str:
     """Bytes in GB: 1,623.4, 0.55, 0.012."""
     gb = size / 1e9
+    if not size:
+        return "0"
     return f"{gb:,.1f}" if gb >= 1 else f"{gb:.2f}" if gb >= 0.1 else f"{gb:.3f}"
 
 
@@ -106,12 +108,12 @@ def detail(entry: EntryPlan, out: Console) -> None:
     for line in (
         f"{base.model_type}, {base.parameters:,} parameters, {base.n_layers} layers, heads {base.heads} / {base.kv_heads}; "
         f"sizes from {base.source}",
-        f"download {download_gb(entry.models):,.1f} GB of both ({base.stored}); in memory ({base.dtype}) {shape.total / 1e9:,.1f} GB each: "
+        f"download {download_gb(entry.models):,.1f} GB of both ({base.stored}); in memory ({base.quantized or base.dtype}) {shape.total / 1e9:,.1f} GB each: "
         f"layer {max(shape.layers) / 1e9:.2f}, embedding {shape.embedding / 1e9:.2f}, "
         f"unembedding {'tied' if shape.tied else f'{shape.head / 1e9:.2f}'}",
         f"{entry.work.prompts} prompts of at most {entry.work.longest} tokens, {walk.tokens:,} in all, {walk.passes} passes: states "
         f"{state_bytes(walk) / 1e9:.2f} GB, lens {lens_bytes(walk) / 1e9:.2f} GB, {(entry.work.layer_flop + entry.work.lens_flop) / 1e12:,.0f} TFLOP",
-        f"GPUs that one capture can be split over: {degrees}",
+        *([] if entry.degree else [f"GPUs that one capture can be split over: {degrees}"]),
         *entry.notes,
     ):
         out.print(f"  {line}", soft_wrap=True)
@@ -123,11 +125,11 @@ def detail(entry: EntryPlan, out: Console) -> None:
         ("time", "right"),
         ("$", "right"),
     )
-    for mode in MODES:
+    for mode, bytes_needed in entry.needs.items():
         found = [o for o in entry.options if o.mode == mode]
         best = min(found, key=lambda o: (not o.runs, cost_order(o)), default=None)
         name = mode + ("" if best is None or best.runs else " *")
-        need = f"{entry.needs[mode] / 1e9:,.1f}"
+        need = f"{bytes_needed / 1e9:,.1f}"
         if best is None:
             table.add_row(name, need, "no machine offered", "", "", "")
         else:

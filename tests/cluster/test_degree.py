@@ -78,3 +78,10 @@ def test_the_memory_of_a_gpu_comes_from_its_kind() -> None:
 def test_more_gpus_come_before_reading_every_matrix_again_for_every_batch() -> None:
     assert degree(mode="auto", device_memory_gib=3.5) > 1
     assert degree(mode="sub-layer", device_memory_gib=3.5) == 1
+
+
+def test_quantized_weights_stay_on_one_gpu() -> None:
+    four = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+    assert degree(model_kwargs=four) == 1
+    with pytest.raises(DeviceMemoryError, match=r"mode resident does not fit .* with 1 GPUs"):
+        degree(model_kwargs=four, device_memory_gib=8)

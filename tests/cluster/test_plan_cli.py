@@ -94,3 +94,37 @@ def test_saved_offers_are_what_is_chosen_from(tmp_path):
     file.write_text(json.dumps([offer]))
     text = typed(TABLE, "--offers", str(file), "--entries", "qwen-7b").output
     assert "(offer 99)" in text
+
+
+def test_the_overview_the_detail_and_json_name_one_download():
+    said = typed(TABLE, "--entries", "deepseek-v3").output
+    assert next(line for line in said.splitlines() if line.startswith("deepseek-v3 ")).split()[1] == "1,377.1"
+    assert "download 1,377.1 GB of both" in said
+    assert "1,346" not in said
+    row = json.loads(typed(TABLE, "--entries", "deepseek-v3", "--json").output.splitlines()[0])
+    assert round(row["download_gb"], 1) == 1377.1
+
+
+def test_a_mode_that_cannot_be_shared_is_refused_with_both_keys(tmp_path):
+    config = tmp_path / "c.yaml"
+    config.write_text(
+        "residual_compare:\n  prompts: [hello]\n  mode: sub-layer\n  model_sweep:\n"
+        "    - {name: split, base_model: Qwen/Qwen2.5-7B, sft_model: Qwen/Qwen2.5-7B-Instruct, tensor_parallel: 2}\n"
+    )
+    said = typed(str(config), "--offline", code=1).stderr
+    assert "c.yaml: residual_compare.model_sweep[0]: mode: sub-layer and tensor_parallel: 2 exclude each other" in said
+
+
+def test_stars_are_explained_on_the_page_only_where_a_row_has_one():
+    from types import SimpleNamespace
+
+    from cluster.plan_page import _star
+    from cluster.plan_text import PLANNED
+
+    runs, planned = SimpleNamespace(runs=True), SimpleNamespace(runs=False)
+    assert _star([runs, runs]) == ""
+    assert PLANNED in _star([runs, planned])
+    page = (ROOT / "docs/hardware.md").read_text(encoding="utf-8")  # tests/test_docs.py compares it with the plan
+    assert " \\* |" not in page  # no row has one
+    assert "star" not in page
+    assert PLANNED not in page

@@ -184,3 +184,12 @@ def test_a_job_does_not_leave_its_results_where_ray_deletes_them(
     job = Path("/tmp/ray/session_1/runtime_resources/working_dir_files/_ray_pkg_1")
     assert lasting(out, job) == kept
     assert lasting(out, Path("/home/me/project")) == out
+
+
+def test_a_dry_run_refuses_a_mode_that_the_gpus_of_a_group_cannot_share(config: Path, tmp_path: Path) -> None:
+    block = yaml.safe_load(config.read_text())
+    block["residual_compare"]["model_sweep"][1] |= {"mode": "sub-layer", "tensor_parallel": 2}
+    config.write_text(yaml.safe_dump(block))
+    result = call(config, "--out", tmp_path / "new", "--dry-run", "--entries", "b")
+    assert result.exit_code == 1
+    assert "model_sweep[1]: mode: sub-layer and tensor_parallel: 2 exclude each other" in result.stdout
