@@ -81,13 +81,15 @@ def report(
     A section has the prompt's length, statistics per layer or token, the cells of largest absolute value, and the logits of
     tracked tokens.
     """
-    from analysis.export import export_report
+    from analysis.export import check_export, export_report
     from analysis.report import ask, make_report
     from analysis.report_text import overview_lines, section_lines
     from analysis.select import Filters
     from analysis.tables import json_line, terminal_width
 
     filters = Filters(pair, capture, prompt, variant, _label(record_type, comparison, run_))
+    if export:
+        check_export(export, export_rows, record_type)
     with asking(out, include_partial, lenient) as con:
         question = ask(con, record_type, metrics, axis=axis, top_n=top_n, token_ids=token_ids,
                        logit_source=logit_source, min_logit=min_logit, filters=filters)  # fmt: skip

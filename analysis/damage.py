@@ -57,7 +57,7 @@ def naming_damage(run: RunDir, include_partial: bool = False) -> Iterator[None]:
     except (duckdb.Error, QueryError) as error:
         cause = error if isinstance(error, duckdb.Error) else error.__cause__
         if isinstance(cause, duckdb.Error) and not isinstance(cause, duckdb.BinderException | duckdb.ParserException):
-            for capture in run.captures(include_partial, []):
+            for capture in run.captures(include_partial, {}):
                 for table in BY_NAME:
                     for why in broken(run, capture, table, contents=True).values():
                         raise StoreError(why) from error

@@ -148,6 +148,8 @@ def plot(
 
     panels = list(grid) if isinstance(grid, GridStack) else [grid]
     first = panels[0]
+    if first.values.size == 0:
+        raise QueryError("no cell is left to draw: the masks and filters leave no token or no layer")
     finite = np.concatenate([p.values[np.isfinite(p.values)] for p in panels])
     norm, signed = _norm(finite, log, low, high)
     cmap = LinearSegmentedColormap.from_list("pairscope", PAPER_SIGNED if signed else PAPER)

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from analysis.errors import QueryError
 from analysis.logits import changes_sql
-from analysis.metrics import Metric
+from analysis.metrics import Metric, RecordType
 from analysis.report import Question
 from analysis.summaries import AXIS_COLUMN, GROUP, cells_sql, prompt_hotspots_sql, statistics_sql
-from analysis.tables import copy_query
+from analysis.tables import copy_path, copy_query
 from analysis.views import quote
 
 if TYPE_CHECKING:
@@ -26,12 +26,18 @@ def export_report(con: duckdb.DuckDBPyConnection, question: Question, file: str,
     cells: every cell, a column per metric, and logit_<id> for each token asked for. hotspots and statistics: those of each
     section, a row each, with the metric's name. changes: the logit changes of tracked tokens (of comparisons alone).
     """
-    if kind == "changes" and question.metric.record_type == "runs":
-        raise QueryError("logit changes are of comparisons: --record-type pairwise")
+    check_export(file, kind, question.metric.record_type)
     sql, values = {"cells": _cells, "hotspots": _hotspots, "statistics": _statistics, "changes": _changes}[kind](
         question
     )
     return copy_query(con, sql, values, file)
+
+
+def check_export(file: str, kind: Kind, record_type: RecordType) -> None:
+    """Raise QueryError or StoreError if such rows cannot go to such a file, before any of them is made."""
+    if kind == "changes" and record_type == "runs":
+        raise QueryError("logit changes are of comparisons: --record-type pairwise")
+    copy_path(file)
 
 
 def _column(question: Question, metric: Metric) -> str:

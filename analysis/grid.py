@@ -72,7 +72,8 @@ class Grid:
         if stop is not None:
             keep &= self.positions < stop
         if not keep.any():
-            raise QueryError(f"no positions {start}:{stop}; the prompt has {len(self.positions)} tokens, from 0")
+            asked = ":".join("" if end is None else str(end) for end in (start, stop))
+            raise QueryError(f"no positions {asked}; the prompt has {len(self.positions)} tokens, from 0")
         return self._columns(keep)
 
     def filter_tokens(self, keep: Callable[[int, str], bool]) -> Grid:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 
 import click
@@ -62,6 +63,9 @@ def html(
     """
     from analysis.html_page import write_page
 
+    if not math.isfinite(max_mb):  # click's range lets nan and inf through
+        raise click.BadParameter(f"{max_mb} is no size.", param_hint="'--max-mb'")
+
     tty = sys.stderr.isatty()
 
     def show(line: str) -> None:
@@ -83,6 +87,6 @@ def html(
         )
     if done.texts_missing:
         click.echo(
-            f"  tokens of the lists show as ids for {', '.join(done.texts_missing)}: an imported capture has no texts of them",
+            f"  tokens of the lists show as ids for {', '.join(done.texts_missing)}: this capture has no texts of them",
             err=True,
         )

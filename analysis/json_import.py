@@ -74,7 +74,7 @@ def import_json(
     run = RunDir(out)
     if not force and run.is_complete(name, capture):
         said = run.read_bytes(f"{run.capture_path(name, capture)}/capture.json")
-        if b'"broken": null' in said:
+        if b'"cut_short": null' in said:
             return Imported(file, name, capture, "there")
     directory = Path(tempfile.mkdtemp(prefix="pairscope-import-"))
     try:
@@ -86,7 +86,10 @@ def import_json(
         shape = Shape(name, capture, prompts, last, tuple(stage.tracked_ids))
         found: dict[str, Any] = {
             "file": path.name, "sha256": digest, "bytes": size, "records": len(prompts),
-            "cells": stage.counts["run"] + stage.counts["pairwise"], "broken": broken,
+            "cells": stage.counts["run"] + stage.counts["pairwise"], "cut_short": broken,
+            "incomplete_prompts": [
+                {"prompt_idx": p.prompt_idx, "variant": p.variant} for p in prompts if not p.complete
+            ],
             "format": "single comparison" if not any(p.runs for p in prompts) else "format_version 2",
         }  # fmt: skip
         write_capture(run, shape, stage, found)

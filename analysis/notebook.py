@@ -54,7 +54,7 @@ def grid_html(grid: Grid) -> str:
 def run_html(run: Run) -> str:
     """The captures of a run directory as a table."""
     names = ("pair", "capture", "base_model", "sft_model", "n_layers", "n_prompts", "n_tokens", "dtype")
-    rows = run.con.execute(f"SELECT {', '.join(names)} FROM captures ORDER BY pair, written").fetchall()
+    rows = run._con.execute(f"SELECT {', '.join(names)} FROM captures ORDER BY pair, written").fetchall()
     head = "".join(f"<th>{n}</th>" for n in names)
     body = "".join(
         "<tr>" + "".join(f"<td>{'' if v is None else escape(str(v))}</td>" for v in row) + "</tr>" for row in rows

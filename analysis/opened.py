@@ -38,12 +38,12 @@ def open(  # it is analysis.open
 
 
 class Run:
-    """An open run directory. con: the DuckDB connection; left_out: what `lenient` left out, a sentence each."""
+    """An open run directory, asked by SQL that only reads. left_out: what `lenient` left out, a sentence each."""
 
     def __init__(self, out: str, *, include_partial: bool, lenient: bool, any_file: bool) -> None:
         self.out = out
         self.left_out: list[str] = []
-        self.con: duckdb.DuckDBPyConnection = open_run(
+        self._con: duckdb.DuckDBPyConnection = open_run(
             out, include_partial, lenient=lenient, left_out=self.left_out.append, sandbox=not any_file
         )
 
@@ -53,11 +53,11 @@ class Run:
         return sorted(BY_VIEW)
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("_") or name == "con":
+        if name.startswith("_"):
             raise AttributeError(name)
         if name not in BY_VIEW:
             raise AttributeError(f"no view '{name}'. {near(name, sorted(BY_VIEW))}")
-        return self.con.table(name)
+        return self._con.table(name)
 
     def __dir__(self) -> list[str]:
         return [*super().__dir__(), *BY_VIEW]
@@ -66,9 +66,9 @@ class Run:
         """One query that only reads, as a lazy relation: .df(), .pl(), .arrow(), .show() run it. Raises QueryError."""
         import duckdb
 
-        check_query(self.con, query)
+        check_query(self._con, query)
         try:
-            return self.con.sql(query)
+            return self._con.sql(query)
         except duckdb.Error as error:
             raise QueryError(explain(error, query)) from error
 
@@ -76,7 +76,7 @@ class Run:
         """The answer to a query, or a whole view by its name, as a pyarrow.Table. Raises QueryError."""
         import duckdb
 
-        relation = self.con.table(query) if query in BY_VIEW else self.sql(query)
+        relation = self._con.table(query) if query in BY_VIEW else self.sql(query)
         try:
             return relation.to_arrow_table()
         except duckdb.Error as error:
@@ -103,8 +103,8 @@ class Run:
         chosen = choose_metric(metric, comparison=comparison, run=run, token_id=token_id, source=source)
         filters = Filters(pair, capture, prompt, variant, comparison or run)
         if token_id is not None:
-            check_tracked(self.con, token_id, filters)
-        return build_grid(self.con, chosen, filters)
+            check_tracked(self._con, token_id, filters)
+        return build_grid(self._con, chosen, filters)
 
     def stack(
         self,
@@ -118,11 +118,11 @@ class Run:
     ) -> GridStack:
         """The grids of all comparisons of one prompt (or of those named) as one labelled array."""
         chosen = find_metric("pairwise", metric or "kl_divergence")
-        return build_stack(self.con, chosen, Filters(pair, capture, prompt, variant), tuple(comparisons))
+        return build_stack(self._con, chosen, Filters(pair, capture, prompt, variant), tuple(comparisons))
 
     def close(self) -> None:
         """Close the connection."""
-        self.con.close()
+        self._con.close()
 
     def __enter__(self) -> Run:
         return self
@@ -131,7 +131,7 @@ class Run:
         self.close()
 
     def __repr__(self) -> str:
-        pairs, captures = self.con.execute("SELECT count(DISTINCT pair), count(*) FROM captures").fetchall()[0]
+        pairs, captures = self._con.execute("SELECT count(DISTINCT pair), count(*) FROM captures").fetchall()[0]
         return f"<Run {self.out}: {captures} captures of {pairs} pairs; views: {', '.join(self.views)}>"
 
     def _repr_html_(self) -> str:

@@ -34,7 +34,9 @@ def check_query(con: duckdb.DuckDBPyConnection, query: str) -> None:
         raise QueryError(f"expected one query, got {len(statements)}")
     kind = statements[0].type
     if kind == duckdb.StatementType.EXPLAIN:  # EXPLAIN ANALYZE runs what it explains
-        inner = re.sub(r"(?is)^\s*EXPLAIN(\s+ANALYZE)?(\s*\([^)]*\))?\s+", "", statements[0].query)
+        # options in parentheses hold words alone: a whole query that is left out there would not be looked at
+        options = r"(\s*\(\s*(ANALYZE|FORMAT)\b([\s\w,]|'\w*')*\))?"
+        inner = re.sub(rf"(?is)^\s*EXPLAIN(\s+ANALYZE)?{options}\s+", "", statements[0].query)
         if inner != statements[0].query and not re.match(r"(?i)EXPLAIN\b", inner):
             check_query(con, inner)
             return
@@ -46,6 +48,42 @@ def check_query(con: duckdb.DuckDBPyConnection, query: str) -> None:
             f"'{kind.name}' is not a query: a run directory is only read here. Use SELECT, DESCRIBE, SUMMARIZE or EXPLAIN, and "
             "--csv, --json or 'pairscope catalog' to take data elsewhere"
         )
+    _check_parts(con, query)
+
+
+# the parts of a query that read; a WITH may also hold COPY, DELETE, INSERT and UPDATE, which are other nodes
+_READING_NODES = {"SELECT_NODE", "SET_OPERATION_NODE", "RECURSIVE_CTE_NODE", "CTE_NODE"}
+# the table functions that read; others set things, write logs, or run SQL that they are given as text
+_READING_FUNCTIONS = re.compile(
+    r"(read|parquet|duckdb|pragma)_\w+|json_each|json_tree|sniff_csv|glob|query_table|range|generate_series|unnest|repeat|"
+    r"repeat_row|histogram|histogram_values|summary"
+)
+
+
+def _check_parts(con: duckdb.DuckDBPyConnection, query: str) -> None:
+    """Raise a QueryError if a part of a SELECT, however deep, can do more than read, or if that cannot be told."""
+    (tree,) = con.cursor().execute("SELECT json_serialize_sql(?)", [query]).fetchall()[0]
+    # looked through as text, since sums of many terms nest deeper than a JSON parser goes: inside a string every quote has a
+    # backslash before it, so these patterns find keys alone
+    if not tree.startswith('{"error":false'):
+        raise QueryError("this is not a query that can be told to read only")
+    for node in re.findall(r'"type":"(\w+_NODE)"', tree):
+        if node not in _READING_NODES:
+            raise QueryError(
+                f"'{node.split('_')[0]}' in WITH is not a query: a run directory is only read here. --csv, --json or "
+                "'pairscope catalog' take data elsewhere"
+            )
+    functions = re.findall(r'"type":"TABLE_FUNCTION".*?"function_name":"([^"]*)"', tree)
+    if len(functions) != tree.count('"type":"TABLE_FUNCTION"'):
+        raise QueryError("this is not a query that can be told to read only")
+    macros = [m.name for m in MACROS]
+    for name in functions:
+        if name.lower() in macros or _READING_FUNCTIONS.fullmatch(name.lower()):
+            continue
+        known = con.cursor().execute("SELECT 1 FROM duckdb_functions() WHERE function_name = ? LIMIT 1", [name])
+        if known.fetchall():
+            raise QueryError(f"'{name}' is not a query: this table function can do more than read a run directory")
+        raise QueryError(f"no table function '{name}' here. {near(name, macros)}")
 
 
 def answer(
@@ -97,10 +135,6 @@ def explain(error: Exception, query: str = "") -> str:
         return f"{message}\n{near(name, sorted({c.name for view in VIEWS for c in view.columns}))}"
     if "disabled by configuration" in message:
         return f"{message}\nOnly files of the run directory can be read; --any-file allows others."
-    if (
-        found := re.search(r"Table Function with name (\S+) does not exist", message)
-    ) and "Did you mean" not in message:
-        return f"{message}\n{near(found[1], [m.name for m in MACROS])}"
     if (found := re.search(r"Table with name (\S+) does not exist", message)) and "Did you mean" not in message:
         return f"{message}\n{near(found[1], sorted(BY_VIEW))}"
     return message

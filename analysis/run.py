@@ -56,6 +56,7 @@ def open_run(
 
     lenient: leave out captures of another schema version and files that are damaged (every byte is compared with the
     checksums) and call `left_out` with a sentence for each. sandbox: no file outside `out` can be reached, and nothing set.
+    The connection is DuckDB's own: what is executed on it is not checked, as `analysis.open` and the verb `sql` do.
 
     Raises QueryError where there is no run directory, StoreError for another schema version or a broken file.
     """
@@ -147,9 +148,9 @@ def create_views(
 
     relocatable: files are named below run_directory(), which must be there.
     """
-    refused: list[str] | None = [] if lenient else None
+    refused: dict[tuple[str, str], str] | None = {} if lenient else None
     captures = list(run.captures(include_partial, refused))
-    for why in refused or []:
+    for why in (refused or {}).values():
         left_out(why)
     for view, table in ((CAPTURES, captures_table(run, captures)), (MANIFEST_VIEW, manifest_table(run))):
         con.register("_arrow", table)

@@ -98,22 +98,21 @@ def labels(con: duckdb.DuckDBPyConnection, filters: Filters, metric: Metric) -> 
 def one_cell_set(con: duckdb.DuckDBPyConnection, filters: Filters, metric: Metric) -> Filters:
     """Fill what the filters leave open, so that one layer x token grid is meant.
 
-    The first pair by name, its newest capture, its first prompt and variant (identity where there is one), and BB-SS (or
+    The first pair by name that has cells of such a metric, its newest capture, its first prompt and variant (identity where there is one), and BB-SS (or
     BB) where there is one, else the first by name.
     """
     check_filters(con, filters, metric)
     where, values = replace(filters, label=None).where("''")
     rows = con.execute(
         f"SELECT pair, capture, prompt_idx, variant FROM prompts JOIN captures USING (pair, capture) {where} "
-        "ORDER BY pair, written DESC NULLS LAST, capture, prompt_idx, variant <> 'identity', variant LIMIT 1",
+        "QUALIFY row_number() OVER (PARTITION BY pair, capture ORDER BY prompt_idx, variant <> 'identity', variant) = 1 "
+        "ORDER BY pair, written DESC NULLS LAST, capture",
         values,
     ).fetchall()
-    pair, capture, prompt, variant = rows[0]
-    chosen = Filters(pair, capture, prompt, variant, filters.label)
-    if chosen.label is None:
+    default = filters.label or ("BB" if metric.record_type == "runs" else "BB-SS")
+    for row in rows:  # the cells of a damaged capture may be left out, and its prompts be there
+        chosen = Filters(*row)
         known = labels(con, chosen, metric)
-        default = "BB" if metric.record_type == "runs" else "BB-SS"
-        if not known:
-            raise QueryError(f"pair '{pair}' has no {metric.label} in '{metric.record_type}'")
-        chosen = replace(chosen, label=default if default in known else known[0])
-    return chosen
+        if default in known or (known and filters.label is None):
+            return chosen.with_label(default if default in known else known[0])
+    raise QueryError(f"pair '{rows[0][0]}' has no {metric.label} in '{metric.record_type}'")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import textwrap
 from collections.abc import Iterator
 from typing import Any
 
 from analysis.tables import escape, fit, plain_table, width
-from capture.layout import RunDir
+from capture.layout import CaptureDir, RunDir
 from capture.schema import MANIFEST, STAGES
 
 COLUMNS = ("entry", "state", "seconds", "tokens", "mode", "gpu", "peak memory", "dollars", "error")
@@ -26,10 +27,13 @@ def status_rows(run: RunDir, every_attempt: bool = False) -> list[dict[str, Any]
 
     What lies in the run directory without an attempt of its own has a row too: a complete capture (state `complete`), and a
     capture directory without a valid marker where its entry has no attempt at all (state `partial`). An attempt that says
-    `complete` while its capture is gone becomes `missing`; while a file of it is gone or short, `damaged`.
+    `complete` while its capture is gone becomes `missing`; while a file of it is gone or short, `damaged`. A
+    capture of another schema version is `unreadable`. The `error` of a capture that was imported from a file that breaks off
+    says where.
     """
     attempts = run.manifest_rows()
-    found = list(run.captures(include_partial=True))
+    refused: dict[tuple[str, str], str] = {}
+    found = list(run.captures(include_partial=True, refused=refused))
     complete = {(c.pair, c.capture) for c in found if not c.marker.get("partial")}
     damaged = {key for key in complete if not run.is_complete(*key)}
     known = {(r.get("entry"), r.get("capture")) for r in attempts}
@@ -37,7 +41,9 @@ def status_rows(run: RunDir, every_attempt: bool = False) -> list[dict[str, Any]
     rows = []
     for row in attempts:
         row = {f.name: None for f in MANIFEST} | row
-        if row["state"] == "complete" and (row["entry"], row["capture"]) not in complete:
+        if row["state"] == "complete" and (row["entry"], row["capture"]) in refused:
+            row |= {"state": "unreadable", "error": refused[row["entry"], row["capture"]]}
+        elif row["state"] == "complete" and (row["entry"], row["capture"]) not in complete:
             row |= {
                 "state": "missing",
                 "error": f"capture {row['capture']} is no longer here; sweep again to remake it",
@@ -53,9 +59,26 @@ def status_rows(run: RunDir, every_attempt: bool = False) -> list[dict[str, Any]
             continue
         row = {f.name: None for f in MANIFEST} | {"entry": c.pair, "capture": c.capture}
         row["state"] = "partial" if partial else "damaged" if (c.pair, c.capture) in damaged else "complete"
-        row["error"] = "no valid marker, and no attempt is known" if partial else None
+        row["error"] = "no valid marker, and no attempt is known" if partial else _cut_short(run, c)
         rows.append(row)
+    for (pair, capture), why in refused.items():
+        if (pair, capture) not in known:
+            row = {f.name: None for f in MANIFEST} | {"entry": pair, "capture": capture}
+            rows.append(row | {"state": "unreadable", "error": why})
     return rows
+
+
+def _cut_short(run: RunDir, capture: CaptureDir) -> str | None:
+    """Where the file breaks off that a capture was imported from, and which prompts have only a part of their cells."""
+    try:
+        said = json.loads(run.read_bytes(f"{capture.path}/capture.json"))["imported"]
+        why, prompts = said["cut_short"], said["incomplete_prompts"]
+        names = [f"{p['prompt_idx']}" + ("" if p["variant"] == "identity" else f" ({p['variant']})") for p in prompts]
+    except (OSError, ValueError, KeyError, TypeError):  # captured here, or a document that is not ours
+        return None
+    if why is None:
+        return None
+    return f"cut short: {why}" + (f"; prompt {', '.join(names)} is not whole" if names else "")
 
 
 def failed(rows: list[dict[str, Any]]) -> list[str]:

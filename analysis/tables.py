@@ -173,13 +173,21 @@ def terminal_width() -> int:
 COPY_FORMATS = {".csv": "FORMAT csv, HEADER", ".json": "FORMAT json", ".parquet": "FORMAT parquet, COMPRESSION zstd"}
 
 
+def copy_path(file: str) -> Path:
+    """Where copy_query would write; QueryError for a name of another ending, StoreError where there is no such directory."""
+    path = Path(file).expanduser().absolute()
+    if path.suffix not in COPY_FORMATS:
+        raise QueryError(f"cannot write '{file}': the name must end in {', '.join(COPY_FORMATS)}")
+    if not path.parent.is_dir():
+        raise StoreError(f"cannot write '{path}': there is no directory '{path.parent}'")
+    return path
+
+
 def copy_query(con: duckdb.DuckDBPyConnection, sql: str, values: list[Any], file: str) -> Path:
     """Write a query's rows to FILE.csv, FILE.json (one object a line) or FILE.parquet, whole or not at all."""
     import duckdb
 
-    path = Path(file).expanduser().absolute()
-    if path.suffix not in COPY_FORMATS:
-        raise QueryError(f"cannot write '{file}': the name must end in {', '.join(COPY_FORMATS)}")
+    path = copy_path(file)
     tmp = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     target = str(tmp).replace("'", "''")
     try:

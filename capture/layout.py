@@ -128,9 +128,11 @@ class RunDir:
             i.type == fs.FileType.File and i.size == f["bytes"] for i, f in zip(infos, marker["files"], strict=True)
         )
 
-    def captures(self, include_partial: bool = False, refused: list[str] | None = None) -> Iterator[CaptureDir]:
-        """The complete captures by pair and id. A marker of another schema version is an error that names it; where a list
-        is given for such errors, they go there and the capture is left out.
+    def captures(
+        self, include_partial: bool = False, refused: dict[tuple[str, str], str] | None = None
+    ) -> Iterator[CaptureDir]:
+        """The complete captures by pair and id. A marker of another schema version is an error that names it; where a dict
+        is given for such errors, they go there by pair and id and the capture is left out.
         """
         for pair_info in self.list_dir(f"{self.root}/captures"):
             pair = pair_info.base_name.removeprefix("pair=")
@@ -148,7 +150,7 @@ class RunDir:
                     )
                     if refused is None:
                         raise StoreError(why)
-                    refused.append(why)
+                    refused[pair, info.base_name.removeprefix("capture=")] = why
                     continue
                 yield CaptureDir(pair, info.base_name.removeprefix("capture="), info.path, marker)
 

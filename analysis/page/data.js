@@ -135,8 +135,8 @@ async function listsOf(data, view, cell) {
   return lists.filter(([, rows]) => rows.length);
 }
 
-// Columns that hotspots, profiles and the colour scale leave out: special tokens and the first one.
-const maskOf = (sheet) => new Set([0, ...sheet.special]);
+// Columns that hotspots, profiles and the colour scale leave out: special tokens and the first few; none where first is null.
+const maskOf = (sheet, first) => new Set(first === null ? [] : [...Array(first).keys(), ...sheet.special]);
 
 function quantile(sorted, q) {
   if (!sorted.length) return NaN;
@@ -146,18 +146,18 @@ function quantile(sorted, q) {
 
 // Per layer over the tokens of some sheets: p10, median, p90, mean and standard deviation.
 const profiles = new Map(); // those made last: three panels ask for the same ones
-function profile(many, view, metric, masked) {
-  const key = JSON.stringify([many.map((data) => data.sheet.block), view, metric, masked]);
+function profile(many, view, metric, first) {
+  const key = JSON.stringify([many.map((data) => data.sheet.block), view, metric, first]);
   if (!profiles.has(key)) {
     if (profiles.size > 30) profiles.clear();
-    profiles.set(key, makeProfile(many, view, metric, masked));
+    profiles.set(key, makeProfile(many, view, metric, first));
   }
   return profiles.get(key);
 }
 
-function makeProfile(many, view, metric, masked) {
+function makeProfile(many, view, metric, first) {
   const out = { layers: many[0].sheet.layers, p10: [], p50: [], p90: [], mean: [], std: [] };
-  const all = many.map((data) => [data, valuesOf(data, view, metric), masked ? maskOf(data.sheet) : new Set()]);
+  const all = many.map((data) => [data, valuesOf(data, view, metric), maskOf(data.sheet, first)]);
   const room = new Float64Array(many.reduce((n, data) => n + data.columns, 0));
   for (let row = 0; row < many[0].rows; row++) {
     let n = 0, sum = 0, squares = 0;
@@ -176,10 +176,10 @@ function makeProfile(many, view, metric, masked) {
 }
 
 // The n cells of largest magnitude, or of largest |z| within their layer, over some sheets.
-function hotspots(many, view, metric, masked, order, n) {
-  const { mean, std } = profile(many, view, metric, masked), best = []; // falling
+function hotspots(many, view, metric, first, order, n) {
+  const { mean, std } = profile(many, view, metric, first), best = []; // falling
   for (const data of many) {
-    const values = valuesOf(data, view, metric), left = masked ? maskOf(data.sheet) : new Set();
+    const values = valuesOf(data, view, metric), left = maskOf(data.sheet, first);
     for (let i = 0; values && i < data.n; i++) {
       const row = Math.floor(i / data.columns), column = i % data.columns, value = values[i];
       if (left.has(column) || !Number.isFinite(value)) continue;

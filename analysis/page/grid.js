@@ -63,15 +63,18 @@ function drawGrid(s) {
       pen.globalAlpha = masked ? 0.3 : 1;
       pen.fillRect(cx, cy, w - gap, h - gap);
       pen.globalAlpha = 1;
-      if (w >= 46 && h >= 13) {
+      const numbers = w >= 46 && h >= 13;
+      if (numbers) {
         pen.fillStyle = scale.dark[i] && !masked ? "#fff" : masked ? ink : "#10161d";
         pen.textAlign = "center";
         pen.font = `10px ${MONO}`;
         pen.fillText(show(value, w >= 60 ? 3 : 2), cx + w / 2, cy + h / 2);
-      } else if (floor && Math.abs(value) <= floor[row] && w >= 5) { // no more than batching alone moves
-        pen.fillStyle = scale.dark[i] ? "#fff" : "#10161d";
-        pen.globalAlpha = 0.45;
-        pen.fillRect(cx + w / 2 - 1.5, cy + h / 2 - 1.5, 2, 2);
+      }
+      if (floor && Math.abs(value) <= floor[row] && w >= 5) { // no more than batching alone moves
+        pen.fillStyle = masked ? ink : scale.dark[i] ? "#fff" : "#10161d";
+        pen.globalAlpha = numbers ? 0.7 : 0.45;
+        if (numbers) pen.fillRect(cx + w - gap - 5, cy + 2, 3, 3); // in the corner, beside the number
+        else pen.fillRect(cx + w / 2 - 1.5, cy + h / 2 - 1.5, 2, 2);
         pen.globalAlpha = 1;
       }
     }

@@ -1,16 +1,20 @@
 // What is shown (one state, S), the pickers and keys that change it, and the link that holds it.
 
-const S = { scope: "prompt", order: "size", log: false, lock: false, mask: false, zoom: 0, cell: null, hover: null, seen: null, theme: "" };
+const S = { scope: "prompt", order: "size", log: false, lock: false, mask: false, first: 1, zoom: 0, cell: null, hover: null, seen: null, theme: "" };
+// first: how many tokens at the start the mask leaves out besides special ones
 // cell is the one that was clicked, hover the one under the pointer, seen the last that was: {row, column} each
 const sheetsOf = (s) => s.pair.sheets.filter((sheet) => sheet.variant === s.sheet.variant);
 const viewsOf = (pair) => [["comparison", pair.comparisons], ["pass", pair.runs], ["effect", hasFour(pair) ? Object.keys(EFFECTS) : []]];
 const dark = () => S.theme ? S.theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
+
+const firstOf = (text) => /^\d{1,3}$/.test(text ?? "") ? Number(text) : 1; // whatever is no such number is the default
 
 // ---- the link ----
 function toHash() {
   const { cell, data } = S, out = new URLSearchParams({ pair: S.pair.name, prompt: S.sheet.prompt, show: S.view, metric: S.metric });
   if (S.sheet.variant !== "identity") out.set("variant", S.sheet.variant);
   for (const name of ["log", "lock", "mask"]) if (S[name]) out.set(name, "1");
+  if (S.first !== 1) out.set("first", S.first);
   if (S.scope === "all") out.set("scope", "all");
   if (S.order === "z") out.set("order", "z");
   if (S.zoom) out.set("zoom", S.zoom);
@@ -26,6 +30,7 @@ function fromHash() { // whatever the link does not say, or says wrongly, keeps 
   S.sheet = pick(S.pair.sheets, (x) => String(x.prompt) === prompt && x.variant === variant);
   chooseView(said.get("show"), said.get("metric"));
   for (const name of ["log", "lock", "mask"]) S[name] = said.get(name) === "1";
+  S.first = firstOf(said.get("first"));
   S.scope = said.get("scope") === "all" ? "all" : "prompt";
   S.order = said.get("order") === "z" ? "z" : "size";
   S.zoom = Math.min(3, Math.max(-4, parseInt(said.get("zoom"), 10) || 0));
@@ -65,6 +70,7 @@ function drawControls() {
   byId("text").textContent = S.sheet.text;
   byId("lock").checked = S.lock;
   byId("mask").checked = S.mask;
+  if (document.activeElement !== byId("first")) byId("first").value = S.first;
   press("linear", !S.log); press("log", S.log); press("by-size", S.order === "size"); press("by-z", S.order === "z");
   press("this-prompt", S.scope === "prompt"); press("all-prompts", S.scope === "all");
   document.documentElement.dataset.theme = S.theme;
@@ -100,7 +106,7 @@ async function update() {
   if (mine !== ticket) return; // something else was chosen meanwhile
   S.data = data;
   S.values = valuesOf(data, S.view, S.metric);
-  S.left = S.mask ? maskOf(S.sheet) : new Set();
+  S.left = maskOf(S.sheet, skipped(S));
   const floor = noiseFloor(data, S.view, S.metric);
   S.floor = floor && floor.some((v) => v > 0) ? floor : null;
   const kind = viewKind(S.view), views = S.lock ? viewsOf(S.pair).flatMap(([, list]) => list).filter((v) => viewKind(v) === kind) : [S.view];
@@ -176,6 +182,7 @@ on("view", "change", (e) => S.show(e.target.value));
 on("metric", "change", (e) => set({ metric: e.target.value }));
 on("lock", "change", (e) => set({ lock: e.target.checked }));
 on("mask", "change", (e) => set({ mask: e.target.checked }));
+on("first", "change", (e) => { e.target.value = firstOf(e.target.value); set({ mask: true, first: firstOf(e.target.value) }); });
 for (const [id, changes] of Object.entries({ linear: { log: false }, log: { log: true }, "by-size": { order: "size" }, "by-z": { order: "z" },
   "this-prompt": { scope: "prompt" }, "all-prompts": { scope: "all" } })) on(id, "click", () => { jump.last = undefined; set(changes); });
 on("narrower", "click", KEYS["-"]);

@@ -13,7 +13,8 @@ const metricOf = (s) => metricsOf(s.pair, s.view).find((m) => m.name === s.metri
 const UNITS = { residual: "residual units", logit: "logits" };
 const unitOf = (metric) => metric.unit && metric.unit !== "1" ? UNITS[metric.unit] ?? metric.unit : "";
 const scopeWords = (s) => (s.scope === "prompt" ? `prompt ${s.sheet.prompt}` : `${sheetsOf(s).length} prompts`) +
-  (s.mask ? ", without first and special tokens" : "");
+  (s.mask ? `, without ${s.first === 1 ? "first" : `first ${s.first}`} and special tokens`.replace("first 0 and ", "") : "");
+const skipped = (s) => s.mask ? s.first : null; // as maskOf wants it
 const showSql = (id, text) => { byId(id).querySelector("pre").textContent = text; };
 
 async function drawCell(s) {
@@ -57,7 +58,7 @@ async function drawCell(s) {
 
 const SPOTS = 12;
 function drawHotspots(s, many, jump) {
-  s.spots = hotspots(many, s.view, s.metric, s.mask, s.order, SPOTS);
+  s.spots = hotspots(many, s.view, s.metric, skipped(s), s.order, SPOTS);
   byId("spots").replaceChildren(...s.spots.map((spot, i) => el("li", {},
     el("button", { type: "button", onclick: () => jump(i), title: `prompt ${spot.data.sheet.prompt}, ${layerWords(spot.data, spot.row)}, token ${spot.column}` },
       el("span", { class: "token" }, showToken(spot.data.sheet.tokens[spot.column])),
@@ -69,7 +70,7 @@ function drawHotspots(s, many, jump) {
 }
 
 function drawProfile(s, many) {
-  const found = profile(many, s.view, s.metric, s.mask), labels = found.layers.map((_, row) => layerName(s.data, row));
+  const found = profile(many, s.view, s.metric, skipped(s)), labels = found.layers.map((_, row) => layerName(s.data, row));
   byId("profile-scope").textContent = scopeWords(s);
   chart(byId("profile"), { labels, xTitle: "layer", unit: unitOf(metricOf(s)), lines: [{ name: "median", values: found.p50 }],
     band: { low: found.p10, high: found.p90, name: "p10 to p90" }, mark: s.cell?.row ?? null, log: s.log, pick: (row) => s.select({ row, column: s.cell?.column ?? 0 }) });
@@ -101,7 +102,7 @@ function drawFour(s, many) {
   const comparison = viewKind(s.view) === "comparison", host = byId("square"), { data } = s;
   byId("four").hidden = !hasFour(s.pair);
   if (!hasFour(s.pair)) return;
-  const mean = (view) => profile(many, view, s.metric, s.mask).mean;
+  const mean = (view) => profile(many, view, s.metric, skipped(s)).mean;
   const at = (view, means) => {
     const values = s.cell && valuesOf(data, view, s.metric);
     if (values) return values[s.cell.row * data.columns + s.cell.column];

@@ -6,14 +6,14 @@ const isLogit = (metric) => metric.startsWith("logit ");
 const SQL = {
   where: (s) => `pair = ${q(s.pair.name)} AND capture = ${q(s.pair.capture)}`,
   prompt: (s) => `${SQL.where(s)}\n  AND prompt_idx = ${s.sheet.prompt} AND variant = ${q(s.sheet.variant)}`,
-  masks: (s) => s.mask ? ", skip_first := 1, skip_special := true" : "",
+  masks: (s) => s.mask ? `, skip_first := ${s.first}, skip_special := true` : "",
 
   // cells of one view: layer, position, prompt_idx, variant, value
   cells(s, view = s.view, metric = s.metric) {
     const kind = viewKind(view);
     if (isLogit(metric)) {
       const [from, label, value] = kind === "comparison" ? ["tracked_pairwise", "comparison", "diff"] : ["tracked", "run", "logit"];
-      const left = s.mask ? `\n    AND position > 0 AND (prompt_idx, variant, position) NOT IN (SELECT (prompt_idx, variant, position)
+      const left = s.mask ? `\n    AND position >= ${s.first} AND (prompt_idx, variant, position) NOT IN (SELECT (prompt_idx, variant, position)
       FROM tokens WHERE is_special AND ${SQL.where(s)})` : "";
       return `(SELECT pair, capture, prompt_idx, variant, layer, position, ${label} AS label, ${value}::DOUBLE AS value
   FROM ${from} WHERE token_id = ${Number(metric.slice(6))} AND isfinite(value)${left})`;

@@ -141,6 +141,13 @@ def test_scales_are_around_zero_logarithmic_or_given(grid: Grid) -> None:
         replace(grid, values=-np.array(grid.values)).plot(log=True)
 
 
+def test_nothing_left_to_draw_is_an_error(grid: Grid) -> None:
+    pytest.importorskip("matplotlib")
+    for nothing in (grid.mask(first=99), grid.filter_layers(lambda layer: False)):
+        with pytest.raises(QueryError, match="no cell is left to draw"):
+            nothing.plot()
+
+
 def test_comparisons_share_one_scale(con: Any) -> None:
     pytest.importorskip("matplotlib")
     stack = build_stack(con, find_metric("pairwise", "norm_diff"), Filters("alpha", prompt=0))

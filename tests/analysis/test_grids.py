@@ -146,8 +146,10 @@ def test_positions_cut_values_and_tokens_together(con: Any) -> None:
     assert part.tokens == (" a", "\n")
     assert np.array_equal(part.values, whole.values[:, 1:3])
     assert whole.at(None, None).tokens == whole.tokens
-    with pytest.raises(QueryError, match="no positions 7:None"):
+    with pytest.raises(QueryError, match="no positions 7:; the prompt has 5 tokens"):
         whole.at(7, None)
+    with pytest.raises(QueryError, match="no positions :0;"):
+        whole.at(None, 0)
 
 
 def test_a_grid_becomes_an_xarray(con: Any) -> None:

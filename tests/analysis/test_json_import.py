@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -171,7 +172,7 @@ def test_a_file_cut_anywhere_keeps_what_came_before(call: Callable[..., Any], tm
     assert cells[0] > 0
     assert cells[-1] == 10 * 3 * 5 - 1, "all but the one that is cut"
     (said,) = con.execute(
-        "SELECT json_extract_string(json, '$.imported.broken') FROM captures WHERE pair = 'cut1'"
+        "SELECT json_extract_string(json, '$.imported.cut_short') FROM captures WHERE pair = 'cut1'"
     ).fetchall()
     assert "the file ends" in said[0]
     assert call("import-json", tmp_path / "cut1.json", "--out", tmp_path / "out").code == 1, "it is read again"
@@ -184,6 +185,28 @@ def test_a_layer_is_the_last_only_where_that_is_known(call: Callable[..., Any], 
     assert call("import-json", path, "--out", tmp_path / "out").code == 1
     layers = open_run(str(tmp_path / "out")).execute("SELECT DISTINCT layer FROM runs ORDER BY 1").fetchall()
     assert layers[:2] == [(0,), (1,)] or layers == [(0,)]
+
+
+def test_status_says_that_a_file_was_cut_short_and_in_which_prompt(call: Callable[..., Any], tmp_path: Path) -> None:
+    whole = write(tmp_path / "whole.json", two_records())
+    text = whole.read_text(encoding="utf-8")
+    half = text.index('"pairwise"', text.index('"pairwise"') + 1)  # within the record of prompt 3
+    (tmp_path / "cut.json").write_text(text[:half], encoding="utf-8")
+    assert call("import-json", whole, "--out", tmp_path / "out").code == 0
+    assert call("import-json", tmp_path / "cut.json", "--out", tmp_path / "out").code == 1
+    cut, good = call("status", tmp_path / "out", "--json").rows
+    assert (good["entry"], good["error"]) == ("whole", None)
+    assert cut["entry"] == "cut"
+    assert re.fullmatch(r"cut short: .* at character \d+.*; prompt 3 is not whole", cut["error"]), cut["error"]
+    assert "cut short: " in call("status", tmp_path / "out").out
+    (said,) = (tmp_path / "out").glob("captures/pair=cut/*/capture.json")
+    imported = json.loads(said.read_text())["imported"]
+    assert imported["cut_short"] in cut["error"]
+    assert imported["incomplete_prompts"] == [{"prompt_idx": 3, "variant": "identity"}]
+    again = call("import-json", tmp_path / "cut.json", "--out", tmp_path / "out", "--json")
+    assert (again.code, again.rows[0]["state"]) == (1, "broken")
+    again = call("import-json", whole, "--out", tmp_path / "out", "--json")
+    assert (again.code, again.rows[0]["state"]) == (0, "there")
 
 
 def test_the_same_file_is_imported_once(call: Callable[..., Any], tmp_path: Path) -> None:

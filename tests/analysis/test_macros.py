@@ -97,6 +97,25 @@ def test_hotspots_by_z_are_measured_against_their_own_layer(con: Any, synthetic:
     assert sizes == sorted(sizes, reverse=True)
 
 
+def test_few_hotspots_by_z_are_the_largest_on_both_sides(tmp_path: Path) -> None:
+    made = alpha()
+    cells = {(prompt, run): made.cells[prompt, "identity", run]["norm_delta"] for prompt in (0, 1) for run in PASSES}
+    cells[0, "SB"][2, 1] = -30
+    cells[1, "BS"][3, 2] = 20
+    write_capture(tmp_path, made)
+    expected = []
+    for run in PASSES:
+        for i in (1, 2, 3):  # the first state has no norm_delta
+            values = np.concatenate([cells[0, run][i], cells[1, run][i]]).astype(float)
+            z = (values - values.mean()) / values.std()
+            expected += [(z[j], i - 1, j if j < 5 else j - 5, int(j >= 5), run) for j in range(8)]
+    expected = sorted(expected, key=lambda c: -abs(c[0]))[:5]
+    assert min(e[0] for e in expected) < 0 < max(e[0] for e in expected)
+    rows = rows_of(open_run(str(tmp_path)), "FROM hotspots_z('norm_delta', 5, record := 'runs')")
+    assert [(r["layer"], r["position"], r["prompt_idx"], r["label"]) for r in rows] == [e[1:] for e in expected]
+    assert [r["z"] for r in rows] == pytest.approx([e[0] for e in expected])
+
+
 def test_masks_leave_out_first_positions_and_special_tokens(con: Any) -> None:
     for mask in ("skip_first := 1", "skip_special := true"):  # only token 0 is special
         rows = rows_of(con, f"FROM cells('norm', record := 'runs', {mask})")
@@ -178,6 +197,8 @@ def test_the_noise_floor_marks_differences_that_are_none(tmp_path: Path) -> None
     import json
 
     made = alpha()
+    values = made.cells[0, "identity", "BS-SB"]["norm_diff"]
+    values[0, 0], values[1, 2] = 0.0, 0.5  # just at the floor
     path = write_capture(tmp_path, made) / "capture.json"
     floors = {p: {"norm_diff": [0.0, 0.5, 1.0, 2.0 + i], "norm_diff_relative": [0.0] * 4, "cosine_distance": [0.0] * 4}
               for i, p in enumerate(PASSES)}  # fmt: skip
@@ -191,10 +212,12 @@ def test_the_noise_floor_marks_differences_that_are_none(tmp_path: Path) -> None
         "SELECT layer, position, norm_diff_floor, below_floor FROM pairwise_floor "
         "WHERE prompt_idx = 0 AND comparison = 'BS-SB' ORDER BY ALL"
     ).fetchall()
-    values = made.cells[0, "identity", "BS-SB"]["norm_diff"]
     assert [r[2] for r in rows] == [f for f in (0.0, 0.5, 1.0, 4.0) for _ in range(5)], "the larger of the two passes'"
     assert [r[3] for r in rows] == [bool(values[r[0] + 1, r[1]] <= r[2]) for r in rows]
     assert {r[3] for r in rows} == {True, False}
+    assert {(0, 2), (-1, 0)} < {r[:2] for r in rows if r[3]}, (
+        "what equals its floor is not above it, and nor is nothing"
+    )
     from analysis import build_residual_grid
 
     grid = build_residual_grid(con, "norm_diff", comparison="BS-SB")

@@ -171,6 +171,10 @@ def test_damage_that_shows_in_the_middle_of_an_answer_names_the_file(tmp_path: P
     answer = call("sql", tmp_path, "SELECT DISTINCT pair FROM runs ORDER BY 1", "--lenient", "--json")
     assert (answer.code, answer.rows) == (0, [{"pair": "beta"}])
     assert f"left out: '{path}'" in answer.err
+    answer = call("grid", tmp_path, "--run", "BB", "--lenient")
+    assert (answer.code, "pair beta" in answer.out) == (0, True)
+    answer = call("grid", tmp_path, "--run", "BB", "--lenient", "--pair", "alpha")
+    assert (answer.code, "no run 'BB' here" in answer.err) == (2, True)
     for verb in ("report", "grid"):
         args = ("--record-type", "runs") if verb == "report" else ("--run", "BB", "--pair", "alpha")
         answer = call(verb, tmp_path, *args)
@@ -189,6 +193,18 @@ def test_two_schema_versions_are_an_error_or_one_is_left_out(tmp_path: Path, cal
     assert answer.rows == [{"pair": "beta"}]
     assert "left out" in answer.err
     assert "schema version 99" in answer.err
+
+
+def test_the_default_pair_is_one_that_is_whole_where_another_is_left_out(
+    tmp_path: Path, call: Callable[..., Any]
+) -> None:
+    write_capture(tmp_path, beta())
+    damage(write_capture(tmp_path, alpha()) / "pairwise-00000.parquet")
+    for more in ((), ("--comparison", "BB-SS")):
+        answer = call("grid", tmp_path, "--metric", "norm_diff", "--lenient", *more)
+        assert (answer.code, "pair beta" in answer.out) == (0, True)
+    answer = call("grid", tmp_path, "--metric", "norm_diff", "--lenient", "--pair", "alpha")
+    assert (answer.code, "pair 'alpha' has no comparison" in answer.err) == (2, True)
 
 
 def test_a_catalog_goes_with_its_run_directory(tmp_path: Path) -> None:

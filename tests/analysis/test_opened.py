@@ -46,6 +46,12 @@ def test_answers_come_as_arrow(run: Any) -> None:
         ("CREATE TABLE t (a INT)", "is not a query"),
         ("EXPLAIN ANALYZE COPY runs TO 'x.csv'", "is not a query"),
         ("EXPLAIN (ANALYZE) COPY runs TO 'x.csv'", "is not a query"),
+        ("WITH x AS (COPY runs TO 'x.csv') SELECT * FROM x", "is not a query"),
+        ("FROM (with x AS (/* */ delete FROM captures RETURNING *) FROM x)", "is not a query"),
+        ("WITH x AS (UPDATE captures SET pair = 'a' RETURNING *) FROM x", "is not a query"),
+        ("WITH x AS (INSERT INTO captures FROM captures RETURNING *) FROM x", "is not a query"),
+        ("WITH x AS (CREATE TABLE t AS SELECT 1) FROM x", "CTE body must be"),
+        ("FROM checkpoint()", "is not a query"),
         ("SELECT 1; SELECT 2", "expected one query"),
         ("FROM read_text('/etc/hostname')", "Only files of the run directory"),
         ("FROM '/etc/hostname'", "does not exist"),
@@ -65,7 +71,7 @@ def test_settings_are_locked_and_files_of_the_run_can_be_read(run: Any, syntheti
     import duckdb
 
     with pytest.raises(duckdb.Error, match="locked"):
-        run.con.execute("SET enable_external_access = true")
+        run._con.execute("SET enable_external_access = true")
     (file,) = (synthetic.out / "captures" / "pair=alpha").rglob("prompts.parquet")
     assert run.arrow(f"FROM read_parquet('{str(file).replace(chr(39), chr(39) * 2)}')").num_rows == 2
 

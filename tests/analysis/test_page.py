@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import threading
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -104,7 +106,8 @@ def test_every_number_of_every_grid_is_what_its_sql_says(made: Made, browser: Br
 
 
 @pytest.mark.parametrize("link", ["pair=alpha&show=BB-SS", "pair=alpha&show=SB&metric=entropy&scope=all", "pair=it%27s&show=blocks&metric=norm&mask=1",
-                                  "pair=alpha&show=BB-SB&metric=norm_diff&mask=1&scope=all&order=z", "pair=alpha&metric=logit+7&mask=1"])  # fmt: skip
+                                  "pair=alpha&show=BB-SB&metric=norm_diff&mask=1&scope=all&order=z", "pair=alpha&metric=logit+7&mask=1", "pair=alpha&metric=norm_diff&mask=1&first=2",
+                                  "pair=alpha&metric=logit+7&mask=1&first=3&scope=all"])  # fmt: skip
 def test_hotspots_profile_marginals_and_the_2x2_are_what_their_sql_says(
     made: Made,
     browser: Browser,  # noqa: F811
@@ -120,10 +123,10 @@ def test_hotspots_profile_marginals_and_the_2x2_are_what_their_sql_says(
     found = browser.driver.execute_async_script("""
       const done = arguments[0];
       Promise.all((S.scope === "all" ? sheetsOf(S) : [S.sheet]).map((x) => openSheet(S.pair, x))).then((many) => {
-        const p = profile(many, S.view, S.metric, S.mask);
+        const p = profile(many, S.view, S.metric, skipped(S));
         const kind = viewKind(S.view) === "comparison" ? EDGES.map((e) => e[0]) : FOUR;
         done([p.layers.map((l, i) => [l, p.p10[i], p.p50[i], p.p90[i]]),
-              kind.sort().flatMap((v) => profile(many, v, S.metric, S.mask).mean.map((m, i) => [v, p.layers[i], m]))]);
+              kind.sort().flatMap((v) => profile(many, v, S.metric, skipped(S)).mean.map((m, i) => [v, p.layers[i], m]))]);
       });""")
     np.testing.assert_allclose(found[0], ask("profile"), rtol=2e-3, atol=1e-6)
     four = ask("four")
@@ -170,11 +173,18 @@ def test_the_pointer_reads_a_cell_with_all_metrics_and_both_lists(made: Made, br
         assert metric in card
     rows = made.con.execute(browser.text("#cell-sql pre")).fetchall()
     shown = browser.execute_script(
-        "return [...document.querySelectorAll('#cell .lists > div')].slice(0, 2).map((d) => [...d.querySelectorAll('li')]"
-        ".map((li) => [li.children[0].title, li.children[0].textContent, li.children[1].textContent]))"
+        "return [...document.querySelectorAll('#cell .lists > div')].map((d) => [d.querySelector('h4').textContent,"
+        "[...d.querySelectorAll('li')].map((li) => [li.children[0].title, li.children[0].textContent, li.children[1].textContent])])"
     )
-    for direction, items in zip(("increased", "decreased"), shown, strict=True):
-        mine = [row for row in rows if row[0] == direction]
+    rows += made.con.execute(
+        "SELECT run, rank, token_id, token, logit FROM topk WHERE pair = 'alpha' AND prompt_idx = 0 AND layer = 1 "
+        "AND position = 3 ORDER BY run, rank"
+    ).fetchall()
+    titles = {"rose, BB to SS": "increased", "fell, BB to SS": "decreased", "BB predicts": "BB", "SS predicts": "SS"}
+    assert [title for title, _ in shown] == list(titles)
+    for heading, items in shown:
+        mine = [row for row in rows if row[0] == titles[heading]]
+        assert len(mine) == 3
         assert [title for title, _, _ in items] == [f"token {row[2]}" for row in mine]
         for (_, text, value), row in zip(items, mine, strict=True):
             assert float(value.replace("−", "-")) == pytest.approx(row[4], rel=5e-3)
@@ -361,3 +371,67 @@ def test_cells_without_a_number_and_the_masks_are_told(made: Made, browser: Brow
     browser.open(f"{made.address}#pair=alpha&mask=1")
     assert browser.execute_script("return S.spots.every((h) => h.column > 0)")
     assert "without first and special tokens" in browser.text("#spots-scope")
+
+
+def test_the_number_of_first_tokens_to_leave_out_is_chosen(made: Made, browser: Browser) -> None:  # noqa: F811
+    browser.open(f"{made.address}#pair=alpha&show=BB-SS")
+    state = (
+        "return [S.mask, S.first, [...S.left].sort(), Math.min(...S.spots.map((h) => h.column)), byId('first').value]"
+    )
+    assert browser.execute_script(state) == [False, 1, [], 0, "1"]
+    for typed, (first, left, lowest, words) in {
+        "3": (3, [0, 1, 2], 3, "without first 3 and special tokens"),
+        "0": (0, [0], 1, "without special tokens"),  # token 0 is special
+        "-2": (1, [0], 1, "without first and special tokens"),
+    }.items():
+        browser.execute_script(
+            "const f = byId('first'); f.value = arguments[0]; f.dispatchEvent(new Event('change'))", typed
+        )
+        browser.wait_ready()
+        assert browser.execute_script(state) == [True, first, left, lowest, str(first)]
+        assert browser.text("#spots-scope").endswith(words)
+    browser.open(f"{made.address}#pair=alpha&show=BB-SS&mask=1&first=4")
+    assert browser.execute_script("return [S.first, [...S.left], toHash().includes('first=4')]") == [
+        4,
+        [0, 1, 2, 3],
+        True,
+    ]
+    browser.open(f"{made.address}#pair=alpha&mask=1&first=400")
+    assert browser.execute_script("return S.spots.length") == 0, "every token is left out"
+    browser.open(f"{made.address}#pair=alpha&mask=1&first=x")
+    assert browser.execute_script("return S.first") == 1
+    assert browser.logs()[0] == []
+
+
+def test_the_noise_floor_is_drawn_with_numbers_in_the_cells_and_without(tmp_path: Path, browser: Browser) -> None:  # noqa: F811
+    taken = alpha()
+    path = write_capture(tmp_path / "out", taken) / "capture.json"
+    floors = {run: {"norm_diff": [0.0, 1.5, 1.5, 2.5]} for run in PASSES}
+    noise = {"measured": True, "by_run_and_layer": floors}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"noise_floor": noise}))
+    con = open_run(str(tmp_path / "out"))
+    below = con.execute(
+        "SELECT layer + 1, position FROM pairwise_floor WHERE prompt_idx = 0 AND comparison = 'BB-SS' AND below_floor "
+        "ORDER BY ALL"
+    ).fetchall()
+    assert 0 < len(below) < 4 * 5
+    page = write_page(con, tmp_path / "page.html").path
+    for theme in ("light", "dark"):
+        for zoom, numbers in ((0, True), (-4, False)):
+            browser.open(f"file://{page}#pair=alpha&show=BB-SS&metric=norm_diff&zoom={zoom}&theme={theme}")
+            assert browser.execute_script("return grid.cellWidth >= 46") is numbers
+            assert "Dots: below the noise floor." in browser.text("#grid-note")
+            dotted = browser.execute_script("""
+              const pixels = () => {
+                drawGrid(S);
+                const found = [];
+                for (let row = 0; row < S.data.rows; row++) for (let column = 0; column < S.data.columns; column++)
+                  found.push([row, column, grid.pen.getImageData(grid.gutter + column * grid.cellWidth,
+                    (S.data.rows - 1 - row) * grid.cellHeight, grid.cellWidth, grid.cellHeight).data.join()]);
+                return found;
+              };
+              const there = pixels();
+              S.floor = null;
+              const without = pixels();
+              return there.filter((cell, i) => cell[2] !== without[i][2]).map(([row, column]) => [row, column]);""")
+            assert dotted == [list(cell) for cell in below], (theme, zoom)

@@ -148,5 +148,6 @@ def test_a_file_that_cannot_be_written_is_named(
     with pytest.raises(StoreError, match="it is a directory"):
         write_page(con, tmp_path)
     assert call("html", tmp_path / "nothing", "-o", tmp_path / "page.html").code == 2
-    assert call("html", synthetic.out, "--max-mb", 0).code == 2
+    for wrong in (0, "nan", "inf", "-inf"):
+        assert call("html", synthetic.out, f"--max-mb={wrong}").code == 2
     assert call("html", synthetic.out, "--entries").code == 2

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import math
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -158,7 +160,9 @@ def test_exports_hold_every_cell_in_three_formats(synthetic: Any, call: Callable
 def test_an_export_cannot_end_in_anything(synthetic: Any, call: Callable[..., Any], tmp_path: Path) -> None:
     answer = call("report", synthetic.out, "--export", tmp_path / "rows.xlsx")
     assert (answer.code, "must end in" in answer.err) == (2, True)
+    assert answer.out == "", "it is said before the report is made"
     answer = call("report", synthetic.out, "--export", tmp_path / "none" / "rows.csv")
+    assert answer.out == ""
     assert (answer.code, "cannot write" in answer.err) == (1, True)
 
 
@@ -283,7 +287,7 @@ def test_the_rows_of_the_sections_are_exported_too(
 
 
 def test_hand_made_numbers_give_the_report_that_is_worked_out_by_hand(tmp_path: Path, call: Callable[..., Any]) -> None:
-    """Two layers, two tokens, numbers that halves hold exactly: every metric, statistic and hotspot is known."""
+    """Two layers, three tokens, numbers that halves hold exactly: every metric, statistic and hotspot is known."""
     from seed_files import write
 
     def cell(token: str, a: float) -> dict[str, Any]:
@@ -291,52 +295,71 @@ def test_hand_made_numbers_give_the_report_that_is_worked_out_by_hand(tmp_path: 
             "token": token, "top_k_increased": {"indices": [42], "values": [a]},
             "top_k_decreased": {"indices": [9], "values": [-a]}, "entropy_base": 2 * a, "entropy_sft": a,
             "kl_div": a / 2, "tracked_token_logits": {"42": {"base": a, "sft": -a}}, "cosine_sim": 1 - a / 16,
-            "norm_base": 4 * a, "norm_sft": a, "norm_diff": 3 * a, "base_cosine_prev": 0.5, "base_norm_delta": a,
-            "sft_cosine_prev": 0.25, "sft_norm_delta": -a,
+            "norm_base": 4 * a, "norm_sft": a, "norm_diff": 3 * a, "base_cosine_prev": 1 - a / 64,
+            "base_norm_delta": a, "sft_cosine_prev": 1 - a / 32, "sft_norm_delta": -a,
         }  # fmt: skip
 
-    numbers = {"0": {"0": 1.0, "1": 2.0}, "1": {"0": 4.0, "1": 8.0}}
+    numbers = {"0": {"0": 1.0, "1": 2.0, "2": 6.0}, "1": {"0": 24.0, "1": 4.0, "2": 8.0}}
     record = {
-        "prompt": "ab", "tokens": ["a", "b"], "metadata": {"prompt_idx": 0},
-        "layers": {k: {i: cell("ab"[int(i)], a) for i, a in by.items()} for k, by in numbers.items()},
+        "prompt": "abc", "tokens": ["a", "b", "c"], "metadata": {"prompt_idx": 0},
+        "layers": {k: {i: cell("abc"[int(i)], a) for i, a in by.items()} for k, by in numbers.items()},
     }  # fmt: skip
     write(tmp_path / "f.json", [record])
     assert call("import-json", tmp_path / "f.json", "--out", tmp_path / "out", "--pair", "p").code == 0
-    values = {  # of (layer 0: a = 1, 2; last layer: a = 4, 8), by the definitions of the report
-        "norm_diff": (3, 6, 12, 24), "cosine_sim": (0.9375, 0.875, 0.75, 0.5), "kl_div": (0.5, 1, 2, 4),
-        "norm_base": (4, 8, 16, 32), "norm_sft": (1, 2, 4, 8), "norm_delta": (3, 6, 12, 24),
-        "entropy_base": (2, 4, 8, 16), "entropy_sft": (1, 2, 4, 8), "entropy_delta": (1, 2, 4, 8),
-        "base_cosine_prev": (0.5,) * 4, "sft_cosine_prev": (0.25,) * 4, "base_norm_delta": (1, 2, 4, 8),
-        "sft_norm_delta": (-1, -2, -4, -8),
+    values = {  # of (layer 0: a = 1, 2, 6; last layer: a = 24, 4, 8), by the definitions of the report
+        "norm_diff": (3, 6, 18, 72, 12, 24), "cosine_sim": (0.9375, 0.875, 0.625, -0.5, 0.75, 0.5),
+        "kl_div": (0.5, 1, 3, 12, 2, 4), "norm_base": (4, 8, 24, 96, 16, 32), "norm_sft": (1, 2, 6, 24, 4, 8),
+        "norm_delta": (3, 6, 18, 72, 12, 24), "entropy_base": (2, 4, 12, 48, 8, 16),
+        "entropy_sft": (1, 2, 6, 24, 4, 8), "entropy_delta": (1, 2, 6, 24, 4, 8),
+        "base_cosine_prev": (0.984375, 0.96875, 0.90625, 0.625, 0.9375, 0.875),
+        "sft_cosine_prev": (0.96875, 0.9375, 0.8125, 0.25, 0.875, 0.75),
+        "base_norm_delta": (1, 2, 6, 24, 4, 8), "sft_norm_delta": (-1, -2, -6, -24, -4, -8),
     }  # fmt: skip
     flags = [flag for metric in values for flag in ("--metric", metric)]
     (section,) = call("report", tmp_path / "out", *flags, "--token-id", 42, "--json").rows
-    parts = {p["metric"]: p for p in section["metrics"]}
-    values["logit 42 diff"] = (2, 4, 8, 16)  # base - sft
-    assert set(parts) == set(values)
-    for metric, (a, b, c, d) in values.items():
-        for row, layer, (x, y) in zip(parts[metric]["statistics"], (0, 2), ((a, b), (c, d)), strict=True):
-            mean = (x + y) / 2
-            expected = {"layer": layer, "n": 2, "mean": mean, "median": mean, "min": min(x, y), "max": max(x, y),
-                        "std": abs(x - y) / 2}  # fmt: skip
-            assert {k: row[k] for k in expected} == expected, metric
-        spots = sorted([(a, 0, 0, "a"), (b, 0, 1, "b"), (c, 2, 0, "a"), (d, 2, 1, "b")], key=lambda s: -abs(s[0]))
-        found = [(h["value"], h["layer"], h["position"], h["token"]) for h in parts[metric]["hotspots"]]
-        assert found == spots, metric
+    values["logit 42 diff"] = (2, 4, 12, 48, 8, 16)  # base - sft
+    _agrees(section, values)
+    first = next(p for p in section["metrics"] if p["metric"] == "norm_diff")["statistics"]
+    assert [(r["mean"], r["median"], r["min"], r["max"]) for r in first] == [(9, 6, 3, 18), (36, 24, 12, 72)]
+    assert [r["std"] for r in first] == pytest.approx([math.sqrt(42), math.sqrt(672)])
     (token,) = call("report", tmp_path / "out", "--axis", "token", "--json").rows
     by_token = token["metrics"][0]["statistics"]
     assert [(r["token"], r["mean"], r["std"], r["min"], r["max"]) for r in by_token] == [
-        ("a", 7.5, 4.5, 3, 12),
-        ("b", 15, 9, 6, 24),
+        ("a", 37.5, 34.5, 3, 72),
+        ("b", 9, 3, 6, 12),
+        ("c", 21, 3, 18, 24),
     ]
     assert [c["correlation"] for c in section["correlations"] if c["with"] == "norm_base"] == [pytest.approx(1)]
     (tracked,) = section["tracked"]
-    assert (tracked["base"], tracked["sft"], tracked["diff"], tracked["largest"]) == (3.75, -3.75, 7.5, 16)
-    assert [r["logit_diff"] for r in section["changes"]] == [16, 8, 4, 2]
-    assert [(r["direction"], r["cells"], r["largest"]) for r in section["membership"]] == [("increased", 4, 8)]
-    runs = call("report", tmp_path / "out", "--record-type", "runs", "--metric", "cosine_prev", "--metric", "entropy",
-                "--metric", "norm_delta", "--json").rows  # fmt: skip
-    found = {
-        (s["label"] if "label" in s else s["run"]): [p["statistics"][1]["mean"] for p in s["metrics"]] for s in runs
-    }
-    assert found == {"BB": [0.5, 12, 6], "SS": [0.25, 6, -6]}
+    assert (tracked["base"], tracked["sft"], tracked["diff"], tracked["largest"]) == (7.5, -7.5, 15, 48)
+    assert [r["logit_diff"] for r in section["changes"]] == [48, 16, 12, 8, 4]
+    assert [(r["direction"], r["cells"], r["largest"]) for r in section["membership"]] == [("increased", 6, 24)]
+    of_passes = {
+        "BB": {"norm": values["norm_base"], "norm_delta": values["base_norm_delta"],
+               "cosine_prev": values["base_cosine_prev"], "entropy": values["entropy_base"]},
+        "SS": {"norm": values["norm_sft"], "norm_delta": values["sft_norm_delta"],
+               "cosine_prev": values["sft_cosine_prev"], "entropy": values["entropy_sft"]},
+    }  # fmt: skip
+    flags = [flag for metric in RUNS for flag in ("--metric", metric)]
+    runs = call("report", tmp_path / "out", "--record-type", "runs", *flags, "--json").rows
+    assert [s["run"] for s in runs] == list(of_passes)
+    for section in runs:
+        _agrees(section, of_passes[section["run"]])
+
+
+def _agrees(section: dict[str, Any], values: dict[str, tuple[float, ...]]) -> None:
+    """All statistics and hotspots of a section are those of the values of three tokens, at layer 0 and at the last."""
+    parts = {p["metric"]: p for p in section["metrics"]}
+    assert set(parts) == set(values)
+    places = [(0, 0, "a"), (0, 1, "b"), (0, 2, "c"), (2, 0, "a"), (2, 1, "b"), (2, 2, "c")]
+    for metric, six in values.items():
+        assert len(parts[metric]["statistics"]) == 2
+        for row, layer, three in zip(parts[metric]["statistics"], (0, 2), (six[:3], six[3:]), strict=True):
+            exact = {"layer": layer, "n": 3, "median": statistics.median(three), "min": min(three), "max": max(three)}
+            assert {k: row[k] for k in exact} == exact, metric
+            assert row["mean"] == pytest.approx(statistics.fmean(three), rel=1e-12), metric
+            assert row["std"] == pytest.approx(statistics.pstdev(three), rel=1e-12), metric
+            assert row["mean"] != row["median"], "numbers that tell the two apart"
+        spots = sorted(((v, *place) for v, place in zip(six, places, strict=True)), key=lambda s: -abs(s[0]))[:5]
+        found = [(h["value"], h["layer"], h["position"], h["token"]) for h in parts[metric]["hotspots"]]
+        assert found == spots, metric

@@ -7,9 +7,12 @@ import io
 import json
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import duckdb
 import pytest
+from synthetic import alpha, write_capture
 
 from analysis.views import VIEWS
 
@@ -77,6 +80,21 @@ def test_without_a_query_all_views_and_columns_are_listed(synthetic: Any, call: 
         "DROP VIEW runs",
         "INSTALL httpfs",
         "SET threads = 1",
+        "WITH x AS (COPY (SELECT 1 AS a) TO '/nonexistent/x.parquet' (FORMAT parquet)) SELECT * FROM x",
+        "with x as (/* SELECT */ delete from captures returning *) select * from x",
+        "WITH x AS (UPDATE captures SET pair = 'a' RETURNING *) FROM x",
+        "WITH x AS MATERIALIZED (\n-- SELECT 1\nInsert INTO captures SELECT * FROM captures RETURNING *) FROM x;",
+        "SELECT * FROM (WITH x AS (DELETE FROM captures RETURNING *) FROM x)",
+        "SELECT 1 UNION ALL (WITH x AS (DELETE FROM captures RETURNING 1) FROM x)",
+        "SELECT (WITH a AS (WITH b AS (DELETE FROM captures RETURNING 1) FROM b) FROM a)",
+        "EXPLAIN ANALYZE WITH x AS (DELETE FROM captures RETURNING *) FROM x",
+        "EXPLAIN ANALYZE (WITH x AS (DELETE FROM captures RETURNING ') SELECT 1 --') SELECT * FROM x)",
+        "SUMMARIZE WITH x AS (DELETE FROM captures RETURNING *) FROM x",
+        "FROM (DESCRIBE WITH x AS (DELETE FROM captures RETURNING *) FROM x)",
+        "FROM hotspots('norm_diff', (WITH x AS (DELETE FROM captures RETURNING 1) FROM x))",
+        "FROM json_execute_serialized_sql('{}')",
+        "FROM query('FROM captures')",
+        "SELECT * FROM captures, (SELECT * FROM \"Enable_Logging\"('QueryLog'))",
     ],
 )
 def test_what_is_not_a_query_is_refused(synthetic: Any, call: Callable[..., Any], query: str) -> None:
@@ -85,13 +103,44 @@ def test_what_is_not_a_query_is_refused(synthetic: Any, call: Callable[..., Any]
     assert "is not a query" in answer.err
 
 
+def test_a_part_of_a_query_that_writes_leaves_the_captures_and_other_files_alone(
+    tmp_path: Path, call: Callable[..., Any]
+) -> None:
+    file = write_capture(tmp_path / "out", alpha()) / "pairwise-00000.parquet"
+    before, other = file.read_bytes(), tmp_path / "other.parquet"
+    for target, more in ((file, ()), (other, ("--any-file",))):
+        sql = f"WITH x AS (COPY (SELECT 1 AS a) TO '{target}' (FORMAT parquet)) SELECT * FROM x"
+        assert call("sql", tmp_path / "out", sql, *more).code == 2
+        plan = duckdb.execute("SELECT json_serialize_sql($1)", [sql]).fetchall()[0][0].replace("'", "''")
+        assert call("sql", tmp_path / "out", f"FROM json_execute_serialized_sql('{plan}')", *more).code == 2
+    log = f"FROM enable_logging('QueryLog', storage = 'file', storage_path = '{tmp_path / 'log'}')"
+    assert call("sql", tmp_path / "out", log, "--any-file").code == 2
+    assert file.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
 def test_two_queries_or_none_are_refused(synthetic: Any, call: Callable[..., Any]) -> None:
     assert "expected one query, got 2" in call("sql", synthetic.out, "SELECT 1; DROP VIEW runs").err
     assert "expected one query, got 0" in call("sql", synthetic.out, "-", stdin="").err
 
 
 @pytest.mark.parametrize(
-    "query", ["DESCRIBE runs", "SUMMARIZE prompts", "FROM captures", "WITH a AS (SELECT 1) FROM a", "EXPLAIN SELECT 1"]
+    "query",
+    [
+        "DESCRIBE runs",
+        "SUMMARIZE prompts",
+        "FROM captures",
+        "WITH a AS (SELECT 1) FROM a",
+        "WITH RECURSIVE a AS (SELECT 1 AS i UNION ALL SELECT i + 1 FROM a WHERE i < 9) FROM a; -- counts",
+        "SELECT 'WITH x AS (DELETE FROM captures)', '\"type\":\"COPY_QUERY_NODE\"'",
+        "FROM HOTSPOTS('norm_diff', 3), unnest([1, 2]), range(2)",
+        "SELECT " + "+".join(["1"] * 900),
+        "PIVOT captures ON complete IN (true, false) USING first(bytes) GROUP BY pair",
+        "FROM duckdb_columns()",
+        "SHOW TABLES",
+        "EXPLAIN SELECT 1",
+        "EXPLAIN (ANALYZE, FORMAT json) SELECT 1",
+    ],
 )
 def test_all_that_only_reads_is_allowed(synthetic: Any, call: Callable[..., Any], query: str) -> None:
     assert call("sql", synthetic.out, query).code == 0
@@ -104,6 +153,7 @@ def test_all_that_only_reads_is_allowed(synthetic: Any, call: Callable[..., Any]
         ("SELECT norm_base FROM pairwise", "'norm_base' is a column of: pairwise_full."),
         ("SELECT p.entropy_delta FROM pairwise p", "'entropy_delta' is a column of: pairwise_full."),
         ("SELECT 1 FROM pairwis", "pairwise"),
+        ("FROM hotspts('norm_diff', 3)", "'hotspots'"),
         ("SELEC 1", "syntax error"),
         ("SELECT token::INT FROM tokens", "Could not convert"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -105,6 +106,15 @@ def test_a_capture_that_lost_bytes_is_damaged(out: Path, call: Callable[..., Any
     rows = call("status", out, "--json").rows
     assert states(rows)[0] == ("alpha", "damaged")
     assert "sweep again" in rows[0]["error"]
+
+
+def test_a_capture_of_another_schema_version_is_a_row_with_its_reason(out: Path, call: Callable[..., Any]) -> None:
+    for marker in out.glob("captures/*/*/_COMPLETE"):
+        marker.write_text(json.dumps(json.loads(marker.read_text()) | {"schema_version": 99}))
+    answer = call("status", out, "--json")
+    assert answer.code == 0
+    assert states(answer.rows) == [("alpha", "unreadable"), ("gamma", "partial"), ("beta", "unreadable")]
+    assert all("schema version 99" in r["error"] for r in answer.rows if r["state"] == "unreadable")
 
 
 def test_memory_shows_the_plan_and_the_peak_of_every_stage(tmp_path: Path, call: Callable[..., Any]) -> None:
