@@ -3,6 +3,7 @@
 It writes status.json every few seconds, for `pairscope doctor`, and answers on STATUS of the node's block, one line in, one line
 of JSON out:
   status     this node's tunnels, and how fast its set-up downloaded
+  watched    the same; on the head nothing while its autoscaler, which keeps to the limits, has not polled for UNWATCHED_S
   probe K    whether node K's daemon answers from here (on the head: whether the tunnel to worker K works)
 """
 
@@ -20,12 +21,13 @@ from pathlib import Path
 from typing import Any
 
 from capture.errors import ConfigError
-from cluster.mesh.peers import Mesh, read_mesh, restricted_line
+from cluster.mesh.peers import POLLED, Mesh, read_mesh, restricted_line
 from cluster.mesh.ports import HEAD, STATUS, address, block
 from cluster.mesh.tunnel import Tunnel
 
 TICK_S = 0.3
 NOTE_EVERY_S = 3.0
+UNWATCHED_S = 900.0  # outlives a restart of Ray on the head, and most of Vast's bad moments
 KEYS_EVERY_S = 30.0  # Vast has been seen to rewrite authorized_keys, so the mesh's line is put back
 
 
@@ -107,11 +109,22 @@ class Daemon:
                 tmp.chmod(0o600)
                 os.replace(tmp, path)
 
-    def answer(self, line: str) -> dict[str, Any]:
+    def answer(self, line: str) -> dict[str, Any] | None:
+        """The reply to one line; None for silence."""
         word, _, rest = line.strip().partition(" ")
+        if word == "watched" and not self.watched():
+            return None
         if word == "probe" and rest.isdigit() and 1 <= int(rest) <= self.mesh.slots:
             return {"k": self.mesh.k, "probe": int(rest), "ok": ask(int(rest), "status", timeout=5) is not None}
         return self.status()
+
+    def watched(self) -> bool:
+        """False on a head that nobody keeps to the limits. Its workers then hear nothing and, by their own switch, end themselves:
+        each one's deadline alone does not hold the cluster's dollars."""
+        polled = self.began
+        with contextlib.suppress(OSError):
+            polled = max(polled, (self.folder / POLLED).stat().st_mtime)
+        return self.mesh.k != HEAD or time.time() - polled < UNWATCHED_S
 
     def status(self) -> dict[str, Any]:
         return {
@@ -142,7 +155,9 @@ class _Handler(socketserver.StreamRequestHandler):
     def handle(self) -> None:
         with contextlib.suppress(OSError):
             line = self.rfile.readline(100).decode(errors="replace")
-            self.wfile.write(json.dumps(self.server.mesh_daemon.answer(line)).encode() + b"\n")
+            reply = self.server.mesh_daemon.answer(line)
+            if reply is not None:
+                self.wfile.write(json.dumps(reply).encode() + b"\n")
 
 
 def ask(k: int, line: str, timeout: float = 8.0) -> dict[str, Any] | None:

@@ -14,6 +14,8 @@ from pathlib import Path
 from capture.errors import ConfigError
 from cluster.mesh.ports import HEAD, address, peer_ports, ports_for_head, ports_of_head
 
+POLLED = "polled"  # a file whose time is that of the last poll
+
 
 @dataclass(frozen=True)
 class Peer:
@@ -68,6 +70,12 @@ def write_peers(mesh: Mesh, folder: Path) -> None:
     tmp = path.with_suffix(".tmp")
     tmp.write_text(mesh.peers_text)
     os.replace(tmp, path)
+
+
+def note_poll(folder: Path) -> None:
+    """On the head: somebody has just counted the cluster's nodes and held their cost against the limits."""
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    (folder / POLLED).touch()
 
 
 def read_mesh(folder: Path) -> Mesh:

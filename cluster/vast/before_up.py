@@ -6,11 +6,11 @@ Ray asks its provider for a running head first, so this is done at that question
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import click
 from ray.autoscaler._private.cli_logger import cli_logger
 
 from capture.errors import ConfigError
@@ -25,9 +25,18 @@ CONSTRAINTS = "constraints.txt"
 RENTED_AS = ("image", "gpus", "num_gpus", "disk_gb", "bid")  # what a running head cannot change, wherever it is written
 
 
-def called_by_ray_up() -> bool:
-    """Ray does not tell a provider which command it serves, and only `ray up` is about to rent."""
-    return Path(sys.argv[0]).name == "ray" and "up" in sys.argv[1:3]
+def ray_command() -> str | None:
+    """The command of Ray's that this process serves, as `up`; None in a program that uses Ray's functions.
+
+    Ray does not tell its provider, and only some commands may rent or destroy; click knows, wherever options stand.
+    """
+    context = click.get_current_context(silent=True)
+    while context is not None and context.parent is not None and context.parent.parent is not None:
+        context = context.parent
+    if context is None or context.parent is None:
+        return None
+    ray = getattr(context.parent.command.callback, "__module__", "") == "ray.scripts.scripts"
+    return context.command.name if ray else None
 
 
 def check(settings: Settings, caps: Caps, fleet: Fleet, heads: Sequence[Node]) -> None:
@@ -111,10 +120,23 @@ def check_head(cluster: str, heads: Sequence[Node]) -> None:
         )
 
 
+def refuse_to_rent(cluster: str) -> None:
+    """Raise HeadError where a head would be rented by another command than `ray up`, the one that shows its price and asks."""
+    command = ray_command()
+    if command not in (None, "up"):
+        raise HeadError(
+            f"cluster '{cluster}' has no head, and `ray {command} --start` would rent one without asking. Type `ray up ray_cluster.yaml` "
+            f"(your config), which shows the price first, then `ray {command}` without --start"
+        )
+
+
 def refuse_to_replace(node: Node) -> None:
-    """Raise HeadError: `ray up` would destroy a running head to put another in its place, and with it all that lies there."""
+    """Raise HeadError where another command than `ray down` would destroy a running head, and with it all that lies there."""
+    command = ray_command()
+    if command in (None, "down"):
+        return
     raise HeadError(
-        f"`ray up` would destroy the running head, instance {node.id}, since its node_config or auth has changed. Put that back, or "
+        f"`ray {command}` would destroy the running head, instance {node.id}, since its node_config or auth has changed. Put that back, or "
         "bring the results home and end the cluster with `ray down` first"
     )
 

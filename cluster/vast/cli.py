@@ -13,7 +13,8 @@ import click
 from capture.errors import ConfigError
 from cluster.vast import headkey
 from cluster.vast.api import Vast
-from cluster.vast.fleet import Fleet, Node, listed
+from cluster.vast.errors import VastError
+from cluster.vast.fleet import Fleet, Node, listed, raise_for
 from cluster.vast.state import State, cluster_folder
 
 
@@ -44,19 +45,25 @@ def offers(config: str, type_: str | None, limit: int, as_json: bool) -> None:
     import yaml
 
     from cluster.vast.offers import find_offers
-    from cluster.vast.settings import Settings
+    from cluster.vast.settings import Settings, check_shape
 
     try:
         with open(config) as stream:
             content = yaml.safe_load(stream)
-        types, type_ = content["available_node_types"], type_ or content["head_node_type"]
-        settings = Settings.read(content["provider"])
-    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"'{config}' is no cluster config of Ray's: {type(error).__name__}: {error}") from error
-    if type_ not in types:
-        raise ConfigError(f"'{config}' has no node type '{type_}'; it has {', '.join(types)}")
+    if not isinstance(content, dict):
+        raise ConfigError(f"'{config}' is no cluster config of Ray's: it holds {content!r:.40}, not keys and values")
+    try:
+        check_shape(content)
+        types, type_ = content["available_node_types"], type_ or content["head_node_type"]
+        if type_ not in types:
+            raise ConfigError(f"no node type '{type_}'; there are {', '.join(types)}")
+        settings = Settings.read(content["provider"])
+        wish = settings.wish(types[type_]["node_config"], type_)
+    except ConfigError as error:
+        raise ConfigError(f"'{config}': {error}") from error
     state = State(cluster_folder(content["cluster_name"]))
-    wish = settings.wish(types[type_]["node_config"], type_)
     found = find_offers(Vast(url=settings.api_url), wish, state.blocked_machines(), f"node type '{type_}'")[:limit]
     rows = [
         {
@@ -113,6 +120,8 @@ def orphans(as_json: bool) -> None:
 def destroy(ids: tuple[int, ...], cluster: str | None, yes: bool) -> None:
     """Destroy instances by id, or all of a cluster, and see that they are gone. Other people's labels are left alone.
 
+    One that will not go does not hold up the others; those left are named at the end, with exit code 1.
+
     \b
     Example:
       pairscope vast destroy --cluster pairscope
@@ -125,18 +134,31 @@ def destroy(ids: tuple[int, ...], cluster: str | None, yes: bool) -> None:
     if unknown:
         raise ConfigError(f"instance {unknown[0]} is not one that pairscope rented; `pairscope vast nodes` lists those")
     wanted = [f for f in rented.values() if int(f.node.id) in ids or f.node.label.cluster == cluster]
-    if not wanted:
+    clusters = {f.node.id: f.node.label.cluster for f in wanted}
+    if cluster and (cluster_folder(cluster) / "state.json").exists():
+        clusters |= dict.fromkeys(_fleet(client, cluster).remaining(), cluster)
+    if not clusters:
         click.echo("nothing to destroy")
         return
     _show([f.row() for f in wanted], False)
+    unlisted = [id_ for id_ in clusters if id_ not in rented]
+    if unlisted:
+        click.echo(f"rented from this machine, not in Vast's listing, and not shown to be gone: {' '.join(unlisted)}")
     if not yes:
-        click.confirm(f"destroy {len(wanted)} with all that is on them?", abort=True)
-    for found in wanted:
-        name = found.node.label.cluster
-        fleet = Fleet(client, State(cluster_folder(name)), name, set(), boot_s=0, poll_s=0)
-        fleet.add(found.node)
-        fleet.destroy(found.node.id, "pairscope vast destroy")
-        click.echo(f"{found.node.id} is gone")
+        click.confirm(f"destroy {len(clusters)} with all that is on them?", abort=True)
+    left: dict[str, BaseException] = {}
+    for id_, name in clusters.items():
+        fleet = _fleet(client, name)
+        if id_ in rented:
+            fleet.add(rented[id_].node)
+        try:
+            fleet.destroy(id_, "pairscope vast destroy")
+        except VastError as error:
+            left[id_] = error
+            click.echo(f"{id_} is not gone", err=True)
+        else:
+            click.echo(f"{id_} is gone")
+    raise_for(left)
     if cluster:
         headkey.forget(client, cluster, State(cluster_folder(cluster)))
 
@@ -174,6 +196,10 @@ def _rented(client: Vast) -> list[Found]:
     found = listed(client)
     heads = [n.label.cluster for n in found if n.label.kind == "head"]
     return [Found(n, why_orphan(n, heads, time.time())) for n in found]
+
+
+def _fleet(client: Vast, cluster: str) -> Fleet:
+    return Fleet(client, State(cluster_folder(cluster)), cluster, set(), boot_s=0, poll_s=0)
 
 
 def _connect() -> Vast:

@@ -1,40 +1,43 @@
 """The switch on every node that destroys it when its time is up or its head is silent, with nobody's help.
 
 Runs from the container's first second (its text goes into the instance's start script), so it uses the standard library only
-and needs none of our code on the node. The key is the container's own CONTAINER_API_KEY, which can end this instance and
-nothing else. Environment: PAIRSCOPE_DEADLINE (seconds since 1970), PAIRSCOPE_SILENCE_S (0: never) and PAIRSCOPE_HEAD (host:port
-of the head's mesh; empty on the head), PAIRSCOPE_API. A later deadline may be written to ~/.pairscope/deadline.
+and needs none of our code on the node. Nothing that it hears or reads may end it: it is the last that keeps a node from billing
+on when all else has failed, so each step takes any error for a "no" and goes on. The key is the container's own
+CONTAINER_API_KEY, which can end this instance and nothing else.
+
+Environment: PAIRSCOPE_DEADLINE (seconds since 1970), PAIRSCOPE_SILENCE_S (0: never) and PAIRSCOPE_HEAD (host:port of the head's
+mesh; empty on the head), PAIRSCOPE_API. A later deadline may be written to ~/.pairscope/deadline.
 """
 
 import contextlib
 import os
 import socket
 import time
-import urllib.error
 import urllib.request
 
 EVERY_S = float(os.environ.get("PAIRSCOPE_CHECK_S", "20"))
 
 
 def deadline() -> float:
-    """The latest word on when this node has to be gone."""
-    try:
-        with open(os.path.expanduser("~/.pairscope/deadline")) as note:
-            return float(note.read())
-    except (OSError, ValueError):
+    """The latest word on when this node has to be gone; 0, which is long ago, where there is none."""
+    with contextlib.suppress(Exception), open(os.path.expanduser("~/.pairscope/deadline")) as note:
+        return float(note.read())
+    with contextlib.suppress(Exception):
         return float(os.environ["PAIRSCOPE_DEADLINE"])
+    return 0.0
 
 
 def head_speaks() -> bool:
-    """True if the head's mesh daemon answers through the tunnel, or if this node is the head."""
+    """True if the head's mesh daemon says through the tunnel that the cluster is looked after, or if this node is the head."""
     head = os.environ.get("PAIRSCOPE_HEAD", "")
     if not head:
         return True
-    host, port = head.rsplit(":", 1)
-    with contextlib.suppress(OSError), socket.create_connection((host, int(port)), timeout=5) as peer:
-        peer.settimeout(5)
-        peer.sendall(b"status\n")
-        return bool(peer.recv(1))
+    with contextlib.suppress(Exception):
+        host, port = head.rsplit(":", 1)
+        with socket.create_connection((host, int(port)), timeout=5) as peer:
+            peer.settimeout(5)
+            peer.sendall(b"watched\n")
+            return bool(peer.recv(1))
     return False
 
 
@@ -62,8 +65,11 @@ def watch() -> None:
             break
         time.sleep(EVERY_S)
     while True:
-        with contextlib.suppress(OSError, urllib.error.URLError):
+        try:
             end()
+        except Exception as error:
+            with contextlib.suppress(Exception):  # a full disk
+                print(type(error).__name__, error, flush=True)
         time.sleep(EVERY_S)
 
 

@@ -11,6 +11,8 @@ import logging
 import socket
 import threading
 import time
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +29,7 @@ LOST_GRACE_S = 120.0
 GREETING_S = 3.0
 SLOW_BOOT = 0.5  # of the time a boot may take: kept, but that machine is not rented again
 NEW_S = 20.0  # Vast may not know at once what it has just rented out
+AT_ONCE = 8  # destroyed side by side
 OPEN_S = 900.0  # how long a request of unknown outcome counts as a machine and keeps its k
 
 
@@ -81,6 +84,18 @@ def greets(address: tuple[str, int]) -> bool:
     return False
 
 
+def raise_for(errors: Mapping[str, BaseException]) -> None:
+    """Raise one error for all instances that could not be ended, by id; nothing where there is none."""
+    for error in errors.values():
+        if len(errors) == 1 or not isinstance(error, VastError):
+            raise error
+    if errors:
+        raise NotGoneError(
+            f"{len(errors)} instances are not shown to be gone and may be billed on: "
+            + "; ".join(f"instance {id_}: {error}" for id_, error in errors.items())
+        )
+
+
 class Fleet:
     """The nodes of one cluster. `kinds`: which of them this machine looks after, head or worker; the others are only listed."""
 
@@ -102,7 +117,7 @@ class Fleet:
             if not force and time.monotonic() - self.listed_at < self.poll_s:
                 return dict(self.nodes)
             now = time.time()  # what is judged is as old as the listing, however long Vast takes from here on
-            found, kept, content = self._listing(), {}, self.state.read()
+            found, kept, content = self.listing(), {}, self.state.read()
             # all that was ever seen and not heard to be gone, also what was destroyed and could not be looked up since
             for id_ in (set(self.nodes) | set(content["seen"])) - set(found):
                 try:
@@ -129,9 +144,30 @@ class Fleet:
             self.listed_at = time.monotonic()
             return dict(self.nodes)
 
-    def everything(self) -> dict[str, Node]:
-        """All instances with the cluster's label, also those that should not be there; from a fresh listing."""
-        return self._listing()
+    def listing(self) -> dict[str, Node]:
+        """All instances that Vast lists now with the cluster's label, also those that should not be there."""
+        return {node.id: node for node in listed(self.vast, self.cluster)}
+
+    def remaining(self) -> dict[str, str]:
+        """Id -> kind of all that is listed, and of all that was ever seen and cannot be shown to be gone. Raises VastError."""
+        found = {id_: node.label.kind for id_, node in self.listing().items()}
+        content = self.state.read()
+        seen = {id_: str(row.get("kind", "")) for id_, row in content["seen"].items()}
+        with self.lock:
+            seen |= {id_: node.label.kind for id_, node in (self.nodes | self.doomed).items()}
+        for id_, kind in seen.items():
+            if id_ in found:
+                continue
+            try:
+                gone = self._look_up(id_) is None
+            except VastError as error:
+                logger.warning("instance %s is not in the listing, and asking for it failed (%s)", id_, error)
+                gone = False
+            if gone:
+                self._forget(id_)
+            else:
+                found[id_] = kind
+        return found
 
     def add(self, node: Node) -> None:
         """Make a node known that was just rented; the listing may lag behind."""
@@ -180,8 +216,11 @@ class Fleet:
             f"instance {id_} was destroyed {tries}x and Vast still lists it, and bills it; destroy it at cloud.vast.ai/instances"
         )
 
-    def _listing(self) -> dict[str, Node]:
-        return {node.id: node for node in listed(self.vast, self.cluster)}
+    def destroy_all(self, ids: Iterable[str], reason: str) -> None:
+        """Destroy each and see that it is gone. All are tried; an error at the end names those that are left."""
+        with ThreadPoolExecutor(max_workers=AT_ONCE) as pool:
+            tries = {id_: pool.submit(self.destroy, id_, reason) for id_ in ids}
+        raise_for({id_: error for id_, one in tries.items() if (error := one.exception()) is not None})
 
     def _look_up(self, id_: str) -> Node | None:
         """A node that the listing left out, by its id; None if Vast has none. Raises VastError where that cannot be told."""

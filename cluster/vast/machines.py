@@ -56,7 +56,10 @@ def look_at(nodes: list[Node], asked: set[str], state: State, wanted_mbit: float
 
 
 def fetch(head: Node, folder: Path, user: str, state: State) -> None:
-    """Bring home what the head found out about machines; a head that does not answer keeps it to itself."""
+    """Bring home what the head found out about machines, and the ids of its workers, to be asked for one by one at the end.
+
+    A head that does not answer keeps both to itself.
+    """
     if head.ssh is None or not (folder / keys.SSH_KEY).exists():
         return
     host, port = head.ssh
@@ -67,6 +70,8 @@ def fetch(head: Node, folder: Path, user: str, state: State) -> None:
     ]  # fmt: skip
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=FETCH_S, stdin=subprocess.DEVNULL)
-        state.merge_machines(dict(json.loads(done.stdout)["machines"]))
+        found = json.loads(done.stdout)
+        state.merge_machines(dict(found["machines"]))
+        state.merge_seen(dict(found["seen"]))
     except (OSError, subprocess.SubprocessError, ValueError, KeyError, TypeError) as error:
         logger.info("the head's list of bad machines was not fetched: %s", error)

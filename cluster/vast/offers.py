@@ -58,8 +58,13 @@ def read_wish(values: Mapping[str, Any], where: str) -> Wish:
         elif kind == "bool":
             if not isinstance(value, bool):
                 raise ConfigError(f"{where}: '{name}' is true or false, not {value!r}")
-        elif kind != "str" and (isinstance(value, bool) or not isinstance(value, int | float)):
+        elif kind == "str":
+            if not isinstance(value, str):
+                raise ConfigError(f"{where}: '{name}' is text, not {value!r}")
+        elif isinstance(value, bool) or not isinstance(value, int | float):
             raise ConfigError(f"{where}: '{name}' is a number, not {value!r}")
+        elif kind == "int" and (not isinstance(value, int) or value < 1):
+            raise ConfigError(f"{where}: '{name}' is a whole number above 0, not {value!r}")
     return Wish(**clean)
 
 

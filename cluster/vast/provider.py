@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from functools import wraps
 from typing import Any, TypeVar
 
@@ -27,7 +26,7 @@ from ray.autoscaler.tags import (
 )
 
 from capture.errors import PairscopeError
-from cluster.mesh.peers import mesh_folder, write_peers
+from cluster.mesh.peers import mesh_folder, note_poll, write_peers
 from cluster.mesh.ports import HEAD, address
 from cluster.vast import before_up, headkey, keys, machines, nodefiles
 from cluster.vast.api import Vast
@@ -103,19 +102,17 @@ class VastNodeProvider(NodeProvider):
         if self.settings.on_head:
             self._after_listing(nodes)
         found = [id_ for id_ in nodes if _matches(self.node_tags(id_), tag_filters)]
-        if tag_filters == {TAG_RAY_NODE_KIND: "head"} and before_up.called_by_ray_up() and not self.checked:
-            # bootstrap_config looks at the name too, but Ray caches what that returned
-            check_ours(self.cluster_name, self.folder, nodes.values())
-            before_up.check(self.settings, self.caps, self.fleet, [nodes[id_] for id_ in found])
+        if tag_filters == {TAG_RAY_NODE_KIND: "head"} and before_up.ray_command() == "up" and not self.checked:
+            self._check(nodes, [nodes[id_] for id_ in found])
             if found:
                 headkey.ensure(self.vast, self.cluster_name, self.state)
-            self.checked = True
         return found
 
+    @_plainly
     def nodes_for_teardown(self, tag_filters: dict[str, str]) -> list[str]:
-        """All instances with the cluster's label, from a fresh listing, also those that are on their way out."""
+        """All that is there or cannot be shown to be gone, from a fresh listing, also those that are on their way out."""
         kind = tag_filters.get(TAG_RAY_NODE_KIND)
-        return [id_ for id_, node in self.fleet.everything().items() if kind in (None, node.label.kind)]
+        return [id_ for id_, its in self.fleet.remaining().items() if kind in (None, its)]
 
     def is_running(self, node_id: str) -> bool:
         return self.fleet.is_running(node_id)
@@ -172,6 +169,9 @@ class VastNodeProvider(NodeProvider):
             )  # fmt: skip
 
         if kind == "head":
+            before_up.refuse_to_rent(self.cluster_name)
+            if not self.checked:
+                self._check(self.fleet.refresh(), [])
             headkey.ensure(self.vast, self.cluster_name, self.state)
         for _ in range(count):
             if kind == "worker" and len(self.fleet.nodes) >= self.settings.slots:
@@ -192,7 +192,7 @@ class VastNodeProvider(NodeProvider):
 
     @_plainly
     def terminate_nodes(self, node_ids: list[str]) -> None:
-        """Destroy all and see that each is gone; the first failure is raised after all were tried.
+        """Destroy all and see that each is gone; what is left is named in an error after all were tried.
 
         A machine whose set-up failed is not rented again.
         """
@@ -201,24 +201,21 @@ class VastNodeProvider(NodeProvider):
             if node and self.node_tags(id_).get(TAG_RAY_NODE_STATUS) == "update-failed":
                 self.state.block_machine(node.machine, "its set-up failed")
             if node and node.label.kind == "head" and not self.settings.on_head:
-                if before_up.called_by_ray_up():
-                    before_up.refuse_to_replace(node)
+                before_up.refuse_to_replace(node)
                 machines.fetch(node, self.folder, self.settings.user, self.state)
-        with ThreadPoolExecutor(max_workers=8) as pool:
-            outcomes = [pool.submit(self.fleet.destroy, id_, "Ray asked for it") for id_ in node_ids]
-        errors = [o.exception() for o in outcomes if o.exception() is not None]
-        for error in errors:
-            logger.error("%s", error)
-        if errors:
-            raise errors[0]  # type: ignore[misc]
+        self.fleet.destroy_all(node_ids, "Ray asked for it")
 
-    @_plainly
     def cleanup_cluster_resources(self) -> None:
-        """At the end of `ray down`: look once more, since instances have been seen to come back."""
+        """At the end of `ray down`: look once more, since instances have been seen to come back.
+
+        Keys and books stay while anything cannot be shown to be gone. Ray makes a warning of any error raised here, so that the
+        command would end well: it is ended here instead.
+        """
         self.vast.sleep(self.settings.poll_seconds)
-        left = self.fleet.everything()
-        for id_ in left:
-            self.fleet.destroy(id_, "left after ray down")
+        try:
+            self.fleet.destroy_all(self.fleet.remaining(), "left after ray down")
+        except PairscopeError as error:
+            raise SystemExit(f"{type(error).__name__}: {error}. Keys and state are kept: `ray down` again") from error
         headkey.forget(self.vast, self.cluster_name, self.state)
         self.state.begin_anew()
         keys.remove(self.folder)
@@ -238,6 +235,13 @@ class VastNodeProvider(NodeProvider):
             place, log_prefix=log_prefix, node_id=node_id, provider=self, auth_config=auth_config, cluster_name=cluster_name,
             process_runner=process_runner, use_internal_ip=use_internal_ip,
         )  # fmt: skip
+
+    def _check(self, nodes: Mapping[str, Node], heads: list[Node]) -> None:
+        """What `ray up` looks at before it asks; without a head also the price of one."""
+        # bootstrap_config looks at the name too, but Ray caches what that returned
+        check_ours(self.cluster_name, self.folder, nodes.values())
+        before_up.check(self.settings, self.caps, self.fleet, heads)
+        self.checked = True
 
     def _wait_ssh(self, node_id: str) -> tuple[str, int]:
         until = time.monotonic() + self.settings.boot_minutes * 60
@@ -274,8 +278,11 @@ class VastNodeProvider(NodeProvider):
         over = self.caps.exceeded(self.fleet.bill())
         if over:
             logger.error("the cluster ends: %s", over)
-            for node in sorted(nodes.values(), key=lambda n: -n.label.k):  # the head, which does this, last
-                self.fleet.destroy(node.id, over)
+            try:
+                self.fleet.destroy_all([n.id for n in workers], over)
+            finally:  # the head, which does this, last; a worker that will not go hears no head then, and ends itself
+                self.fleet.destroy_all([n.id for n in nodes.values() if n.label.kind == "head"], over)
+        note_poll(mesh_folder())  # last: where any of this fails for long, workers take the head for silent
 
     def _public_key(self) -> str:
         return (self.folder / f"{keys.SSH_KEY}.pub").read_text().strip()

@@ -139,7 +139,7 @@ class Renter:
         waited, pause = 0.0, min(2.0, self.found_within_s / 4)
         while True:
             try:
-                for node in self.fleet.everything().values():
+                for node in self.fleet.listing().values():
                     if node.label.attempt == label.attempt:
                         logger.info("the reply was lost, but instance %s was rented", node.id)
                         return node

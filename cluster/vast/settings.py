@@ -68,7 +68,12 @@ class Settings:
             value = ours.get(name, 1)
             if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
                 raise ConfigError(f"provider: '{name}' is a number above 0, not {value!r}")
-        for name, value in dict(ours.get("image_versions") or {}).items():
+        for name, example in (("offers", "{max_dph: 0.8}"), ("image_versions", '{python: "3.12"}')):
+            if not isinstance(ours.get(name, {}), Mapping):
+                raise ConfigError(f"provider: '{name}' is a mapping such as {example}, not {ours[name]!r}")
+        if not isinstance(ours.get("onstart", ""), str):
+            raise ConfigError(f"provider: 'onstart' is a line of shell, not {ours['onstart']!r}")
+        for name, value in ours.get("image_versions", {}).items():
             if name not in ("python", *PACKAGES) or not isinstance(value, str):
                 raise ConfigError(
                     f"provider: image_versions: '{name}: {value}': names are python, {', '.join(PACKAGES)}; versions are text in quotes"
@@ -80,15 +85,39 @@ class Settings:
         return read_wish({**self.offers, **node_config}, f"node type '{type_}'")
 
 
+def check_shape(config: Mapping[str, Any]) -> None:
+    """Raise ConfigError where what we read of a cluster's config is missing, or is not the kind of value that it has to be."""
+    if not isinstance(config.get("cluster_name"), str):
+        raise ConfigError(f"'cluster_name' is text that names the cluster, not {config.get('cluster_name')!r}")
+    for name in ("provider", "available_node_types"):
+        if not isinstance(config.get(name), Mapping):
+            raise ConfigError(f"'{name}' is a mapping, see ray_cluster.yaml, not {config.get(name)!r}")
+    types = config["available_node_types"]
+    for name, node_type in types.items():
+        if not isinstance(name, str):
+            raise ConfigError(f"available_node_types: {name!r} is no text; put the name in quotes")
+        if not isinstance(node_type, Mapping):
+            raise ConfigError(f"node type '{name}' is a mapping with resources and node_config, not {node_type!r}")
+        if not isinstance(node_type.get("node_config"), Mapping):
+            raise ConfigError(
+                f"node type '{name}': 'node_config' is a mapping such as {{gpus: [RTX 4090], num_gpus: 1}}, not "
+                f"{node_type.get('node_config')!r}; {{}} takes all from provider: offers"
+            )
+    head = config.get("head_node_type")
+    if not isinstance(head, str) or head not in types:
+        raise ConfigError(f"head_node_type {head!r} is none of its node types, which are {', '.join(types) or 'none'}")
+    check_names(config["cluster_name"], list(types))
+
+
 def bootstrap(config: dict[str, Any]) -> dict[str, Any]:
     """The cluster's config with all that the laptop adds. Raises ConfigError before anything is rented."""
+    check_shape(config)
     config = dict(config)
     provider = dict(config["provider"])
     config["provider"] = provider
     settings = Settings.read(provider)
     Caps.read(provider)
     types = config["available_node_types"]
-    check_names(config["cluster_name"], list(types))
     for name, node_type in types.items():
         wish = settings.wish(node_type["node_config"], name)
         have = node_type.get("resources", {}).get("GPU")

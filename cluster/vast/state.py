@@ -94,6 +94,11 @@ class State:
             both = {**content["machines"], **machines}
             content["machines"] = {m: v for m, v in both.items() if v["until"] > time.time()}
 
+    def merge_seen(self, seen: dict[str, Any]) -> None:
+        """Add instances that another machine rented for the cluster, so that they are looked up also where a listing lacks them."""
+        with self.edit() as content:
+            content["seen"] = {**{id_: dict(row) for id_, row in seen.items()}, **content["seen"]}
+
     def block_machine(self, machine: int | None, reason: str, hours: float = 24.0) -> None:
         if machine is not None:
             with self.edit() as content:

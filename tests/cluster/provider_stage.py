@@ -63,7 +63,7 @@ def ray_up(monkeypatch: pytest.MonkeyPatch, content: dict[str, Any] | None = Non
     """As far as `ray up` comes before it asks: the provider, and what it has shown."""
     from cluster.vast import before_up
 
-    monkeypatch.setattr("sys.argv", ["/bin/ray", "up", "x.yaml"])
+    monkeypatch.setattr(before_up, "ray_command", lambda: "up")
     shown: list[str] = []
     monkeypatch.setattr(before_up.cli_logger, "print", lambda text, *a, **_: shown.append(text.format(*a)))
     laptop = on_laptop(content)

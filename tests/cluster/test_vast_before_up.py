@@ -45,6 +45,12 @@ def refused(monkeypatch: pytest.MonkeyPatch, content: dict[str, Any] | None = No
     return str(caught.value)
 
 
+def on_laptop_knowing(head: str) -> Any:
+    laptop = on_laptop()
+    assert laptop.non_terminated_nodes({}) == [head]
+    return laptop
+
+
 def test_price_and_limits_are_shown(fake: Fake, monkeypatch: Any) -> None:
     _, shown = ray_up(monkeypatch)
     assert "1x RTX 4090 (24 GiB each), $0.441/h on demand" in shown[0]
@@ -64,7 +70,7 @@ def test_a_worker_type_that_nobody_offers_is_told_and_is_no_obstacle(fake: Fake,
 
 
 def test_another_command_than_ray_up_is_not_held_up(fake: Fake, monkeypatch: Any) -> None:
-    monkeypatch.setattr("sys.argv", ["/bin/ray", "down", "x.yaml"])
+    monkeypatch.setattr(before_up, "ray_command", lambda: "down")
     assert on_laptop(config(max_price_per_hour=0.1)).non_terminated_nodes({"ray-node-type": "head"}) == []
 
 
@@ -94,6 +100,30 @@ def test_where_nothing_fits_the_condition_that_excluded_most_is_named(fake: Fake
     assert "none of 6 offers of 1x RTX 4090 fits; excluded most by min_inet_down 9000 Mb/s: 6" in refused(
         monkeypatch, content
     )
+
+
+@pytest.mark.parametrize("wrong", [{"image_versions": {"python": "3.9"}}, {"max_price_per_hour": 0.1}])
+def test_a_program_that_rents_by_rays_functions_gets_the_same_checks(fake: Fake, wrong: dict[str, Any]) -> None:
+    with pytest.raises(click.ClickException, match=r"VersionError|CapError"):
+        on_laptop(config(**wrong)).create_node(node_config(), HEAD_TAGS, 1)
+    assert fake.live() == []
+    assert fake.control("keys") == [], "not even a key was made"
+
+
+@pytest.mark.parametrize("command", ["exec", "submit", "attach"])
+def test_start_rents_no_head_and_says_what_to_type(fake: Fake, monkeypatch: Any, command: str) -> None:
+    monkeypatch.setattr(before_up, "ray_command", lambda: command)
+    with pytest.raises(click.ClickException, match=rf"`ray {command} --start` would rent one without asking.*`ray up "):
+        on_laptop().create_node(node_config(), HEAD_TAGS, 1)
+    assert fake.live() == []
+
+
+@pytest.mark.parametrize("command", ["exec", "submit", "attach"])
+def test_start_replaces_no_running_head(running: str, fake: Fake, monkeypatch: Any, command: str) -> None:
+    monkeypatch.setattr(before_up, "ray_command", lambda: command)
+    with pytest.raises(click.ClickException, match=rf"`ray {command}` would destroy the running head"):
+        on_laptop_knowing(running).terminate_node(running)
+    assert [str(line["id"]) for line in fake.live()] == [running]
 
 
 @pytest.mark.parametrize(
@@ -152,7 +182,7 @@ def test_a_head_that_was_outbid_is_named_with_what_to_do(running: str, fake: Fak
 
 
 def test_two_heads_are_told_and_not_chosen_from(running: str, fake: Fake, monkeypatch: Any) -> None:
-    monkeypatch.setattr("sys.argv", ["/bin/ray", "exec", "x.yaml"])
+    monkeypatch.setattr(before_up, "ray_command", lambda: None)
     on_laptop().create_node(node_config(), HEAD_TAGS, 1)
     assert "has 2 heads" in refused(monkeypatch)
 
@@ -202,7 +232,7 @@ def test_a_constraints_file_that_agrees_is_no_obstacle(tmp_path: Path) -> None:
 def test_a_name_in_use_by_someone_else_is_refused_also_where_keys_of_that_name_exist(
     running: str, fake: Fake, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr("sys.argv", ["/bin/ray", "exec", "x.yaml"])
+    monkeypatch.setattr(before_up, "ray_command", lambda: None)
     monkeypatch.setenv("PAIRSCOPE_HOME", str(tmp_path / "another laptop"))
     with pytest.raises(click.ClickException, match="in use by a cluster that was not made from this machine"):
         on_laptop()

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from click.testing import CliRunner
 from fake_server import Fake, hasty, running_fake
 
 from capture.errors import ConfigError
 from cluster.vast.api import Vast
 from cluster.vast.cli import vast as command
+from cluster.vast.errors import NotGoneError
 
 pytest.importorskip("vastai", reason="the Vast SDK is not installed: pip install 'pairscope[vast]'")
 
@@ -59,6 +62,43 @@ def test_offers_are_those_that_fit_the_node_type(fake: Fake) -> None:
         run("offers", str(ROOT / "ray_cluster.yaml"), "--type", "nothing")
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"available_node_types": {"gpu": {"resources": {"GPU": 1}}}}, "node type 'gpu': 'node_config' is a mapping"),
+        ({"available_node_types": {"gpu": None}}, "node type 'gpu' is a mapping"),
+        ({"available_node_types": ["gpu"]}, "'available_node_types' is a mapping"),
+        ({"available_node_types": None}, "'available_node_types' is a mapping"),
+        ({"head_node_type": None}, "head_node_type None is none of its node types, which are"),
+        ({"cluster_name": None}, "'cluster_name' is text"),
+        ({"cluster_name": "../up"}, "'../up' cannot be part of a Vast label"),
+        ({"provider": None}, "'provider' is a mapping"),
+        ({"provider": {"offers": "hi"}}, "provider: 'offers' is a mapping"),
+        ({"provider": {"image_versions": "3.12"}}, "provider: 'image_versions' is a mapping"),
+        ({"provider": {"image_versions": ["3.12"]}}, "provider: 'image_versions' is a mapping"),
+    ],
+)
+def test_a_config_of_the_wrong_shape_is_one_error_that_names_file_and_key(
+    fake: Fake, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    content = yaml.safe_load((ROOT / "ray_cluster.yaml").read_text()) | change
+    content = {key: value for key, value in content.items() if value is not None}
+    file = tmp_path / "cluster.yaml"
+    file.write_text(yaml.safe_dump(content))
+    with pytest.raises(ConfigError, match=re.escape(message)) as told:
+        run("offers", str(file))
+    assert str(file) in str(told.value)
+
+
+@pytest.mark.parametrize("text", ["", "hello", "- a", "a: [", "\0"])
+def test_a_file_that_is_no_cluster_config_is_named(fake: Fake, tmp_path: Path, text: str) -> None:
+    (tmp_path / "x.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=r"x\.yaml' is no cluster config of Ray's"):
+        run("offers", str(tmp_path / "x.yaml"))
+    with pytest.raises(ConfigError, match=r"missing\.yaml"):
+        run("offers", str(tmp_path / "missing.yaml"))
+
+
 def test_nodes_are_ours_and_nobody_elses(fake: Fake) -> None:
     ours = rent(fake, "ps/demo/h/1/gpu/00000000")
     rent(fake, "somebody's training")
@@ -88,6 +128,35 @@ def test_destroy_ends_a_cluster_and_leaves_the_others(fake: Fake) -> None:
     assert run("destroy", "--cluster", "demo", "--yes").exit_code == 0
     assert [line["id"] for line in fake.live()] == [other]
     assert [key["name"] for key in fake.control("keys")] == ["pairscope head of other"]
+
+
+def test_destroy_tries_all_and_names_those_that_are_left(fake: Fake, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr("cluster.vast.cli._connect", lambda: Vast("full-rights", fake.url, sleep=lambda s: None))
+    stuck = rent(fake, "ps/demo/h/1/gpu/00000000")
+    rent(fake, "ps/demo/w/2/gpu/00000001")
+    fake.fault("destroy", "ignored", times=6)  # of the first, all tries
+    Vast("full-rights", fake.url, sleep=hasty).create_key("pairscope head of demo", {"api": {"instance_read": {}}})
+    with pytest.raises(NotGoneError, match=str(stuck)):
+        run("destroy", "--cluster", "demo", "--yes")
+    assert [line["id"] for line in fake.live()] == [stuck]
+    assert "pairscope head of demo" in [key["name"] for key in fake.control("keys")], "the head is there and needs it"
+    fake.control("faults", [])
+    assert run("destroy", "--cluster", "demo", "--yes").exit_code == 0
+    assert fake.live() == []
+    assert "pairscope head of demo" not in [key["name"] for key in fake.control("keys")]
+
+
+def test_destroy_ends_what_this_machine_has_seen_and_the_listing_leaves_out(fake: Fake) -> None:
+    head = rent(fake, "ps/demo/h/1/gpu/00000000")
+    fake.fault("destroy", "ignored", times=1000)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cluster.vast.cli._connect", lambda: Vast("full-rights", fake.url, sleep=lambda s: None))
+        with pytest.raises(NotGoneError):
+            run("destroy", str(head), "--yes")
+    fake.control("faults", [])
+    fake.fault("list", "no_rows", times=1000)
+    run("destroy", "--cluster", "demo", "--yes")
+    assert fake.live() == []
 
 
 def test_destroy_refuses_what_is_not_ours_and_asks_before_it_acts(fake: Fake) -> None:

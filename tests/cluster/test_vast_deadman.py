@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 from fake_server import Fake, hasty, running_fake, wait_for
 
+from cluster.mesh.daemon import UNWATCHED_S, Daemon, _Server
+from cluster.mesh.peers import POLLED, Mesh, note_poll
 from cluster.vast import deadman
 from cluster.vast.api import Vast
 from cluster.vast.container import LONGEST_SCRIPT, environment, start_script
@@ -64,6 +66,8 @@ def test_a_node_destroys_itself_when_its_deadline_has_passed(fake: Fake, tmp_pat
 
 def test_it_asks_again_where_the_first_destroy_was_ignored_or_failed(fake: Fake, tmp_path: Path) -> None:
     fake.control("faults", [])
+    fake.fault("destroy", "garbage", times=2)
+    fake.fault("destroy", "drop", times=2)
     fake.fault("destroy", "503", times=2)
     fake.fault("destroy", "ignored", times=2)
     with node(fake, tmp_path, deadline=time.time() - 1) as id_:
@@ -95,6 +99,31 @@ def test_a_worker_whose_head_is_silent_destroys_itself_and_one_whose_head_speaks
         assert wait_for(lambda: ended_by(fake, id_)) == "itself"
 
 
+def test_a_head_whose_autoscaler_no_longer_polls_is_silent_for_its_workers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "node.json").write_text(Mesh(1, 4).node_text)
+    head = Daemon(tmp_path)
+    server = _Server(("127.0.0.1", 0), head)
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+    monkeypatch.setenv("PAIRSCOPE_HEAD", f"127.0.0.1:{server.server_address[1]}")
+    try:
+        assert deadman.head_speaks(), "no poll yet, but the head has just begun"
+        head.began -= UNWATCHED_S
+        assert not deadman.head_speaks(), "it began long ago, and there never was a poll"
+        note_poll(tmp_path)
+        assert deadman.head_speaks()
+        late = time.time() - UNWATCHED_S
+        os.utime(tmp_path / POLLED, (late + 60, late + 60))
+        assert deadman.head_speaks()
+        os.utime(tmp_path / POLLED, (late, late))
+        assert not deadman.head_speaks(), "the last poll is too old"
+        assert head.answer("status"), "its tunnels are told all the same"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
 def test_a_later_deadline_may_be_written_to_the_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("PAIRSCOPE_DEADLINE", "100")
@@ -102,6 +131,25 @@ def test_a_later_deadline_may_be_written_to_the_node(tmp_path: Path, monkeypatch
     (tmp_path / ".pairscope").mkdir()
     (tmp_path / ".pairscope" / "deadline").write_text("200\n")
     assert deadman.deadline() == 200
+
+
+@pytest.mark.parametrize("head", ["", "nowhere", "127.0.0.1:port", "127.0.0.1:99999"])
+def test_an_address_of_the_head_that_makes_no_sense_is_a_silent_head_and_ends_no_switch(
+    monkeypatch: pytest.MonkeyPatch, head: str
+) -> None:
+    monkeypatch.setenv("PAIRSCOPE_HEAD", head)
+    assert deadman.head_speaks() is (head == "")
+
+
+@pytest.mark.parametrize("said", [None, "", "soon"])
+def test_a_node_that_was_told_no_deadline_has_passed_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str | None
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("PAIRSCOPE_DEADLINE", raising=False)
+    if said is not None:
+        monkeypatch.setenv("PAIRSCOPE_DEADLINE", said)
+    assert deadman.deadline() == 0
 
 
 def test_the_start_script_fits_and_a_longer_one_is_refused() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,8 +15,8 @@ import pytest
 from fake_server import Fake, running_fake, wait_for
 from provider_stage import HEAD_TAGS, WORKER_TAGS, config, laptop_home, node_config, on_head, on_laptop
 
-from cluster.mesh.peers import mesh_folder
-from cluster.vast.errors import VastBusyError
+from cluster.mesh.peers import POLLED, mesh_folder
+from cluster.vast.errors import NotGoneError, VastBusyError
 
 pytest.importorskip("vastai", reason="the Vast SDK is not installed: pip install 'pairscope[vast]'")
 
@@ -134,6 +136,22 @@ def test_tunnels_are_asked_for_when_ssh_is_there_and_not_after_the_node_left(
     assert peers() == []
 
 
+def test_a_poll_is_noted_where_the_limits_were_looked_at_and_not_where_it_failed(
+    fake: Fake, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr("cluster.vast.api.FIRST_PAUSE_S", 0.01)
+    head = on_head(on_laptop(), tmp_path / "head", monkeypatch)
+    fake.fault("list", "503", times=3)
+    with pytest.raises(VastBusyError):
+        head.non_terminated_nodes({})
+    assert not (mesh_folder() / POLLED).exists()
+    head.non_terminated_nodes({})
+    os.utime(mesh_folder() / POLLED, (0, 0))
+    time.sleep(0.02)
+    head.non_terminated_nodes({})
+    assert (mesh_folder() / POLLED).stat().st_mtime == pytest.approx(time.time(), abs=60)
+
+
 def test_a_reached_limit_ends_workers_and_head(fake: Fake, tmp_path: Path, monkeypatch: Any) -> None:
     laptop = on_laptop()
     laptop.create_node(node_config(), HEAD_TAGS, 1)
@@ -159,10 +177,66 @@ def test_teardown_sees_all_and_reports_what_is_left(fake: Fake, tmp_path: Path, 
     assert len(doomed) == 2
     fresh.terminate_nodes(doomed)
     assert fresh.nodes_for_teardown({}) == []
+    head.create_node(node_config(), WORKER_TAGS, 1)  # one that comes after all were seen to be gone
+    assert len(fake.live()) == 1
     fresh.cleanup_cluster_resources()
     assert fake.live() == []
     assert fresh.fleet.bill().dollars == 0  # the next cluster of this name begins at nothing, with new keys
     assert not list((tmp_path / "laptop/clusters/pairscope").glob("*ed25519*"))
+
+
+def test_teardown_tries_all_and_keeps_what_it_needs_while_one_is_left(fake: Fake, monkeypatch: Any) -> None:
+    laptop = on_laptop()
+    laptop.create_node(node_config(), HEAD_TAGS, 1)
+    monkeypatch.setattr(laptop.vast, "sleep", lambda s: None)
+    for k in (2, 3):
+        offer = laptop.vast.search({}, bid=False, disk_gb=1)[0]["id"]
+        laptop.vast.create(offer, image="x", disk=1, label=f"ps/pairscope/w/{k}/rtx4090/0000000{k}", env={})
+    fake.fault("destroy", "ignored", times=6)  # of the first that is asked for, all tries
+    monkeypatch.setattr("cluster.vast.fleet.AT_ONCE", 1)
+    with pytest.raises(SystemExit) as ended:
+        laptop.cleanup_cluster_resources()
+    (left,) = fake.live()
+    assert f"NotGoneError: instance {left['id']} was destroyed 6x" in str(ended.value)
+    assert (laptop.folder / "id_ed25519").exists()
+    assert str(left["id"]) in laptop.state.read()["seen"]
+    fake.control("faults", [])
+    laptop.cleanup_cluster_resources()
+    assert fake.live() == []
+
+
+def test_a_limit_ends_the_head_although_a_worker_will_not_go(fake: Fake, tmp_path: Path, monkeypatch: Any) -> None:
+    laptop = on_laptop()
+    laptop.create_node(node_config(), HEAD_TAGS, 1)
+    head = on_head(laptop, tmp_path / "head", monkeypatch)
+    monkeypatch.setattr(head.vast, "sleep", lambda s: None)
+    head.create_node(node_config(), WORKER_TAGS, 2)
+    object.__setattr__(head.caps, "max_hours", 1e-9)
+    monkeypatch.setattr("cluster.vast.fleet.AT_ONCE", 1)
+    fake.fault("destroy", "ignored", times=6)
+    time.sleep(0.02)
+    with pytest.raises(NotGoneError):
+        head.non_terminated_nodes({})
+    assert ["/w/" in line["label"] for line in fake.live()] == [True]
+
+
+def test_ray_down_ends_workers_that_only_the_head_knows_of(fake: Fake, tmp_path: Path, monkeypatch: Any) -> None:
+    laptop = on_laptop()
+    laptop.create_node(node_config(), HEAD_TAGS, 1)
+    wait_for(lambda: [h for h in laptop.non_terminated_nodes({}) if laptop.is_running(h)])
+    home = str(tmp_path / "laptop")
+    head = on_head(laptop, tmp_path / "head", monkeypatch)
+    head.create_node(node_config(), WORKER_TAGS, 1)
+    monkeypatch.setenv("PAIRSCOPE_HOME", home)
+    text = head.state.path.read_text()
+    monkeypatch.setattr(
+        "cluster.vast.machines.subprocess.run", lambda c, **_: subprocess.CompletedProcess(c, 0, stdout=text, stderr="")
+    )
+    fake.fault("list", "no_rows", times=1000)
+    while doomed := laptop.nodes_for_teardown({}):  # as Ray does
+        laptop.terminate_nodes(doomed)
+    laptop.cleanup_cluster_resources()
+    assert fake.live() == []
 
 
 def test_a_machine_whose_set_up_failed_is_not_rented_again(fake: Fake, tmp_path: Path, monkeypatch: Any) -> None:
@@ -175,12 +249,71 @@ def test_a_machine_whose_set_up_failed_is_not_rented_again(fake: Fake, tmp_path:
     assert set(head.state.blocked_machines()) == {machine}
 
 
+def test_a_host_key_that_changed_is_not_accepted(fake: Fake) -> None:
+    """What ssh makes of the options that Ray is given, by its own account."""
+    laptop = on_laptop()
+    laptop.create_node(node_config(), HEAD_TAGS, 1)
+    (head,) = wait_for(lambda: [h for h in laptop.non_terminated_nodes({}) if laptop.is_running(h)])
+    ran: list[list[str]] = []
+
+    class Processes:
+        @staticmethod
+        def check_call(command: list[str], **_: Any) -> None:
+            ran.append([str(word) for word in command])
+
+    auth = {"ssh_user": "root", "ssh_private_key": str(laptop.folder / "id_ed25519")}
+    runner = laptop.get_command_runner("", head, auth, "pairscope", Processes, False)
+    runner.run("true")
+    runner.run("true", ssh_options_override_ssh_key="other")  # initialization commands
+    for command in ran:
+        assert command[0] == "ssh"
+        asked = subprocess.run(["ssh", "-G", *command[1:]], capture_output=True, text=True, check=True).stdout
+        options = dict(line.split(" ", 1) for line in asked.splitlines() if " " in line)
+        assert options["stricthostkeychecking"] == "accept-new"
+        assert options["hostkeyalias"] == f"vast-{head}"
+        assert options["userknownhostsfile"] == str(laptop.folder / "known_hosts")
+        assert (options["hostname"], int(options["port"])) == laptop.fleet.get(head).ssh
+    assert len(ran) == 2
+
+
 def test_a_create_request_carries_no_secret(fake: Fake) -> None:
     laptop = on_laptop()
     laptop.create_node(node_config(), HEAD_TAGS, 1)
     (line,) = fake.live()
     assert set(line["env"]) == {"PAIRSCOPE_K", "PAIRSCOPE_API", "PAIRSCOPE_DEADLINE", "PAIRSCOPE_SILENCE_S", "PAIRSCOPE_HEAD", "PAIRSCOPE_OWNER", "PAIRSCOPE_LAUNCH", "PAIRSCOPE_REQUEST"}  # fmt: skip
     assert len(line["label"]) <= 60
+
+
+@pytest.mark.parametrize(
+    ("caps", "hours"),
+    [({"max_hours": 3, "max_total_dollars": 100}, lambda dph: 3), ({"max_total_dollars": 1}, lambda dph: 1 / dph)],
+)
+def test_a_head_is_told_when_to_be_gone_by_the_nearer_limit(fake: Fake, caps: dict[str, float], hours: Any) -> None:
+    laptop = on_laptop(config(**caps))
+    laptop.create_node(node_config(), HEAD_TAGS, 1)
+    ((head, node),) = laptop.fleet.refresh().items()
+    (line,) = fake.live()
+    ends = time.time() + hours(node.dph) * 3600
+    assert int(line["env"]["PAIRSCOPE_DEADLINE"]) == pytest.approx(ends, abs=60)
+    assert line["env"]["PAIRSCOPE_SILENCE_S"] == "0"  # nobody is above it to be heard
+    assert float(laptop._files(head)["~/.pairscope/deadline"]) == pytest.approx(ends, abs=60)
+
+
+def test_a_worker_is_told_what_is_left_of_the_limits_and_how_long_its_head_may_be_silent(
+    fake: Fake, tmp_path: Path, monkeypatch: Any
+) -> None:
+    laptop = on_laptop()
+    laptop.create_node(node_config(), HEAD_TAGS, 1)
+    head = on_head(laptop, tmp_path / "head", monkeypatch)
+    spent = {"id": "1", "kind": "worker", "dph": 1.0, "since": 0.0, "until": (head.caps.max_total_dollars - 1) * 3600}
+    with head.state.edit() as content:
+        content["gone"].append(spent)
+    head.create_node(node_config(), WORKER_TAGS, 1)
+    (line,) = (line for line in fake.live() if line["env"]["PAIRSCOPE_K"] == "2")
+    worker = next(n for n in head.fleet.refresh().values() if n.label.kind == "worker")
+    one_dollar = time.time() + 3600 / worker.dph
+    assert int(line["env"]["PAIRSCOPE_DEADLINE"]) == pytest.approx(one_dollar, abs=60)
+    assert float(line["env"]["PAIRSCOPE_SILENCE_S"]) == head.settings.head_silence_minutes * 60 > 0
 
 
 @pytest.mark.parametrize(
@@ -193,6 +326,13 @@ def test_a_create_request_carries_no_secret(fake: Fake) -> None:
         ({"cluster_name": "a name"}, "cannot be part of a Vast label"),
         ({"cluster_name": "a" * 40}, "characters too long"),
         ({"max_workers": 60}, "room for 47 workers"),
+        ({"provider": {"offers": "hi"}}, "provider: 'offers' is a mapping"),
+        ({"provider": {"offers": None}}, "provider: 'offers' is a mapping"),
+        ({"provider": {"image_versions": "3.12"}}, "provider: 'image_versions' is a mapping"),
+        ({"provider": {"onstart": 5}}, "provider: 'onstart' is a line of shell"),
+        ({"head_node_type": "gpu"}, "head_node_type 'gpu' is none of its node types"),
+        ({"available_node_types": {"rtx4090": {}}}, "node type 'rtx4090': 'node_config' is a mapping"),
+        ({"available_node_types": {"rtx4090": None}}, "node type 'rtx4090' is a mapping"),
     ],
 )
 def test_a_wrong_config_is_an_error_before_anything_is_rented(fake: Fake, change: dict[str, Any], message: str) -> None:
@@ -210,6 +350,8 @@ def test_a_wrong_config_is_an_error_before_anything_is_rented(fake: Fake, change
         ({"gpu": ["RTX 4090"]}, "unknown key 'gpu'"),
         ({"disk_gb": "200"}, "'disk_gb' is a number"),
         ({"num_gpus": 2}, "resources say 1 GPU"),
+        ({"num_gpus": 0}, "'num_gpus' is a whole number above 0"),
+        ({"image": 5}, "'image' is text"),
     ],
 )
 def test_a_wrong_node_type_is_an_error_that_names_it(fake: Fake, wish: dict[str, Any], message: str) -> None:

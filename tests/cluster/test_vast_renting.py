@@ -162,7 +162,10 @@ def test_a_destroy_that_never_works_is_an_error_that_names_the_instance(fake: Fa
 
 
 @pytest.mark.parametrize("kind", ["429", "503", "empty", "malformed", "no_rows", "drop"])
-def test_a_live_node_is_never_taken_for_dead_because_a_listing_failed(fake: Fake, tmp_path: Path, kind: str) -> None:
+def test_a_live_node_is_never_taken_for_dead_because_a_listing_failed(
+    fake: Fake, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cluster.vast.fleet.NEW_S", 0.0)  # being new is not what keeps it
     renter = make(fake, tmp_path)
     node = rent(renter)
     ready(renter, node.id)

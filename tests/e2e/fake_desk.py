@@ -6,7 +6,7 @@ may do what it was made for; an instance's own CONTAINER_API_KEY may only stop o
 Calls: search, create, list, show, destroy, attach, update, bid, logs, user, key_make, key_list, key_delete. Kinds of fault: a
 status code (429, 500, 502, 503), `empty` (200 without a body), `malformed` (half a JSON), `no_rows` (a good reply that lists
 nothing), `drop` (no reply, nothing done), `lost` (done, no reply), `503_done` (done, answered 503), `ignored` (answered, not
-done), `sold_twice`, `stuck`, `gone`.
+done), `garbage` (no HTTP, nothing done), `sold_twice`, `stuck`, `gone`.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ Reply = tuple[int, Any]
 
 
 class NoReply(Exception):
-    """The connection ends without a word."""
+    """The connection ends without a word, or after bytes that are no HTTP."""
 
 
 class Desk:
@@ -77,6 +77,8 @@ class Desk:
         fault = self._fault(call)
         if fault == "drop":
             raise NoReply
+        if fault == "garbage":
+            raise NoReply(b"garbage\r\n\r\n")
         if fault and fault.isdigit():
             return _json(
                 (int(fault), {"success": False, "error": "too_many_requests" if fault == "429" else "server_error"})

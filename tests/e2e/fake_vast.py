@@ -60,7 +60,8 @@ class Handler(BaseHTTPRequestHandler):
         key = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
         try:
             status, data = self.server.desk.handle(method, url.path, query, key, body)
-        except NoReply:
+        except NoReply as end:
+            self.wfile.write(end.args[0] if end.args else b"")
             self.close_connection = True
             return
         self.send_response(status)

@@ -135,6 +135,9 @@ def test_a_node_that_leaves_loses_its_tunnel_and_one_that_joins_gets_it(nodes: N
     status = f"{PYTHON} -m cluster.mesh status"
     nodes.peers(1, [2])
     wait_for(lambda: "to node 3" not in nodes.on(1, status).stdout, 10)
+    ssh = "pgrep -f 'ssh -N -F .*/tunnel-{}[.]conf'"
+    wait_for(lambda: nodes.on(1, ssh.format(3)).stdout == "", 10)  # and its ssh has ended
+    assert nodes.on(1, ssh.format(2)).stdout != ""
     nodes.peers(1, [2, 3])
     wait_for(lambda: nodes.on(1, status).stdout.count(": up ") == 2, 15)
 

@@ -225,15 +225,19 @@ def test_a_head_that_dies_takes_its_workers_with_it(stage: Rehearsal) -> None:
 
 
 @pytest.mark.slow
-def test_a_forgotten_cluster_is_gone_at_its_deadline(stage: Rehearsal) -> None:
+def test_a_forgotten_cluster_whose_monitor_is_dead_ends_itself_at_its_deadline(stage: Rehearsal) -> None:
     hours = 0.025
     stage.write_yaml(max_workers=1, provider={"max_hours": hours})
     stage.ray("up", "-y")
     with stage.dashboard() as address:
         stage.run("ray", "job", "submit", "--no-wait", "--address", address, *job(stage, MANY, "600"))
         wait_for(lambda: len(stage.fake.live()) == 2, 80)
-    # from here on the laptop does nothing
+    head, worker = stage.instances()
+    # each host has processes of its own; the brackets keep the shell that looks from finding itself
+    stage.on(head, "pkill -9 -f 'autoscaler/.*[m]onitor.py'; ! pgrep -f 'autoscaler/.*[m]onitor.py'")
+    # from here on nobody looks after anything: neither the laptop nor the head's autoscaler
     wait_for(lambda: stage.fake.live() == [], 200)
     lines = stage.fake.bill()
+    assert {line["id"]: line["ended_by"] for line in lines} == {int(head["id"]): "itself", int(worker["id"]): "itself"}
     began = min(line["created"] for line in lines)
     assert max(line["destroyed"] for line in lines) - began < hours * 3600 + 60
