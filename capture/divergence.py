@@ -27,7 +27,7 @@ from capture.group import Group
 SUM_BLOCK = 512  # products added up in float32
 FAR = 16.0  # rows with larger shifts of logits between slots take the plain way
 SUM_ERROR = 2e-7  # of a mean shift of 1, as the sums have it; found by trial against float64
-ENTROPY_ERROR = 2e-6  # nats: where an entropy may be off by more, its row takes the plain way
+ENTROPY_ERROR = 4e-6  # nats: where an entropy may be off by more, its row takes the plain way
 KL_ERROR = 2e-4  # relative error of a KL from which on it is computed the plain way
 PLAIN_PIECES = 8  # a chunk's rows go the plain way in so many pieces, should all of them have to
 PLAIN_FAR = 60.0  # nats: beyond this shift exp() of the plain form may leave the range of float32
@@ -151,7 +151,10 @@ def _from_sums(sums: Tensor, maxima_SR: Tensor, pairs: Pairs) -> Divergences:
 
 def _lossy(sums: Tensor) -> Tensor:
     """Rows where some slot's sums are small differences of large ones, [R]: where slot 0 has much weight that it has not."""
-    own = torch.stack([sums[s, [1, 1 + s]].abs().sum(0) + sums[0, [1, 1 + s]].abs().sum(0) for s in range(len(sums))])
+    of = [sums[0, 1].abs()] + [
+        sums[[0, s], 1].abs().sum(0) + sums[[0, s], 1 + s].abs().sum(0) for s in range(1, len(sums))
+    ]
+    own = torch.stack(of)
     z = sums[:, 0].clone()
     z[1:] += sums[0, 0]
     return (SUM_ERROR * own > ENTROPY_ERROR * z).any(0)
