@@ -28,7 +28,6 @@ from capture.spectrum import Spectra
 log = logging.getLogger(__name__)
 
 LensSlot = tuple[int, Owner | None, Owner]  # state, whose final norm (None: as it is), whose unembedding
-Floats = np.ndarray[Any, np.dtype[np.float32]]
 SMALL_KL = 1e-4  # nats: below this, differences of float32 logits may cost a KL its third digit
 
 

@@ -94,3 +94,16 @@ def test_an_overflow_shows_as_not_finite_instead_of_a_number():
     slots, _ = lens_tile(PlainLogits(x), PAIRS, NEXT, TRACKED, Vocabulary(307, 3), rows=5)
     assert not slots[1].logsumexp[2].isfinite()
     assert slots[1].entropy[[0, 1, 3, 4]].isfinite().all()
+
+
+def test_a_peaked_slot_beside_a_broad_one_and_its_twin_keep_their_digits():
+    generator = torch.Generator().manual_seed(5)
+    broad = torch.randn(6, 307, generator=generator)
+    peaked = broad - 11 * (torch.arange(307) > 2)
+    twin = peaked + 0.02 * torch.randn(6, 307, generator=generator)
+    rows = torch.zeros(6, dtype=torch.long)
+    slots, pairs = lens_tile(PlainLogits([broad, peaked, twin]), [(1, 2)], rows, TRACKED, Vocabulary(307, 5), rows=3)
+    p, q = (x.double().log_softmax(1) for x in (peaked, twin))
+    assert (-(p.exp() * p).sum(1) - slots[1].entropy).abs().max() < 1e-6
+    want = (q.exp() * (q - p)).sum(1)
+    assert ((pairs[(1, 2)].kl_ba - want).abs() / want).max() < 1e-4
