@@ -10,7 +10,7 @@ import gc
 import logging
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -26,6 +26,9 @@ from capture.opening import find_layers, open_model
 from capture.quantize import quantization_of
 from capture.stored import Stored
 from capture.sublayer import HeadRows, embed_rows
+
+if TYPE_CHECKING:
+    from capture.remote import Source
 
 log = logging.getLogger(__name__)
 
@@ -50,8 +53,9 @@ class StreamedModel:
         ledger: Ledger,
         whole: bool = False,
         group: Group | None = None,
+        source: Source | None = None,
     ) -> None:
-        """group: the ranks that share the model's weights; None is this process alone. whole: load everything at once by the
+        """source: where weights that are not in `directory` come from. group: the ranks that share the model's weights; None is this process alone. whole: load everything at once by the
         library's own means and free nothing: for pickled checkpoints; quantized weights are loaded so in any case."""
         borrowed.check_version()
         self.label, self.device, self.ledger, self.directory = label, device, ledger, directory
@@ -75,7 +79,7 @@ class StreamedModel:
                 self.reserve(each)
                 self._ready.add(each)
             return
-        self.stored = Stored(record.get("files") or [], label, directory, ledger)
+        self.stored = Stored(record.get("files") or [], label, directory, ledger, source)
         self.load_config = dataclasses.replace(record["load_config"], device_map={"": device})
         self._move_buffers()
         self._name_groups()
@@ -255,11 +259,27 @@ class StreamedModel:
             self.loaded[group] = self.group_bytes(group)
             self.ledger.add(self.loaded[group])
 
+    def announce(self, group: Any) -> None:
+        """A group will be loaded soon: what can be read ahead of that is. Ranks read shares, which nobody knows before."""
+        if not self.whole and self.group.size == 1 and group not in self._ready:
+            self.stored.announce(self._keys(group))
+
+    def cancel(self, group: Any) -> None:
+        """A group that was announced will not be loaded after all."""
+        if not self.whole:
+            self.stored.cancel(self._keys(group))
+
+    def _keys(self, group: Any) -> list[tuple[str, str]]:
+        """File and key of all that a group is made of."""
+        recipes = (self._recipes.get(name) for name in self._tensors[group])
+        return [key for recipe in recipes if recipe is not None for key in recipe.sources()]
+
     def load(self, group: Any) -> None:
         """Read one group from its files. Raises CheckpointError where a weight is missing, misshapen or unreadable."""
         if group in self._ready:
             return
         self.reserve(group)
+        self.announce(group)
         name = ""
         try:
             left = []
@@ -356,6 +376,8 @@ class StreamedModel:
         """Put the group's weights back on meta."""
         if group not in self.loaded or self.whole:
             return
+        if group not in self._ready:
+            self.cancel(group)
         self._ready.discard(group)
         if self.head_rows is not None and group == (EMBEDDING if self.tied else HEAD):
             self.head_rows.release()

@@ -87,6 +87,7 @@ def document(work: Work, files: list[dict[str, Any]]) -> dict[str, Any]:
             "weights_peak": work.ledger.peak,
             "tables": sum(f["bytes"] for f in files),
         },
+        "from_the_hub": None if work.source is None else {"weights": entry.weights, **work.source.record},
         "peak_memory_bytes": work.peak_memory(),
         "planned_memory_bytes": work.mode.need.peak,
         "memory": {

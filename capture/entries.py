@@ -17,7 +17,19 @@ from capture.errors import ConfigError, PromptError
 from capture.fields import Frozen, masked, near
 from capture.passes import FOUR_PASSES, Comparison, MultiPass, Pass, single_comparisons
 from capture.quantize import check_asked
-from capture.settings import AllowedPair, Batching, Layers, Lens, LocalRun, Mode, Output, Settings, Spans, SweepEntry
+from capture.settings import (
+    AllowedPair,
+    Batching,
+    Layers,
+    Lens,
+    LocalRun,
+    Mode,
+    Output,
+    Settings,
+    Spans,
+    SweepEntry,
+    Weights,
+)
 
 BLOCK = "residual_compare"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -41,6 +53,7 @@ class Entry(Frozen):
     device: str | None = None
     dtype: str = "auto"
     mode: Mode = "auto"
+    weights: Weights = "cache"
     top_k: int = 20
     prompts: tuple[str, ...]
     prompt_sources: tuple[str, ...] = ()  # where each prompt stands, FILE:LINE or config key; for messages
@@ -182,6 +195,7 @@ class Config:
             device=f"cuda:{block.local_run.cuda_device_index}" if allowed else pick("device"),
             dtype=pick("dtype"),
             mode=pick("mode"),
+            weights=pick("weights"),
             top_k=block.top_k,
             prompts=tuple(text for text, _ in self._prompts),
             prompt_sources=tuple(source for _, source in self._prompts),

@@ -6,17 +6,21 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from capture.errors import CheckpointError, UnsupportedModelError
 from capture.weights import Weights, check_weights, choose_weights, fingerprint
 
+if TYPE_CHECKING:
+    from capture.ranges import RemoteFile
+    from capture.remote import Source
+
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """One checkpoint on this machine.
+    """One checkpoint on this machine, or with weights that are on the hub.
 
-    `path` is a directory that transformers can open; `revision` the hub's commit, or `local:<fingerprint>` for a directory.
+    `path` is a directory that transformers can open, a stand-in where weights are `remote` (capture/remote.py); `revision` the hub's commit, or `local:<fingerprint>` for a directory.
     `weights` are file names below `path`, in order; `weight_bytes` the bytes of all their tensors (of the files, for
     pickles); `weight_map` maps each tensor's key to its file.
     """
@@ -28,6 +32,7 @@ class ModelFiles:
     weight_bytes: int
     weight_map: Mapping[str, str]
     format: Literal["safetensors", "pickle"]
+    remote: bool = False
 
 
 def resolve_model(
@@ -38,33 +43,41 @@ def resolve_model(
     download: bool = True,
     trust_remote_code: bool = False,
     token: str | bool | None = None,
+    source: Source | None = None,
 ) -> ModelFiles:
     """Find a model's files, download what is missing, and check all weight files before work starts.
 
     A directory wins over a hub id of the same name. `revision` is for the hub. Without `download` only the hub's cache is
-    looked at. Raises CheckpointError (missing, corrupt, gated, wrong format, no space) and UnsupportedModelError (code of its
+    looked at. source: where weights that are missing stay on the hub, to be read from there. Raises CheckpointError (missing, corrupt, gated, wrong format, no space) and UnsupportedModelError (code of its
     own that was not allowed).
     """
-    path = Path(model).expanduser()
-    if path.is_dir():
-        weights = _local_weights(path, model, allow_pickle, trust_remote_code)
-        total, weight_map = check_weights(path, weights)
-        return ModelFiles("local", str(path.absolute()), fingerprint(path, weights), weights.files, total, weight_map,
+    local = Path(model).expanduser()
+    if local.is_dir():
+        weights = _local_weights(local, model, allow_pickle, trust_remote_code)
+        total, weight_map = check_weights(local, weights)
+        return ModelFiles("local", str(local.absolute()), fingerprint(local, weights), weights.files, total, weight_map,
                           "pickle" if weights.pickle else "safetensors")  # fmt: skip
-    from capture.hub import model_snapshot
+    from capture.hub import model_snapshot, model_without_weights
 
-    path = model_snapshot(
-        model,
-        revision,
-        download=download,
-        allow_pickle=allow_pickle,
-        token=token,
-        check_config=lambda config: check_remote_code(config, model, trust_remote_code),
-    )
+    def check(config: Mapping[str, Any]) -> None:
+        check_remote_code(config, model, trust_remote_code)
+
+    path: Path | None = None
+    missing: list[RemoteFile] = []
+    if source is not None and download:
+        snapshot, missing = model_without_weights(
+            model, revision, allow_pickle=allow_pickle, token=token, check_config=check
+        )
+        path = snapshot if not missing else source.stand_in(snapshot, missing)
+    if path is None:
+        missing = []
+        snapshot = path = model_snapshot(
+            model, revision, download=download, allow_pickle=allow_pickle, token=token, check_config=check
+        )
     weights = _local_weights(path, model, allow_pickle, trust_remote_code)
     total, weight_map = check_weights(path, weights)
-    return ModelFiles("hub", str(path), path.name, weights.files, total, weight_map,
-                      "pickle" if weights.pickle else "safetensors")  # fmt: skip
+    return ModelFiles("hub", str(path), snapshot.name, weights.files, total, weight_map,
+                      "pickle" if weights.pickle else "safetensors", remote=bool(missing))  # fmt: skip
 
 
 def resolve_tokenizer(

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from capture.errors import CheckpointError
+from capture.ranges import RemoteFile
 from capture.weights import choose_weights
 
 log = logging.getLogger(__name__)
@@ -40,6 +41,34 @@ def model_snapshot(
     """
     want = _model_files(repo, allow_pickle, check_config)
     return _snapshot(repo, revision, download, token, want, known_file="config.json")
+
+
+def model_without_weights(
+    repo: str,
+    revision: str | None,
+    *,
+    allow_pickle: bool,
+    token: str | bool | None,
+    check_config: Callable[[dict[str, Any]], None],
+) -> tuple[Path, list[RemoteFile]]:
+    """As model_snapshot, but safetensors files that are not in the cache yet are not downloaded: they are named instead.
+
+    Offline, or where the hub cannot be reached, what is in the cache is taken. Raises CheckpointError.
+    """
+    want, remote = _model_files(repo, allow_pickle, check_config), []
+
+    def want_small(sizes: Mapping[str, int], read: Read) -> list[str]:
+        return [n for n in want(sizes, read) if not n.endswith(".safetensors")]
+
+    def rest(info: Any) -> None:
+        sizes = _needed(repo, info, token, want)
+        by_name = {s.rfilename: s for s in info.siblings or []}
+        for name in _missing(repo, info.sha, [n for n in sizes if n.endswith(".safetensors")]):
+            sha256 = by_name[name].lfs.sha256 if by_name[name].lfs else None
+            remote.append(RemoteFile(repo, info.sha, name, sizes[name], sha256 or by_name[name].blob_id, sha256))
+
+    path = _snapshot(repo, revision, True, token, want_small, "config.json", rest)
+    return path, remote
 
 
 def download_bytes(repo: str, revision: str | None, *, allow_pickle: bool, token: str | bool | None) -> int:
@@ -81,8 +110,15 @@ def _small(sizes: Mapping[str, int], more: tuple[str, ...]) -> list[str]:
 
 
 def _snapshot(
-    repo: str, revision: str | None, download: bool, token: str | bool | None, want: Want, known_file: str
+    repo: str,
+    revision: str | None,
+    download: bool,
+    token: str | bool | None,
+    want: Want,
+    known_file: str,
+    look: Callable[[Any], None] = lambda info: None,
 ) -> Path:
+    """look: sees what the hub says about the repository, before anything is downloaded."""
     import huggingface_hub as hub
     from huggingface_hub import constants
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, HTTPError
@@ -98,6 +134,7 @@ def _snapshot(
                 raise
             log.warning("the hub cannot be reached for '%s' (%s); trying the cache", repo, type(error).__name__)
             return _cached(repo, revision, known_file, f"the hub cannot be reached ({_one_line(error)})")
+        look(info)
         sizes = _needed(repo, info, token, want)
         _check_disk(repo, info.sha, sizes)
         # By the branch's name, not by its commit: only then does the cache know the branch when the network is gone.
@@ -148,15 +185,20 @@ def _cached(repo: str, revision: str | None, known_file: str, why: str) -> Path:
         ) from error
 
 
+def free_bytes() -> int:
+    """What the disk of the hub's cache has free."""
+    from huggingface_hub import constants
+
+    cache = Path(constants.HF_HUB_CACHE)
+    return shutil.disk_usage(next(d for d in (cache, *cache.parents) if d.exists())).free
+
+
 def _check_disk(repo: str, commit: str, sizes: Mapping[str, int]) -> None:
     """Raise if what is still to be downloaded does not fit the disk."""
     from huggingface_hub import constants
 
     missing = _missing(repo, commit, sizes)
-    need = sum(sizes[n] for n in missing)
-    cache = Path(constants.HF_HUB_CACHE)
-    there = next(d for d in (cache, *cache.parents) if d.exists())
-    free = shutil.disk_usage(there).free
+    need, free, cache = sum(sizes[n] for n in missing), free_bytes(), constants.HF_HUB_CACHE
     if need > free:
         raise CheckpointError(
             f"'{repo}' needs {need / GIB:.1f} GiB more on disk, {cache} has {free / GIB:.1f} GiB free; make room, or set "

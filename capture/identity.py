@@ -37,6 +37,7 @@ NOT_IN_ID = {
     "prompt_sources": "where a prompt stands, not what it says",
     "device": "where it runs",
     "mode": "all modes give the same numbers",
+    "weights": "the way that bytes take changes none of them",
     "spans": "where a walk is cut changes no number",
     "local_run": "guards; what they override is in dtype and the kwargs",
     "tensor_parallel": "where it runs; capture.json records it",

@@ -11,6 +11,9 @@ from capture.checkpoint import StreamedModel
 Step = Sequence[tuple[StreamedModel, Any]]  # what is loaded together: (model, group)
 
 
+ANNOUNCED = 4  # steps behind the one being read whose bytes may be fetched, as far as their window reaches
+
+
 class Loader:
     """Reads steps in order, in a thread of its own; what is being read counts as alive from the moment it may begin."""
 
@@ -28,6 +31,9 @@ class Loader:
         if step < len(self.steps) and step not in self.coming:
             for model, group in self.steps[step]:
                 model.reserve(group)
+            for later in self.steps[step : step + 1 + ANNOUNCED]:
+                for model, group in later:
+                    model.announce(group)
             self.coming[step] = self.thread.submit(self._load, step)
 
     def wait(self, step: int) -> None:

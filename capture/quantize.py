@@ -106,7 +106,7 @@ def check_asked(model_kwargs: Mapping[str, Any], mode: str, tensor_parallel: int
 def quantization_of(directory: str, model_kwargs: Mapping[str, Any], label: str) -> Quantization:
     """What is to be done for the checkpoint in `directory`. Raises CheckpointError, ConfigError."""
     method = asked_for(model_kwargs)
-    stored = _stored(directory)
+    stored = stored_quantization(directory)
     stored_method = stored.get("quant_method")
     where = f"{label} model '{directory}'"
     if method is not None and stored:
@@ -132,7 +132,7 @@ def quantization_of(directory: str, model_kwargs: Mapping[str, Any], label: str)
     return Quantization()
 
 
-def _stored(directory: str) -> dict[str, Any]:
+def stored_quantization(directory: str) -> dict[str, Any]:
     """The quantization_config of a checkpoint's config.json; empty where there is none."""
     try:
         config = json.loads((Path(directory) / "config.json").read_text(encoding="utf-8"))

@@ -10,29 +10,37 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from capture.config import Entry
-from capture.device import choose_device
+from capture.device import DeviceChoice, choose_device
 from capture.files import ModelFiles, resolve_model, resolve_tokenizer
 from capture.identity import capture_id, tokenizer_hash
 from capture.layout import RunDir
 from capture.progress import Progress
 from capture.prompts import load_tokenizer, tokenize
+from capture.quantize import asked_for
 from capture.ranks import Ranks
 from capture.relay import Handover, Relay
+
+if TYPE_CHECKING:
+    from capture.remote import Source
+    from capture.settings import Weights
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Resolved:
-    """An entry's files and its capture id. weight_bytes: of both checkpoints."""
+    """An entry's files and its capture id. weight_bytes: of both checkpoints. source: where missing weights are read from,
+    which whoever resolved the entry closes."""
 
     capture: str
     base: ModelFiles
     sft: ModelFiles
     tokenizer_dir: str
     tokenizer_hash: str
+    source: Source | None = None
 
     @property
     def weight_bytes(self) -> int:
@@ -64,13 +72,39 @@ def resolve(entry: Entry, *, download: bool = True) -> Resolved:
 
     download: fetch what is missing from the hub; without it only directories and the hub's cache are looked at.
     """
+    source = _source(entry) if download else None
+    try:
+        return _resolve(entry, download, source)
+    except BaseException:
+        if source is not None:
+            source.close()
+        raise
+
+
+def way_of_weights(entry: Entry) -> Weights:
+    """How an entry's weights come from the hub: as asked for, but that cache is download where they are not read in parts."""
+    ranks = entry.tensor_parallel != 1  # on one node: they share files, and would each fetch what they do not share
+    quantized = asked_for(entry.model_kwargs) is not None
+    return "download" if entry.weights == "cache" and (ranks or quantized) else entry.weights
+
+
+def _source(entry: Entry) -> Source | None:
+    """Where weights come from that are not on this machine; None where they are to be downloaded first."""
+    from capture.remote import Source
+
+    way = way_of_weights(entry)
+    return None if way == "download" else Source(keep=way == "cache", token=entry.model_kwargs.get("token"))
+
+
+def _resolve(entry: Entry, download: bool, source: Source | None) -> Resolved:
     remote = bool(entry.model_kwargs.get("trust_remote_code"))
     token = entry.model_kwargs.get("token")
 
     def model(name: str, revision: str | None) -> ModelFiles:
         return resolve_model(
-            name, revision, allow_pickle=entry.allow_pickle, download=download, trust_remote_code=remote, token=token
-        )
+            name, revision, allow_pickle=entry.allow_pickle, download=download, trust_remote_code=remote, token=token,
+            source=source,
+        )  # fmt: skip
 
     base = model(entry.base_model, entry.base_revision)
     same = (entry.base_model, entry.base_revision) == (entry.sft_model, entry.sft_revision)
@@ -80,7 +114,7 @@ def resolve(entry: Entry, *, download: bool = True) -> Resolved:
     token = entry.tokenizer_kwargs.get("token", token)
     directory = resolve_tokenizer(entry.tokenizer, revision, download=download, token=token)
     digest = tokenizer_hash(directory)
-    return Resolved(capture_id(entry, base, sft, digest), base, sft, directory, digest)
+    return Resolved(capture_id(entry, base, sft, digest), base, sft, directory, digest, source)
 
 
 def capture_pair(
@@ -106,6 +140,25 @@ def capture_pair(
     guarded = choose_device(entry) if entry.local_run.enabled else None  # before anything is downloaded or read
     report(Progress(entry.name, "open", message="resolving files"))
     resolved = resolve(entry)
+    try:
+        return _capture(entry, resolved, out, began, guarded, report, force=force, tile_divisor=tile_divisor, stop=stop,
+                        ranks=ranks, relay=relay)  # fmt: skip
+    finally:
+        if resolved.source is not None:
+            resolved.source.close()
+
+
+def _capture(
+    entry: Entry,
+    resolved: Resolved,
+    out: str,
+    began: float,
+    guarded: DeviceChoice | None,
+    report: Callable[[Progress], None],
+    *,
+    force: bool,
+    **more: Any,
+) -> CaptureResult:
     run = RunDir(out)
     path = run.capture_path(entry.name, resolved.capture)
     if not force and run.is_complete(entry.name, resolved.capture):
@@ -124,11 +177,8 @@ def capture_pair(
         choice,
         prompts,
         report=report,
-        tile_divisor=tile_divisor,
-        stop=stop,
-        ranks=ranks,
-        relay=relay,
         force=force,
+        **more,
     )
     work.seconds["resolve"] = time.monotonic() - began
     work.capture()

@@ -13,6 +13,7 @@ from capture.fields import Device, Dtype, Frozen, Int, Kwargs, ModelKwargs, Numb
 from capture.passes import EmbeddingVariant, MultiPass
 from capture.variants import OPTIONS, VARIANTS, option_error
 
+Weights = Literal["stream", "cache", "download"]
 Mode = Literal["auto", "resident", "one-at-a-time", "streamed", "streamed-2", "sub-layer"]
 
 
@@ -146,6 +147,7 @@ class SweepEntry(Frozen):
     device: Device | None = Field(default=None, description="cpu, cuda or cuda:<index>")
     dtype: Dtype | None = Field(default=None, description="auto, float32, bfloat16 or float16")
     mode: Mode | None = Field(default=None, description="mode of this entry")
+    weights: Weights | None = Field(default=None, description="how this entry's weights come from the hub")
     gpus: Number | None = Field(
         default=None, ge=0, description="GPUs to ask Ray for; by default 1 where the device is CUDA"
     )
@@ -218,6 +220,13 @@ class Settings(Frozen):
         description="how many weights are in memory at a time: resident both models; one-at-a-time one; streamed two layers of "
         "each; streamed-2 two layers in all; sub-layer two matrices. auto: the first that fits of resident, streamed, "
         "streamed-2 and sub-layer. All give the same numbers",
+    )
+    weights: Weights = Field(
+        default="cache",
+        description="how weights come that are on the hub and not in its cache here. stream: a layer is fetched while the one "
+        "before computes, and nothing is written to disk. cache: the same, and what passes is checked against the hub's hashes "
+        "and kept in its cache. download: all of it is downloaded first; so are, with cache, weights for tensor_parallel and "
+        "quantized ones. All give the same numbers",
     )
     batching: Batching = Field(default=Batching(), description="how prompts are batched")
     output: Output = Field(default=Output(), description="how tables are written")

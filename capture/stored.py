@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
@@ -15,12 +15,20 @@ from capture.borrowed import KeyMap
 from capture.errors import CheckpointError
 from capture.ledger import CountedSlice, Ledger
 
+if TYPE_CHECKING:
+    from capture.remote import Source
+
 
 class Stored:
-    """The safetensors files of one model. `ignored_keys`: tensors that the model has no weight for, which are never read."""
+    """The safetensors files of one model. `ignored_keys`: tensors that the model has no weight for, which are never read.
 
-    def __init__(self, files: Sequence[str], label: str, directory: str, ledger: Ledger) -> None:
-        self.files, self.label, self.ledger = files, label, ledger
+    source: where those files come from that are only stand-ins here.
+    """
+
+    def __init__(
+        self, files: Sequence[str], label: str, directory: str, ledger: Ledger, source: Source | None = None
+    ) -> None:
+        self.files, self.label, self.ledger, self.source = files, label, ledger, source
         self.ignored_keys: list[str] = []
         self._handles: dict[str, Any] = {}
         where = f"{label} model '{directory}'"
@@ -31,7 +39,20 @@ class Stored:
 
     def opened(self, file: str, key: str) -> CountedSlice:
         """One stored tensor, not read yet."""
-        return CountedSlice(self._handle(file).get_slice(key), f"{self.label}:{key}", self.ledger)
+        piece = self._handle(file).get_slice(key)
+        if self.source is not None and file in self.source.files:
+            piece = self.source.opened(file, key, piece)
+        return CountedSlice(piece, f"{self.label}:{key}", self.ledger)
+
+    def announce(self, keys: Iterable[tuple[str, str]]) -> None:
+        """These will be read soon, in about this order."""
+        if self.source is not None:
+            self.source.announce(keys)
+
+    def cancel(self, keys: Iterable[tuple[str, str]]) -> None:
+        """These will not be read after all."""
+        if self.source is not None:
+            self.source.cancel(keys)
 
     def recipes(
         self, model: PreTrainedModel, load_config: Any, meta: Mapping[str, torch.Tensor]

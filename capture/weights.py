@@ -19,7 +19,7 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLE_SINGLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 FULL_HASH_BYTES = 4 << 30
 _SAMPLE = 64 << 10
-_MAX_HEADER = 100 << 20  # the limit of the safetensors library
+MAX_HEADER = 100 << 20  # the limit of the safetensors library
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def read_header(file: Path) -> dict[str, Any]:
             if start.startswith(b"version "):
                 raise CheckpointError(f"'{file}' is a Git LFS pointer, not the weights; run git lfs pull there")
             length = int.from_bytes(start, "little")
-            if len(start) < 8 or not 2 <= length <= _MAX_HEADER:
+            if len(start) < 8 or not 2 <= length <= MAX_HEADER:
                 raise CheckpointError(f"'{file}' is not a safetensors file ({actual} bytes); fetch it again")
             if actual < 8 + length:
                 raise CheckpointError(

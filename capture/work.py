@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -68,6 +69,7 @@ class Work:
         self.entry, self.resolved, self.run, self.choice, self.prompts = entry, resolved, run, device, prompts
         self.report, self.tile_divisor, self.stop = report, tile_divisor, stop
         self.device = torch.device(device.device)
+        self.source = resolved.source if resolved.base.remote or resolved.sft.remote else None
         self.ledger = Ledger()
         self.peaks = Peaks(self.device, self.ledger)
         self.seconds: dict[str, float] = {}
@@ -97,6 +99,8 @@ class Work:
         try:
             self._walk()
             self._check_zeros()
+            if self.source is not None:
+                self.source.finish()
             if self.group.rank == 0 and not self.relay.is_last:
                 self.handover = self.course.hand_over(self.mode.mode)
             self.peaks.begin("write")
@@ -140,7 +144,8 @@ class Work:
         self.lens = self._lens_plan(base, sft, len(self.tokenizer))
         self.mode = self._choose_mode()
         self.lens.tile_bytes = self.mode.tile_bytes
-        self.pair.begin(self.batches, mode=self.mode.mode, spill=self.mode.spill)
+        first = max(0, layers_of(self.pair, self.relay)[0])
+        self.pair.begin(self.batches, mode=self.mode.mode, spill=self.mode.spill, first=first)
         for b, batch in enumerate(self.batches):
             if self.mode.parts > 1 and len(batch.items) > 1:
                 self.pair.split(Split(0, b, min(self.mode.parts, len(batch.items))))
@@ -150,13 +155,21 @@ class Work:
         """Compare what each mode needs with what is free, before anything large is loaded."""
         entry, pair = self.entry, self.pair
         first, last = layers_of(pair, self.relay)
-        promise = Promise(entry, pair.unique(), self.choice, range(max(first, 0), last + 1))
+        promise = Promise(entry, pair.unique(), self._fetching(), range(max(first, 0), last + 1))
         spectra = len(entry.comparisons) if entry.spectrum else 0
         measure = Measure(pair, self.batches, self.lens, entry.passes, len(entry.comparisons), spectra)
         most = 1 if self.group.size > 1 else max(len(b.items) for b in self.batches)
         choice = promise.choose(measure.activations, self.lens.tile_bytes, most)
         log.info("mode %s: %s", choice.mode, choice.why)
         return choice
+
+    def _fetching(self) -> DeviceChoice:
+        """The device, less what weights take that are on their way to it from the hub, where they come through its memory."""
+        if self.source is None:
+            return self.choice
+        on_host = self.device.type == "cpu"
+        window = self.source.open(self.choice.free_bytes // 8 if on_host else None, pin=not on_host)
+        return replace(self.choice, free_bytes=self.choice.free_bytes - window) if on_host else self.choice
 
     def _model(self, label: str, files: ModelFiles) -> StreamedModel:
         kwargs = {k: v for k, v in self.entry.model_kwargs.items() if k not in ("token", "revision")}
@@ -169,6 +182,7 @@ class Work:
             ledger=self.ledger,
             whole=files.format == "pickle",
             group=self.group,
+            source=self.resolved.source if files.remote else None,
         )
 
     def _lens_plan(self, base: StreamedModel, sft: StreamedModel, n_tokens: int) -> LensPlan:

@@ -1,7 +1,9 @@
-"""What a node does before an entry's models are opened: their weights are fetched, one entry at a time, when its turn comes.
+"""What a node does before an entry's models are opened: their files are fetched, one entry at a time, when its turn comes.
 
-Runs in the entry's actor, as the first stage of its attempt, so that its log and its errors are the attempt's. Afterwards the
-process works offline: what was fetched is what is read, and fifty workers ask the hub nothing more.
+Runs in the entry's actor, as the first stage of its attempt, so that its log and its errors are the attempt's. Where weights
+are downloaded first the process works offline afterwards: what was fetched is what is read, and fifty workers ask the hub
+nothing more. Where they come while the capture computes, only the small files are fetched in turn, and room is made on the disk
+for weights that will be kept.
 """
 
 from __future__ import annotations
@@ -43,6 +45,8 @@ def capture_prepared(
     try:
         return capture_pair(entry, out, progress=progress, stop=stop, **more)
     finally:
+        if gate is not None:
+            os.environ.pop("HF_TOKEN", None)
         for stream in used:
             stream.close()
 
@@ -54,7 +58,7 @@ def hub_models(entry: Entry) -> list[tuple[str, str | None]]:
 
 
 def prepare(entry: Entry, gate: Any, say: Say, stop: Callable[[], bool]) -> list[Any]:
-    """Fetch what the entry needs, and go offline. Returns open files that keep its models from being removed.
+    """Fetch what the entry needs first, and go offline where that is all. Returns open files that keep its models from being removed.
 
     Raises CheckpointError (no room, gated, missing, a hub that stays unwell) and KeyboardInterrupt where `stop` said so.
     """
@@ -62,7 +66,10 @@ def prepare(entry: Entry, gate: Any, say: Say, stop: Callable[[], bool]) -> list
     used = [in_use(repo) for repo, _ in models]
     if models:
         _in_turn(entry, models, gate, say, stop)
-    _go_offline(entry)
+    from capture.run import way_of_weights
+
+    if way_of_weights(entry) == "download":
+        _go_offline(entry)
     return used
 
 
@@ -90,7 +97,9 @@ def _fetch(
 ) -> None:
     """Check the disk for all models together, then download them, in a thread, while progress is told."""
     from capture.hub import download_bytes
+    from capture.run import way_of_weights
 
+    way = way_of_weights(entry)
     token = entry.model_kwargs.get("token")
 
     def measured() -> int:
@@ -103,8 +112,13 @@ def _fetch(
             raise
         log.info("using the head's login at the hub")
         need = measured()
-    if need:
-        make_room(need, [repo for repo, _ in models])
+    if need and way != "stream":
+        try:
+            make_room(need, [repo for repo, _ in models])
+        except CheckpointError as error:
+            if way == "download":
+                raise
+            log.warning("%s; the weights are read all the same, and not kept", error)
     before = _cache_bytes(models)
     done = _Thread(lambda: _download(entry))
     while not done.wait(LOOK_EVERY_S):
@@ -117,9 +131,11 @@ def _fetch(
 
 
 def _download(entry: Entry) -> None:
-    """All that opening the entry reads: weights, configs, tokenizer. Checks the files once more, as the capture will."""
+    """What is there before the entry is opened: configs, tokenizer, and weights that do not come later. Checks the files once
+    more, as the capture will."""
     from capture.files import check_remote_code, resolve_tokenizer
-    from capture.hub import model_snapshot
+    from capture.hub import model_snapshot, model_without_weights
+    from capture.run import way_of_weights
 
     token = entry.model_kwargs.get("token")
     remote = bool(entry.model_kwargs.get("trust_remote_code"))
@@ -128,10 +144,12 @@ def _download(entry: Entry) -> None:
         def check(config: dict[str, Any], repo: str = repo) -> None:
             check_remote_code(config, repo, remote)
 
-        model_snapshot(
-            repo, revision, download=True, allow_pickle=entry.allow_pickle, token=token,
-            check_config=check,
-        )  # fmt: skip
+        if way_of_weights(entry) == "download":
+            model_snapshot(
+                repo, revision, download=True, allow_pickle=entry.allow_pickle, token=token, check_config=check
+            )
+        else:
+            model_without_weights(repo, revision, allow_pickle=entry.allow_pickle, token=token, check_config=check)
     by_model = {entry.sft_model: entry.sft_revision, entry.base_model: entry.base_revision}
     revision = entry.tokenizer_kwargs.get("revision", by_model.get(entry.tokenizer))
     resolve_tokenizer(entry.tokenizer, revision, download=True, token=entry.tokenizer_kwargs.get("token", token))

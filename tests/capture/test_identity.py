@@ -60,6 +60,7 @@ OTHERS: dict[str, Any] = {
     "prompt_sources": ("p.txt:1", "p.txt:2"),
     "device": "cuda:3",
     "mode": "streamed",
+    "weights": "stream",
     "local_run": LocalRun(enabled=True),
     "gpus": 2,
     "accelerator_type": "H100",

@@ -52,7 +52,9 @@ def test_what_the_driver_can_know_is_told_before_any_place_is_asked_for(tmp_path
 @pytest.mark.usefixtures("local_ray")
 class TestThroughRay:
     def test_what_the_hub_says_is_each_entrys_own_error(self, tmp_path: Path) -> None:
-        on_hub = [(n, make_entry(n, base_model=f"owner/{n}")) for n in ("gated", "large", "nemo", "zarr")]
+        on_hub = [
+            (n, make_entry(n, base_model=f"owner/{n}", weights="download")) for n in ("gated", "large", "nemo", "zarr")
+        ]
         show, said = quiet()
         summary = run_sweep([*on_hub, named("good")], str(tmp_path), show=show, work="bad_hub:capture")
         errors = errors_of(summary)

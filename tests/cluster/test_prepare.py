@@ -117,6 +117,10 @@ class FakeHub:
         self.fetched.append(repo)
         return Path("/nowhere")
 
+    def model_without_weights(self, repo: str, revision: str | None, **more: Any) -> tuple[Path, list[Any]]:
+        self.fetched.append(f"small files of {repo}")
+        return Path("/nowhere"), []
+
     def resolve_tokenizer(self, tokenizer: str, revision: str | None, **more: Any) -> str:
         self.fetched.append(f"tokenizer {tokenizer}")
         return "/nowhere"
@@ -133,6 +137,7 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeHub:
     made = FakeHub()
     monkeypatch.setattr(hub, "download_bytes", made.download_bytes)
     monkeypatch.setattr(hub, "model_snapshot", made.model_snapshot)
+    monkeypatch.setattr(hub, "model_without_weights", made.model_without_weights)
     monkeypatch.setattr(files, "resolve_tokenizer", made.resolve_tokenizer)
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: os.environ.get("HF_TOKEN"))
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
@@ -160,8 +165,8 @@ class NoWait(Gate):
         return self.token
 
 
-def entry(base: str = "org/base", sft: str = "org/sft", tokenizer: str = "org/sft") -> Entry:
-    return Entry(name="e", base_model=base, sft_model=sft, tokenizer=tokenizer, prompts=("a",))
+def entry(base: str = "org/base", sft: str = "org/sft", tokenizer: str = "org/sft", weights: Any = "download") -> Entry:
+    return Entry(name="e", base_model=base, sft_model=sft, tokenizer=tokenizer, prompts=("a",), weights=weights)
 
 
 def run(one: Entry, gate: Gate | None = None) -> list[Progress]:
@@ -237,6 +242,33 @@ def test_a_disk_too_small_for_both_models_is_said_before_any_download(
     with pytest.raises(CheckpointError, match=r"need 20.0 GiB more on disk and 2 to spare, .* has 15.0 GiB free"):
         run(entry())
     assert fake.fetched == []
+
+
+@pytest.mark.parametrize("weights", ["stream", "cache"])
+def test_where_weights_come_later_small_files_are_fetched_and_the_hub_stays_in_reach(
+    fake: FakeHub, weights: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(prepare_disk.shutil, "disk_usage", lambda path: usage(0, 0, 15 * prepare_disk.GIB))
+    gate = NoWait()
+    gate.token = "hf_secret"
+    fake.refuses = [hub_error(GatedRepoError, 403)]
+    run(entry(weights=weights), gate)
+    assert fake.fetched == ["small files of org/base", "small files of org/sft", "tokenizer org/sft"]
+    assert "HF_HUB_OFFLINE" not in os.environ
+    assert os.environ["HF_TOKEN"] == "hf_secret", "addresses are asked for while the capture goes on"
+    assert ("and not kept" in caplog.text) is (weights == "cache")
+
+
+def test_the_heads_login_is_forgotten_once_the_capture_has_ended(
+    fake: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = NoWait()
+    gate.token = "hf_secret"
+    fake.refuses = [hub_error(GatedRepoError, 403)]
+    monkeypatch.setattr(prepare_module, "find_gate", lambda: gate)
+    monkeypatch.setattr("capture.run.capture_pair", lambda *_, **__: os.environ.get("HF_TOKEN"))
+    assert prepare_module.capture_prepared(entry(weights="stream"), "/nowhere") == "hf_secret"
+    assert "HF_TOKEN" not in os.environ
 
 
 def in_cache(cache: Path, repo: str) -> Path:

@@ -1,0 +1,188 @@
+"""A hub file that is kept while its bytes pass, in whatever order: then it is checked and takes its place in the hub's cache.
+
+Until it is whole it lies beside the cache's blobs as `<tag>.pairscope`, with a note of what is there of it, so that the next
+capture goes on from it. One process at a time writes it. The cache only ever gets whole files whose hash is the hub's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from capture.errors import CheckpointError
+from capture.ranges import RemoteFile
+
+log = logging.getLogger(__name__)
+
+BLOCK = 8 << 20
+
+
+class Spool:
+    """One file. `open` gives None where another process writes it, or the cache cannot be written."""
+
+    def __init__(self, file: RemoteFile, part: Path, pointer: Path, fd: int, have: list[tuple[int, int]]) -> None:
+        self.file, self.part, self.pointer = file, part, pointer
+        self.note = part.with_name(part.name + ".json")
+        self._fd: int | None = fd
+        self._have = have  # ranges [start, stop) that are there, rising, apart
+        self._lock = threading.RLock()  # held while the file is used: a number of a closed file may be another's
+
+    @classmethod
+    def open(cls, file: RemoteFile, snapshot: Path) -> Spool | None:
+        """snapshot: the commit's folder in the cache, <cache>/models--.../snapshots/<commit>."""
+        blobs = snapshot.parents[1] / "blobs"
+        part, pointer = blobs / f"{file.etag}.pairscope", snapshot / file.name
+        try:
+            blobs.mkdir(parents=True, exist_ok=True)
+            fd = os.open(part, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            log.warning("%s is read from the hub and not kept: %s", file, error)
+            return None
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.path.samestat(os.fstat(fd), part.stat()):  # whoever held it has just put it into the cache
+                raise OSError(errno.EWOULDBLOCK, "")
+            have: list[tuple[int, int]] = []
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+                note = json.loads(part.with_name(part.name + ".json").read_text())
+                if note["size"] == file.size == os.fstat(fd).st_size:
+                    have = [(int(a), int(b)) for a, b in note["have"]]
+            part.with_name(part.name + ".json").unlink(
+                missing_ok=True
+            )  # good once: what is written from now on is not in it
+            os.ftruncate(fd, file.size)
+        except OSError as error:
+            os.close(fd)
+            log.info("%s is read from the hub and not kept: %s", file, _why(error))
+            return None
+        return cls(file, part, pointer, fd, have)
+
+    @property
+    def missing(self) -> list[tuple[int, int]]:
+        """Ranges that are not there."""
+        with self._lock:
+            ends = [0, *(b for _, b in self._have)]
+            starts = [*(a for a, _ in self._have), self.file.size]
+            return [(a, b) for a, b in zip(ends, starts, strict=True) if a < b]
+
+    def read(self, start: int, view: memoryview) -> bool:
+        """Fill `view` from the disk, where all of it is there."""
+        stop = start + len(view)
+        with self._lock:
+            if self._fd is None or not any(a <= start and stop <= b for a, b in self._have):
+                return False
+            got = 0
+            while got < len(view):
+                n = os.preadv(self._fd, [view[got:]], start + got)
+                if n == 0:
+                    return False
+                got += n
+        return True
+
+    def write(self, start: int, view: memoryview) -> None:
+        """Keep bytes that have come. Where the disk refuses them the file is given up, and only that."""
+        with self._lock:
+            if self._fd is None:
+                return
+            try:
+                done = 0
+                while done < len(view):
+                    done += os.pwrite(self._fd, view[done:], start + done)
+            except OSError as error:
+                log.warning("%s is not kept: %s", self.file, _why(error))
+                self.discard()
+                return
+            self._have = list(_joined([*self._have, (start, start + len(view))]))
+
+    def finish(self) -> bool:
+        """Check the whole file and put it into the cache; False where something is missing or it was given up.
+
+        Raises CheckpointError where its hash is not the hub's; the file is then removed.
+        """
+        if self._fd is None or self.missing:
+            return False
+        found = self._digest()
+        if found != (self.file.sha256 or self.file.etag):
+            self.discard()
+            raise CheckpointError(
+                f"{self.file}: the bytes that came are not those of the hub: their hash is {found}, not "
+                f"{self.file.sha256 or self.file.etag}; nothing of this capture is kept. Run again, or set weights: download"
+            )
+        blob = self.part.with_name(str(self.file.etag))
+        try:
+            os.fsync(self._fd)
+            os.replace(self.part, blob)
+            self.pointer.parent.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(FileExistsError):
+                self.pointer.symlink_to(os.path.relpath(blob, self.pointer.parent))
+        except OSError as error:
+            log.warning("%s is not kept: %s", self.file, _why(error))
+            return False
+        finally:
+            self._close()
+        return True
+
+    def pause(self) -> None:
+        """Leave what there is for the next capture."""
+        if self._fd is None:
+            return
+        try:
+            if self._have:
+                self.note.write_text(json.dumps({"size": self.file.size, "have": self._have}))
+                self._close()
+            else:
+                self.discard()
+        except OSError:
+            self.discard()
+
+    def discard(self) -> None:
+        """Remove it."""
+        with contextlib.suppress(OSError):
+            self.part.unlink()
+        self._close()
+
+    def _digest(self) -> str:
+        """SHA-256 of the file; of one that the hub keeps in git, the SHA-1 that git gives it."""
+        sha: Any = hashlib.sha256() if self.file.sha256 else hashlib.sha1(b"blob %d\0" % self.file.size)
+        buffer = memoryview(bytearray(min(BLOCK, self.file.size)))
+        at = 0
+        assert self._fd is not None
+        while at < self.file.size and (n := os.preadv(self._fd, [buffer], at)):
+            sha.update(buffer[:n])
+            at += n
+        return str(sha.hexdigest())
+
+    def _close(self) -> None:
+        with self._lock:
+            fd, self._fd = self._fd, None
+        if fd is not None:
+            os.close(fd)
+
+
+def _joined(ranges: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """Rising ranges, those that touch as one."""
+    current: tuple[int, int] | None = None
+    for start, stop in sorted(ranges):
+        if current is not None and start <= current[1]:
+            current = (current[0], max(current[1], stop))
+        else:
+            if current is not None:
+                yield current
+            current = (start, stop)
+    if current is not None:
+        yield current
+
+
+def _why(error: OSError) -> str:
+    if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+        return "another process is writing it" if error.errno == errno.EWOULDBLOCK else "the cache cannot be written"
+    return "the disk is full" if error.errno == errno.ENOSPC else str(error)

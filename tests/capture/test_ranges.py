@@ -1,0 +1,153 @@
+"""Pieces of hub files over HTTP: whole and right whatever the server does, or an error that names the file and what to do."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from local_hub import Fault, LocalHub
+
+from capture import ranges
+from capture.errors import CheckpointError
+from capture.ranges import Ranges, RemoteFile, Stopped
+
+DATA = bytes(range(256)) * 12_000  # 3 MB
+NAME = "model.safetensors"
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalHub]:
+    folder = tmp_path / "org" / "model"
+    folder.mkdir(parents=True)
+    (folder / NAME).write_bytes(DATA)
+    (folder / "config.json").write_text("{}")
+    monkeypatch.setattr(ranges, "FIRST_PAUSE_S", 0.001)
+    monkeypatch.setattr(ranges, "LONGEST_PAUSE_S", 0.002)
+    with LocalHub(tmp_path) as made, made.used_here(monkeypatch, tmp_path / "cache"):
+        yield made
+
+
+def file_of(hub: LocalHub, **other: Any) -> RemoteFile:
+    sha256 = hub.sha256(hub.files("org/model")[NAME])
+    known = {
+        "repo": "org/model", "commit": hub.commit("org/model"), "name": NAME, "size": len(DATA), "etag": sha256, "sha256": sha256,
+    }  # fmt: skip
+    return RemoteFile(**(known | other))
+
+
+def read(hub: LocalHub, start: int = 1000, stop: int = 2_500_000, **other: Any) -> bytes:
+    reader, got = Ranges(), bytearray(stop - start)
+    try:
+        reader.read(file_of(hub, **other), start, memoryview(got))
+    finally:
+        reader.close()
+    return bytes(got)
+
+
+@pytest.mark.parametrize(
+    "faults",
+    [
+        [],
+        [Fault("cut", after=10, times=20)],  # more often than TRIES, but each time something came
+        [Fault("cut", after=0, times=7)],
+        [Fault("short")],
+        [Fault("status", status=429, headers={"Retry-After": "0"}, times=3), Fault("status", status=503, times=3)],
+        [Fault("status", status=403)],
+        [Fault("status", where="hub", status=500, times=2), Fault("status", where="hub", status=429)],
+        [Fault("status", where="hub", status=429, times=3), Fault("cut", after=700_000), Fault("status", status=502)],
+    ],
+)
+def test_what_comes_is_what_was_asked_for_whatever_goes_wrong(hub: LocalHub, faults: list[Fault]) -> None:
+    hub.faults = faults
+    assert read(hub) == DATA[1000:2_500_000]
+    assert not [f for f in faults if f.times]
+
+
+def test_a_line_that_is_cut_is_taken_up_where_it_was(hub: LocalHub) -> None:
+    hub.faults = [Fault("cut", after=500_000)]
+    read(hub)
+    assert [r.range for r in hub.seen("content")] == [(1000, 2_499_999), (501_000, 2_499_999)]
+
+
+def test_a_silent_server_is_asked_again(hub: LocalHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranges, "SILENT_S", 0.2)
+    hub.faults = [Fault("stall", after=100, seconds=1.0)]
+    assert read(hub) == DATA[1000:2_500_000]
+
+
+def test_an_address_is_asked_for_once_and_renewed_when_it_expires(hub: LocalHub) -> None:
+    reader, file, got = Ranges(), file_of(hub), bytearray(100)
+    for start in (0, 500, 900):
+        reader.read(file, start, memoryview(got))
+    assert (reader.resolved, len(hub.seen("hub"))) == (1, 1)
+    hub.expire()
+    threads = [threading.Thread(target=reader.read, args=(file, 0, memoryview(bytearray(9)))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert reader.resolved == 2
+    reader.close()
+
+
+def test_the_login_goes_to_the_hub_and_nowhere_else(hub: LocalHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.token = "hf_secret"
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    read(hub)
+    assert {r.authorization for r in hub.seen("hub")} == {"Bearer hf_secret"}
+    assert {r.authorization for r in hub.seen("content")} == {None}
+
+
+def test_small_files_that_the_hub_serves_itself_are_read_with_the_login(
+    hub: LocalHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.token = "hf_secret"
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    assert read(hub, 0, 2, name="config.json", size=2, etag=None) == b"{}"
+    assert read(hub, 1, 2, name="config.json", size=2, etag=None) == b"}"
+    assert hub.seen("content") == []
+
+
+@pytest.mark.parametrize(
+    ("faults", "other", "expected"),
+    [
+        ([Fault("cut", times=99)], {}, r"could not be read in 8 tries: .*; run again, or set weights: download"),
+        ([Fault("status", status=403, times=99)], {}, r"could not be read in 8 tries: its address has expired \(403\)"),
+        ([Fault("status", status=400)], {}, "answers 400, not 206: it does not serve ranges; set weights: download"),
+        ([Fault("whole")], {}, "answers 200, not 206"),
+        ([], {"etag": "e", "size": 3}, "the hub now has 3072000 bytes with the tag"),
+        ([], {"name": "none.safetensors"}, "'org/model' lacks a file on the hub"),
+        ([], {"commit": "f" * 40}, "no revision"),
+        ([], {"repo": "org/other"}, "no model 'org/other' on the hub"),
+    ],
+)
+def test_what_cannot_be_read_is_said_with_its_name_and_a_remedy(
+    hub: LocalHub, faults: list[Fault], other: dict[str, Any], expected: str
+) -> None:
+    hub.faults = faults
+    with pytest.raises(CheckpointError, match=expected) as caught:
+        read(hub, **other)
+    assert str(other.get("repo", "org/model")) in str(caught.value)
+
+
+def test_reading_ends_when_it_is_told_to(hub: LocalHub) -> None:
+    hub.bucket.rate = 100_000.0
+    reader, ended = Ranges(), []
+
+    def run() -> None:
+        try:
+            reader.read(file_of(hub), 0, memoryview(bytearray(len(DATA))))
+        except Stopped:
+            ended.append(True)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    while not hub.seen("content"):
+        thread.join(0.01)
+    reader.stop.set()
+    hub.bucket.rate = None
+    thread.join(60)
+    assert ended
