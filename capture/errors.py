@@ -65,11 +65,18 @@ def disk_is_full(error: BaseException | None) -> bool:
 def why_not_written(error: BaseException) -> str:
     """What kept a file from being written, in a few words; an error of ours is asked for its cause."""
     cause = error.__cause__ if isinstance(error, PairscopeError) and error.__cause__ else error
-    return (_WHY_NOT.get(cause.errno or 0) if isinstance(cause, OSError) else None) or str(error)
+    return (_WHY_NOT.get(cause.errno or 0) if isinstance(cause, OSError) else None) or str(cause)
 
 
 def cannot_write(what: str, error: OSError) -> StoreError:
     """The error for a user from what a file system said; `what` could not be written."""
     return StoreError(
         f"cannot write {what}: {why_not_written(error)}. Choose another --out, or make room and run again"
+    )
+
+
+def cannot_read(what: str, error: OSError) -> StoreError:
+    """The same for what could not be read."""
+    return StoreError(
+        f"cannot read {what}: {' '.join(str(error).split())[:300].rstrip('.')}. Try again, it goes on where it was"
     )

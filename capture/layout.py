@@ -7,6 +7,7 @@ OUT/logs/<entry>/<attempt>.log
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import uuid
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from capture.errors import StoreError, cannot_write
+from capture.errors import StoreError, cannot_read, cannot_write
 from capture.schema import SCHEMA_VERSION
 
 MARKER = "_COMPLETE"
@@ -83,47 +84,56 @@ class RunDir:
             return bytes(stream.read())
 
     def write_bytes(self, path: str, data: bytes) -> None:
-        """Write a small file so that it is there whole or not at all."""
-        try:
-            self.fs.create_dir(path.rsplit("/", 1)[0], recursive=True)
-        except OSError as error:
-            raise cannot_write(f"'{path}'", error) from error
-        if not self.is_local:  # object stores publish an object only when it is closed
-            with self.fs.open_output_stream(path) as stream:
-                stream.write(data)
-            return
+        """Write a small file so that it is there whole or not at all. Raises StoreError."""
         tmp = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
         try:
+            if not self.is_local:  # no directories to make there, and an object is published only when it is closed
+                with self.fs.open_output_stream(path) as stream:
+                    stream.write(data)
+                return
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
             with open(tmp, "wb") as stream:
                 stream.write(data)
                 stream.flush()
                 os.fsync(stream.fileno())
             os.replace(tmp, path)
         except OSError as error:
-            Path(tmp).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                if self.is_local:
+                    os.unlink(tmp)
             raise cannot_write(f"'{path}'", error) from error
 
     def marker(self, path: str) -> dict[str, Any] | None:
-        """The marker of a capture directory, or None where it is missing or broken."""
+        """The marker of a capture directory, or None where it is missing or broken.
+
+        Raises StoreError where a store does not say: that is no `missing`, or the work would be done and paid again.
+        """
         from pyarrow import fs
 
-        if self.fs.get_file_info(f"{path}/{MARKER}").type != fs.FileType.File:
-            return None
         try:
+            if self.fs.get_file_info(f"{path}/{MARKER}").type != fs.FileType.File:
+                return None
             marker = json.loads(self.read_bytes(f"{path}/{MARKER}"))
-        except (ValueError, OSError):
+        except (ValueError, FileNotFoundError):
             return None
+        except OSError as error:
+            if self.is_local:
+                return None
+            raise cannot_read(f"'{path}/{MARKER}'", error) from error
         return marker if isinstance(marker, dict) and "files" in marker else None
 
     def is_complete(self, pair: str, capture: str) -> bool:
-        """True if the capture has a valid marker and all its files at their recorded sizes."""
+        """True if the capture has a valid marker and all its files at their recorded sizes. Raises StoreError, as `marker`."""
         from pyarrow import fs
 
         path = self.capture_path(pair, capture)
         marker = self.marker(path)
         if marker is None:
             return False
-        infos = self.fs.get_file_info([f"{path}/{f['name']}" for f in marker["files"]])
+        try:
+            infos = self.fs.get_file_info([f"{path}/{f['name']}" for f in marker["files"]])
+        except OSError as error:
+            raise cannot_read(f"'{path}'", error) from error
         return all(
             i.type == fs.FileType.File and i.size == f["bytes"] for i, f in zip(infos, marker["files"], strict=True)
         )

@@ -23,6 +23,14 @@ LOOK_TIMEOUT_S = 90.0
 SILENCE_S = 60  # rsync gives up a transfer in which nothing moved for so long
 CHUNK = 1 << 20
 ON_HEAD = "source ~/.bashrc; cd ~/pairscope 2>/dev/null; python3 -m cluster.shelf"
+REFUSALS = (
+    "ACCESS_DENIED",
+    "INVALID_ACCESS_KEY_ID",
+    "SIGNATURE_DOES_NOT_MATCH",
+    "NO_SUCH_BUCKET",
+    "PERMISSION_DENIED",
+    "UNAUTHENTICATED",
+)
 RSYNC_NO_SPACE, RSYNC_SOME_MISSING = 11, (23, 24)
 
 
@@ -141,8 +149,11 @@ class StoreSource:
         try:
             captures = [Found(c.pair, c.capture, c.marker) for c in self.run.captures()]
             rows, names = self.run.manifest_rows(), logs(self.run)
-        except OSError as error:
-            raise UnreachableError(f"cannot read '{self.run.out}': {' '.join(str(error).split())[:300]}") from error
+        except (OSError, StoreError) as error:
+            cause = error if isinstance(error, OSError) else error.__cause__
+            if not isinstance(cause, OSError):  # such as one of another schema version
+                raise
+            raise _refused_or_away(f"cannot read '{self.run.out}'", cause) from error
         return Look(self.run.out, asked.sweeps, captures, rows, names, asked.others)
 
     def fetch(self, base: str, names: Sequence[str], into: Path, tick: Tick) -> None:
@@ -157,7 +168,7 @@ class StoreSource:
             except _WriteError as error:
                 raise cannot_write(f"'{target}'", error.cause) from error.cause
             except OSError as error:
-                raise UnreachableError(f"fetching '{path}' broke off: {' '.join(str(error).split())[:300]}") from error
+                raise _refused_or_away(f"fetching '{path}' broke off", error) from error
 
     def _copy(self, path: str, target: Path, tick: Tick) -> None:
         with self.run.fs.open_input_file(path) as source, open(target, "ab") as sink:
@@ -176,6 +187,16 @@ class StoreSource:
                 except OSError as error:
                     raise _WriteError(error) from error
                 have += len(data)
+
+
+def _refused_or_away(what: str, error: OSError) -> StoreError | UnreachableError:
+    """The error for what a store said: where it says no, asking again does not help."""
+    text = " ".join(str(error).split())[:300]
+    if any(word in text for word in REFUSALS):
+        return StoreError(
+            f"{what}: {text}; give this machine credentials that may read there, such as AWS_ACCESS_KEY_ID"
+        )
+    return UnreachableError(f"{what}: {text}")
 
 
 class _WriteError(Exception):

@@ -112,9 +112,7 @@ class Far:
         writer = CaptureWriter(self.run, pair, capture)
         writer.table("prompts", [_prompts(pair, capture, rows, seed)])
         writer.finish({"pair": pair})
-        log = Path(attempt.log_path)
-        log.parent.mkdir(parents=True, exist_ok=True)
-        log.write_text(f"the log of {attempt.id}\n")
+        self.run.write_bytes(attempt.log_path, f"the log of {attempt.id}\n".encode())
         attempt.finish("complete", n_prompts=rows, dollars=0.25)
         return Path(self.run.capture_path(pair, capture))
 
