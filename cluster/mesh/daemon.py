@@ -3,7 +3,8 @@
 It writes status.json every few seconds, for `pairscope doctor`, and answers on STATUS of the node's block, one line in, one line
 of JSON out:
   status     this node's tunnels, and how fast its set-up downloaded
-  watched    the same; on the head nothing while its autoscaler, which keeps to the limits, has not polled for UNWATCHED_S
+  watched    the same, and when all has to be gone; on the head nothing while its autoscaler, which keeps to the limits, has not
+             polled for UNWATCHED_S. A worker asks now and then, and moves its own deadline: limits that are raised reach it so
   probe K    whether node K's daemon answers from here (on the head: whether the tunnel to worker K works)
 """
 
@@ -21,13 +22,14 @@ from pathlib import Path
 from typing import Any
 
 from capture.errors import ConfigError
-from cluster.mesh.peers import POLLED, Mesh, read_mesh, restricted_line
+from cluster.mesh.peers import POLLED, Mesh, read_deadline, read_mesh, restricted_line, write_deadline
 from cluster.mesh.ports import HEAD, STATUS, address, block
 from cluster.mesh.tunnel import Tunnel
 
 TICK_S = 0.3
 NOTE_EVERY_S = 3.0
 UNWATCHED_S = 900.0  # outlives a restart of Ray on the head, and most of Vast's bad moments
+LIMITS_EVERY_S = 60.0
 KEYS_EVERY_S = 30.0  # Vast has been seen to rewrite authorized_keys, so the mesh's line is put back
 
 
@@ -46,6 +48,8 @@ class Daemon:
         """Until SIGTERM."""
         server = _Server((address(self.mesh.k), block(self.mesh.k) + STATUS), self)
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.2}, daemon=True).start()
+        if self.mesh.k != HEAD:
+            threading.Thread(target=self.follow_limits, daemon=True).start()
         keys_at = noted_at = float("-inf")
         try:
             while not self.ending.wait(TICK_S):
@@ -71,6 +75,17 @@ class Daemon:
             tmp = self.folder / "status.tmp"
             tmp.write_text(json.dumps(self.status() | {"at": time.time()}) + "\n")
             os.replace(tmp, self.folder / "status.json")
+
+    def follow_limits(self) -> None:
+        """On a worker, until the daemon ends: be gone when the head has to be."""
+        while not self.ending.wait(LIMITS_EVERY_S):
+            self.take_limit(ask(HEAD, "watched"))
+
+    def take_limit(self, reply: dict[str, Any] | None) -> None:
+        """Move this node's deadline to what the head said; silence, or a word that is no time, leaves it."""
+        when = (reply or {}).get("deadline")
+        if isinstance(when, int | float) and not isinstance(when, bool) and 0 < when < float("inf"):
+            write_deadline(self.folder, when)
 
     def read(self) -> None:
         """Take up changed files: new tunnels, none for peers that left or moved."""
@@ -112,8 +127,8 @@ class Daemon:
     def answer(self, line: str) -> dict[str, Any] | None:
         """The reply to one line; None for silence."""
         word, _, rest = line.strip().partition(" ")
-        if word == "watched" and not self.watched():
-            return None
+        if word == "watched":
+            return self.status() | {"deadline": read_deadline(self.folder)} if self.watched() else None
         if word == "probe" and rest.isdigit() and 1 <= int(rest) <= self.mesh.slots:
             return {"k": self.mesh.k, "probe": int(rest), "ok": ask(int(rest), "status", timeout=5) is not None}
         return self.status()

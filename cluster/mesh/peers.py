@@ -6,6 +6,7 @@ worker; on the head the autoscaler keeps it, and a second set-up must not touch 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from dataclasses import asdict, dataclass
@@ -15,6 +16,7 @@ from capture.errors import ConfigError
 from cluster.mesh.ports import HEAD, address, peer_ports, ports_for_head, ports_of_head
 
 POLLED = "polled"  # a file whose time is that of the last poll
+DEADLINE = "deadline"  # beside the mesh's folder: where the dead-man's switch looks
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,24 @@ def note_poll(folder: Path) -> None:
     """On the head: somebody has just counted the cluster's nodes and held their cost against the limits."""
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     (folder / POLLED).touch()
+
+
+def write_deadline(folder: Path, when: float) -> None:
+    """Tell this node's dead-man's switch when it has to be gone, as seconds since 1970: whole or not at all, since half a number
+    is one of long ago. Where the disk is full, what was said before stands."""
+    path = folder.parent / DEADLINE
+    tmp = path.with_name(DEADLINE + ".tmp")
+    with contextlib.suppress(OSError):
+        tmp.write_text(f"{when:.0f}\n")
+        os.replace(tmp, path)
+
+
+def read_deadline(folder: Path) -> float | None:
+    """What was written last; None where nothing was, or nothing that makes sense."""
+    with contextlib.suppress(OSError, ValueError):
+        when = float((folder.parent / DEADLINE).read_text())
+        return when if 0 < when < float("inf") else None
+    return None
 
 
 def read_mesh(folder: Path) -> Mesh:

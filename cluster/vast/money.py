@@ -61,6 +61,19 @@ class Caps:
         hours = min(self.max_hours - bill.hours, (self.max_total_dollars - bill.dollars) / max(dph, 1e-6))
         return int(now + max(hours, 0.0) * 3600)
 
+    def last_word(self, bill: Bill, head: float, grace_s: float, silence_s: float, now: float | None = None) -> int:
+        """When the head has to be gone should this be the last time that anybody adds up, as seconds since 1970.
+
+        Workers, of $/h bill.rate - head together, then end themselves after grace_s + silence_s. The head stays for as long as what
+        is left of the dollars pays for them and for it, but grace_s at least, in which the next poll is to come. So a cluster that
+        nobody watches costs at most the larger of max_total_dollars and what it had cost by then + head x grace_s + workers x
+        (grace_s + silence_s).
+        """
+        now = time.time() if now is None else now
+        workers = max(bill.rate - head, 0.0) * (grace_s + silence_s) / 3600
+        paid_s = (self.max_total_dollars - bill.dollars - workers) / max(head, 1e-6) * 3600
+        return int(now + min((self.max_hours - bill.hours) * 3600, max(grace_s, paid_s)))
+
 
 @dataclass(frozen=True)
 class Bill:

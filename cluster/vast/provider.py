@@ -26,7 +26,8 @@ from ray.autoscaler.tags import (
 )
 
 from capture.errors import PairscopeError
-from cluster.mesh.peers import mesh_folder, note_poll, write_peers
+from cluster.mesh.daemon import UNWATCHED_S
+from cluster.mesh.peers import mesh_folder, note_poll, write_deadline, write_peers
 from cluster.mesh.ports import HEAD, address
 from cluster.vast import before_up, headkey, keys, machines, nodefiles
 from cluster.vast.api import Vast
@@ -261,7 +262,7 @@ class VastNodeProvider(NodeProvider):
             return {}
         slots = self.settings.slots
         if node.label.kind == "head":
-            # what other nodes cost by then is in the head's own books, which end the cluster sooner
+            # until the autoscaler there says otherwise: what other nodes cost by then is in its books
             return nodefiles.for_head(node, slots, self.state, self.caps.deadline(self.fleet.bill(), node.dph))
         head = next((n for n in self.fleet.refresh().values() if n.label.kind == "head"), None)
         return nodefiles.for_worker(node, head, slots, self.settings.user)
@@ -282,7 +283,12 @@ class VastNodeProvider(NodeProvider):
                 self.fleet.destroy_all([n.id for n in workers], over)
             finally:  # the head, which does this, last; a worker that will not go hears no head then, and ends itself
                 self.fleet.destroy_all([n.id for n in nodes.values() if n.label.kind == "head"], over)
-        note_poll(mesh_folder())  # last: where any of this fails for long, workers take the head for silent
+        # last: where any of this fails for long, workers take the head for silent, and the head has its own last word
+        for node in nodes.values():
+            if node.label.kind == "head":
+                when = self.caps.last_word(self.fleet.bill(), node.dph, UNWATCHED_S, s.head_silence_minutes * 60)
+                write_deadline(mesh_folder(), when)
+        note_poll(mesh_folder())
 
     def _public_key(self) -> str:
         return (self.folder / f"{keys.SSH_KEY}.pub").read_text().strip()

@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 from fake_server import Fake, hasty, running_fake, wait_for
 
+import cluster.mesh.daemon as daemon_module
 from cluster.mesh.daemon import UNWATCHED_S, Daemon, _Server
-from cluster.mesh.peers import POLLED, Mesh, note_poll
+from cluster.mesh.peers import POLLED, Mesh, note_poll, write_deadline
 from cluster.vast import deadman
 from cluster.vast.api import Vast
 from cluster.vast.container import LONGEST_SCRIPT, environment, start_script
@@ -122,6 +123,85 @@ def test_a_head_whose_autoscaler_no_longer_polls_is_silent_for_its_workers(
     finally:
         server.shutdown()
         server.server_close()
+
+
+def test_a_worker_is_gone_when_its_head_has_to_be_and_hears_of_raised_limits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    daemons = {}
+    for k in (1, 2):
+        folder = tmp_path / str(k) / ".pairscope" / "mesh"
+        folder.mkdir(parents=True)
+        (folder / "node.json").write_text(Mesh(k, 4).node_text)
+        daemons[k] = Daemon(folder)
+    head, worker = daemons[1], daemons[2]
+    monkeypatch.setenv("HOME", str(tmp_path / "2"))
+    monkeypatch.setenv("PAIRSCOPE_DEADLINE", "1000")
+    worker.take_limit(head.answer("watched"))
+    assert deadman.deadline() == 1000, "the head was told nothing yet"
+    write_deadline(head.folder, 5000)
+    worker.take_limit(head.answer("watched"))
+    assert deadman.deadline() == 5000
+    for word in (
+        None,
+        {},
+        {"deadline": None},
+        {"deadline": "9000"},
+        {"deadline": True},
+        {"deadline": float("nan")},
+        {"deadline": -1},
+    ):
+        worker.take_limit(word)
+    assert deadman.deadline() == 5000
+    write_deadline(head.folder, 9000)
+    head.began -= UNWATCHED_S
+    worker.take_limit(head.answer("watched"))
+    assert deadman.deadline() == 5000, "a head that nobody keeps to the limits says nothing of them"
+
+
+def test_a_workers_daemon_asks_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, str]] = []
+
+    def ask(k: int, line: str) -> dict[str, float]:
+        asked.append((k, line))
+        return {"deadline": 5000.0}
+
+    monkeypatch.setattr(daemon_module, "ask", ask)
+    monkeypatch.setattr(daemon_module, "LIMITS_EVERY_S", 0.01)
+    monkeypatch.setattr(daemon_module, "address", lambda _: "127.0.0.1")
+    monkeypatch.setattr(daemon_module, "block", lambda _: -daemon_module.STATUS)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    folder = tmp_path / ".pairscope" / "mesh"
+    folder.mkdir(parents=True)
+    (folder / "node.json").write_text(Mesh(2, 4).node_text)
+    made = Daemon(folder)
+    thread = threading.Thread(target=made.run)
+    thread.start()
+    try:
+        wait_for(lambda: asked and deadman.deadline() == 5000.0)
+    finally:
+        made.ending.set()
+        thread.join(timeout=10)
+    assert set(asked) == {(1, "watched")}
+
+
+def test_a_deadline_is_replaced_whole_and_a_full_disk_leaves_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    when = 4102444800.0
+    monkeypatch.setenv("HOME", str(tmp_path))
+    folder = tmp_path / ".pairscope" / "mesh"
+    folder.mkdir(parents=True)
+    write_deadline(folder, when)
+
+    def half(path: Path, text: str) -> None:
+        with open(path, "w") as stream:
+            stream.write(text[:3])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", half)
+    write_deadline(folder, when + 1)
+    assert deadman.deadline() == when
 
 
 def test_a_later_deadline_may_be_written_to_the_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

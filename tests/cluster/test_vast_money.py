@@ -39,3 +39,44 @@ def test_a_nodes_deadline_is_the_nearer_of_hours_left_and_of_what_the_dollars_le
 def test_all_three_limits_have_to_be_numbers(value: object) -> None:
     with pytest.raises(ConfigError, match="max_hours"):
         Caps.read({"max_price_per_hour": 1, "max_total_dollars": 1, "max_hours": value})
+
+
+GRACE_S, SILENCE_S = 900.0, 1200.0
+
+
+def test_a_heads_last_word_is_the_nearer_of_its_hours_and_of_the_dollars_left() -> None:
+    assert CAPS.last_word(Bill(1, 10, 4), 1.0, GRACE_S, SILENCE_S, now=1000) == 1000 + 6 * 3600
+    assert CAPS.last_word(Bill(1, 18, 4), 1.0, GRACE_S, SILENCE_S, now=1000) == 1000 + 2 * 3600
+    # 2 dollars an hour of workers for 35 minutes are no longer there for the head
+    assert CAPS.last_word(Bill(3, 18, 4), 1.0, GRACE_S, SILENCE_S, now=1000) == pytest.approx(1000 + 3000, abs=1)
+    assert CAPS.last_word(Bill(3, 19.9, 4), 1.0, GRACE_S, SILENCE_S, now=1000) == 1000 + GRACE_S
+    assert CAPS.last_word(Bill(3, 19.9, 9.9), 1.0, GRACE_S, SILENCE_S, now=1000) == pytest.approx(1360, abs=1), (
+        "hours get no grace"
+    )
+
+
+@pytest.mark.parametrize("silence_s", [300.0, SILENCE_S, 3600.0])
+@pytest.mark.parametrize(
+    ("head", "workers", "watched_h"), [(0.4, 0.0, 1), (0.4, 2.0, 2), (0.4, 2.0, 8.2), (4, 0.4, 4), (1, 10, 1.8)]
+)
+def test_a_cluster_whose_autoscaler_dies_costs_no_more_than_is_said(
+    head: float, workers: float, watched_h: float, silence_s: float
+) -> None:
+    """Second by second, as the switches of head and workers do it; workers there from the start, watched until watched_h."""
+    dollars = second = heard = last = bound = 0.0
+    said = float("inf")
+    head_alive = workers_alive = True
+    while head_alive or workers_alive:
+        dollars += ((head if head_alive else 0.0) + (workers if workers_alive else 0.0)) / 3600
+        second += 1
+        if second <= watched_h * 3600:
+            bill = Bill(head + workers, dollars, second / 3600)
+            assert CAPS.exceeded(bill) is None, "the orderly end would have come first"
+            said, last = CAPS.last_word(bill, head, GRACE_S, silence_s, now=second), second
+            bound = max(20.0, dollars + head * GRACE_S / 3600 + workers * (GRACE_S + silence_s) / 3600)
+        if head_alive and second - last < GRACE_S:
+            heard = second
+        head_alive = head_alive and second < said
+        workers_alive = workers_alive and second - heard <= silence_s
+    assert dollars <= bound * 1.001
+    assert second <= 10 * 3600 + silence_s + 1

@@ -15,7 +15,9 @@ import pytest
 from fake_server import Fake, running_fake, wait_for
 from provider_stage import HEAD_TAGS, WORKER_TAGS, config, laptop_home, node_config, on_head, on_laptop
 
+from cluster.mesh.daemon import UNWATCHED_S
 from cluster.mesh.peers import POLLED, mesh_folder
+from cluster.vast import deadman
 from cluster.vast.errors import NotGoneError, VastBusyError
 
 pytest.importorskip("vastai", reason="the Vast SDK is not installed: pip install 'pairscope[vast]'")
@@ -314,6 +316,39 @@ def test_a_worker_is_told_what_is_left_of_the_limits_and_how_long_its_head_may_b
     one_dollar = time.time() + 3600 / worker.dph
     assert int(line["env"]["PAIRSCOPE_DEADLINE"]) == pytest.approx(one_dollar, abs=60)
     assert float(line["env"]["PAIRSCOPE_SILENCE_S"]) == head.settings.head_silence_minutes * 60 > 0
+
+
+def test_the_autoscaler_tells_the_head_at_each_poll_when_to_be_gone_should_it_be_the_last(
+    fake: Fake, tmp_path: Path, monkeypatch: Any
+) -> None:
+    laptop = on_laptop()
+    laptop.create_node(node_config(), HEAD_TAGS, 1)
+    head = on_head(laptop, tmp_path / "head", monkeypatch)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / ".pairscope").symlink_to(tmp_path / "head")
+    head.non_terminated_nodes({})
+    (node,) = head.fleet.refresh().values()
+    caps = head.caps
+    assert deadman.deadline() == pytest.approx(time.time() + caps.max_hours * 3600, abs=60)
+    spent = {"id": "1", "kind": "worker", "dph": 1.0, "since": 0.0, "until": (caps.max_total_dollars - 1) * 3600}
+    with head.state.edit() as content:
+        content["gone"].append(spent)
+    time.sleep(0.02)
+    head.non_terminated_nodes({})
+    alone = deadman.deadline()
+    assert alone == pytest.approx(time.time() + 3600 / node.dph, abs=60), "what workers cost is no longer there for it"
+    head.create_node(node_config(), WORKER_TAGS, 1)
+    time.sleep(0.02)
+    head.non_terminated_nodes({})
+    assert deadman.deadline() < alone - 900, "nor what the worker will cost until it ends itself"
+    with head.state.edit() as content:
+        content["gone"][0]["until"] += 3590
+    time.sleep(0.02)
+    head.non_terminated_nodes({})
+    assert deadman.deadline() == pytest.approx(time.time() + UNWATCHED_S, abs=60), (
+        "time for the next poll there is always"
+    )
 
 
 @pytest.mark.parametrize(
