@@ -14,7 +14,7 @@ from capture.errors import ConfigError
 from cluster.vast import headkey
 from cluster.vast.api import Vast
 from cluster.vast.errors import VastError
-from cluster.vast.fleet import Fleet, Node, listed, raise_for
+from cluster.vast.fleet import Fleet, Node, listed, look_up, raise_for
 from cluster.vast.state import State, cluster_folder
 
 
@@ -99,11 +99,13 @@ def nodes(cluster: str | None, as_json: bool) -> None:
 def orphans(as_json: bool) -> None:
     """Show rented instances that nobody looks after any more, and why that is thought. Exit code 1 if there are any.
 
+    All that Vast lists, and all that this machine has rented, asked for one by one.
+
     \b
     Example:
       pairscope vast orphans && echo nothing left behind
     """
-    found = [f for f in _rented(_connect()) if f.orphan]
+    found = [f for f in _rented(_connect(), sure=True) if f.orphan]
     _show([f.row() for f in found], as_json)
     if found:
         if not as_json:
@@ -192,10 +194,24 @@ def why_orphan(node: Node, heads: Iterable[str], now: float) -> str:
     return ""
 
 
-def _rented(client: Vast) -> list[Found]:
-    found = listed(client)
-    heads = [n.label.cluster for n in found if n.label.kind == "head"]
-    return [Found(n, why_orphan(n, heads, time.time())) for n in found]
+def _rented(client: Vast, *, sure: bool = False) -> list[Found]:
+    """What Vast lists as ours. sure: also what this machine has rented or seen and the listing leaves out, asked for one by one.
+
+    Raises VastError where Vast does not say: nothing that it was not asked for counts as gone.
+    """
+    found = {node.id: node for node in listed(client)}
+    undone: set[str] = set()
+    if sure:
+        for folder in sorted(cluster_folder("x").parent.glob("*/")):
+            content = State(folder).read()
+            undone |= {id_ for id_, row in content["destroyed"].items() if "gone" not in row}
+            for id_ in {*content["seen"], *undone} - set(found):
+                node = look_up(client, id_)
+                if node is not None:
+                    found[id_] = node
+    heads = [n.label.cluster for n in found.values() if n.label.kind == "head"]
+    said = "it was destroyed, and is still there"
+    return [Found(n, said if n.id in undone else why_orphan(n, heads, time.time())) for n in found.values()]
 
 
 def _fleet(client: Vast, cluster: str) -> Fleet:

@@ -76,6 +76,13 @@ def listed(vast: Vast, cluster: str | None = None) -> list[Node]:
     return [Node(id_, label, row) for id_, label, row in rows if label and cluster in (None, label.cluster)]
 
 
+def look_up(vast: Vast, id_: str) -> Node | None:
+    """A node that the listing left out, by its id; None if Vast has none. Raises VastError where that cannot be told."""
+    row = vast.instance(int(id_))
+    label = parse((row or {}).get("label"))
+    return Node(id_, label, row) if row and label else None
+
+
 def greets(address: tuple[str, int]) -> bool:
     """True if an sshd answers there."""
     with contextlib.suppress(OSError), socket.create_connection(address, timeout=GREETING_S) as peer:
@@ -121,7 +128,7 @@ class Fleet:
             # all that was ever seen and not heard to be gone, also what was destroyed and could not be looked up since
             for id_ in (set(self.nodes) | set(content["seen"])) - set(found):
                 try:
-                    node = self._look_up(id_)
+                    node = look_up(self.vast, id_)
                 except VastError as error:
                     logger.warning("instance %s is not in the listing, and asking for it failed (%s): kept", id_, error)
                     kept[id_] = self.nodes.get(id_) or self.doomed.get(id_)
@@ -159,7 +166,7 @@ class Fleet:
             if id_ in found:
                 continue
             try:
-                gone = self._look_up(id_) is None
+                gone = look_up(self.vast, id_) is None
             except VastError as error:
                 logger.warning("instance %s is not in the listing, and asking for it failed (%s)", id_, error)
                 gone = False
@@ -221,12 +228,6 @@ class Fleet:
         with ThreadPoolExecutor(max_workers=AT_ONCE) as pool:
             tries = {id_: pool.submit(self.destroy, id_, reason) for id_ in ids}
         raise_for({id_: error for id_, one in tries.items() if (error := one.exception()) is not None})
-
-    def _look_up(self, id_: str) -> Node | None:
-        """A node that the listing left out, by its id; None if Vast has none. Raises VastError where that cannot be told."""
-        row = self.vast.instance(int(id_))
-        label = parse((row or {}).get("label"))
-        return Node(id_, label, row) if row and label else None
 
     def _forget(self, id_: str) -> None:
         with self.lock:

@@ -17,7 +17,8 @@ from fake_server import Fake, hasty, running_fake
 from capture.errors import ConfigError
 from cluster.vast.api import Vast
 from cluster.vast.cli import vast as command
-from cluster.vast.errors import NotGoneError
+from cluster.vast.errors import NotGoneError, VastBusyError
+from cluster.vast.state import State
 
 pytest.importorskip("vastai", reason="the Vast SDK is not installed: pip install 'pairscope[vast]'")
 
@@ -115,6 +116,31 @@ def test_orphans_are_told_with_their_reason_and_exit_code_1(fake: Fake) -> None:
     found = {r["id"]: r["orphan"] for r in rows("orphans")}
     assert found == {str(late): "10 minutes past its deadline", str(alone): "its cluster has no head"}
     assert run("orphans").exit_code == 1
+
+
+def test_orphans_asks_for_each_machine_that_the_listing_leaves_out(fake: Fake, tmp_path: Path) -> None:
+    """As the listing of a bad hour has it: nothing is listed at all."""
+    head = rent(fake, "ps/demo/h/1/gpu/00000000", PAIRSCOPE_DEADLINE=str(int(time.time()) + 600))
+    late = rent(fake, "ps/late/h/1/gpu/00000002", PAIRSCOPE_DEADLINE=str(int(time.time()) - 600))
+    undone = rent(fake, "ps/late/h/1/gpu/00000003", PAIRSCOPE_DEADLINE=str(int(time.time()) + 600))
+    gone = rent(fake, "ps/late/w/2/gpu/00000004")
+    fake.control(f"vanish/{gone}")
+    for name, ids in (("demo", [head]), ("late", [late, gone])):
+        with State(tmp_path / "clusters" / name).edit() as content:
+            content["seen"] = {str(id_): {"since": 0, "kind": "head"} for id_ in ids}
+    with State(tmp_path / "clusters" / "late").edit() as content:
+        content["destroyed"] = {str(undone): {"since": 0, "k": 1}, str(gone): {"since": 0, "k": 2, "gone": 1.0}}
+    fake.fault("list", "no_rows", times=2)
+    assert {r["id"]: r["orphan"] for r in rows("orphans")} == {
+        str(late): "10 minutes past its deadline",
+        str(undone): "it was destroyed, and is still there",
+    }
+    assert run("orphans").exit_code == 1
+    fake.control("faults", [])
+    fake.fault("list", "no_rows")
+    fake.fault("show", "503", times=9)
+    with pytest.raises(VastBusyError):
+        run("orphans")
 
 
 def test_destroy_ends_a_cluster_and_leaves_the_others(fake: Fake) -> None:
