@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from capture.errors import CheckpointError, UnsupportedModelError
+from capture.remembered import remembered
 from capture.weights import Weights, check_weights, choose_weights, fingerprint
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def resolve_model(
     if local.is_dir():
         weights = _local_weights(local, model, allow_pickle, trust_remote_code)
         total, weight_map = check_weights(local, weights)
-        return ModelFiles("local", str(local.absolute()), fingerprint(local, weights), weights.files, total, weight_map,
+        return ModelFiles("local", str(local.absolute()), _fingerprint(local, weights), weights.files, total, weight_map,
                           "pickle" if weights.pickle else "safetensors")  # fmt: skip
     from capture.hub import model_snapshot, model_without_weights
 
@@ -78,6 +79,11 @@ def resolve_model(
     total, weight_map = check_weights(path, weights)
     return ModelFiles("hub", str(path), snapshot.name, weights.files, total, weight_map,
                       "pickle" if weights.pickle else "safetensors", remote=bool(missing))  # fmt: skip
+
+
+def _fingerprint(path: Path, weights: Weights) -> str:
+    files = [path / "config.json", *(path / name for name in weights.files)]
+    return remembered(files, lambda: fingerprint(path, weights))
 
 
 def resolve_tokenizer(
