@@ -78,6 +78,7 @@ class Outcome:
     died: bool = False
     handover: Handover | None = None  # of a worker whose layers others go on behind
     lost_span: int | None = None  # whose handover was gone when it was needed
+    tidy: bool = False  # the worker's process holds no more than a new one, and can go on with another entry
 
     @property
     def error(self) -> str:

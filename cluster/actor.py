@@ -1,10 +1,13 @@
-"""The actor that works on one entry. It imports no torch and no Ray, so that it starts fast; the work imports what it needs."""
+"""The actor that works on entries. It imports no torch and no Ray, so that it starts fast; the work imports what it needs."""
 
 from __future__ import annotations
 
 import os
 import socket
+import sys
 import threading
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import cluster.deliver  # noqa: F401  what opens an output on the head's disk
@@ -14,12 +17,14 @@ from capture.progress import Progress
 from capture.ranks import Ranks
 from capture.relay import LostError, Relay, Sent
 from cluster.rate import share_of_rate
+from cluster.resources import WORKER_BYTES
 
 PREPARED = "cluster.prepare:capture_prepared"
+LEFT_ON_GPU = 64 * 1024**2  # bytes that torch may keep after an entry
 
 
 class CaptureActor:
-    """Runs attempts at one entry. `run` works in one thread while `watch` and `stop` answer in another."""
+    """Runs attempts, one after the other. `run` works in one thread while `watch` and `stop` answer in another."""
 
     def __init__(self, env: dict[str, str | None]) -> None:
         for name, value in env.items():  # read by torch and OpenMP when they are first imported, which is later
@@ -30,7 +35,7 @@ class CaptureActor:
         self._stop = threading.Event()
         self._progress: Progress | None = None
         self._relay: Relay | None = None
-        self._outcome: Outcome | None = None
+        self._outcomes: dict[str, Outcome] = {}  # of the last attempt, by its log
 
     def prepare(self, turn: tuple[int, int] = (0, 1)) -> dict[str, Any]:
         """Answers once the actor is placed and alive: where it is, and what it costs there (None where that is not known).
@@ -53,15 +58,18 @@ class CaptureActor:
         self, entry: Entry, out: str, log: str, tried: Try, force: bool, work: str, ranks: Ranks | None = None
     ) -> Outcome:
         """One attempt; returns how it ended, and never raises for what the work does."""
-        self._outcome = work_on(
+        self._progress, self._outcomes = None, {}
+        outcome = work_on(
             entry, out, log, tried=tried, force=force, work=PREPARED if work == WORK else work, progress=self._keep, stop=self._stop.is_set,
             own_process=True, ranks=ranks, relay=self._relay,
         )  # fmt: skip
-        return self._outcome
+        self._outcomes[log] = replace(outcome, tidy=holds_little())
+        return self._outcomes[log]
 
-    def outcome(self) -> Outcome | None:
-        """Once more what `run` returned, for a driver whose line was cut meanwhile: calls wait for those before them."""
-        return self._outcome
+    def outcome(self, log: str) -> Outcome | None:
+        """Once more what `run` returned for the attempt with this log, for a driver whose line was cut meanwhile: calls wait
+        for those before them. None where the attempt never came this far."""
+        return self._outcomes.get(log)
 
     def give(self, sent: tuple[Sent, ...]) -> None:
         """What the workers before this one handed over: now its layers can be walked."""
@@ -86,6 +94,22 @@ class CaptureActor:
 
     def _keep(self, progress: Progress) -> None:
         self._progress = progress
+
+
+def holds_little() -> bool:
+    """True if this process, its work done, holds no more memory than one that was just started: it can be given another entry.
+
+    Counted is memory of its own, not pages of mapped files. False where that cannot be found out.
+    """
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized() and torch.cuda.memory_reserved() > LEFT_ON_GPU:
+        return False
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
+        own = next(int(line.split()[1]) for line in lines if line.startswith("RssAnon:"))
+    except (OSError, StopIteration, ValueError):
+        return False
+    return own * 1024 <= WORKER_BYTES
 
 
 def _fetch(span: int, part: Any) -> Any:

@@ -62,6 +62,7 @@ class Crew:
         self.sending: Any = None
         self.sent: Sent | None = None
         self.given = False  # whether it was given what enters its layers
+        self.log = ""  # of the work that it was last asked to do
         self.watch: Any = None
         self.watched = 0.0
         self.hidden, self.asked_again = False, 0.0
@@ -73,8 +74,14 @@ class Crew:
     def placed(self, place: dict[str, Any]) -> None:
         self.place, self.ready, self.began = place, None, time.monotonic()
 
+    def start_over(self) -> None:
+        """The work is done, and the actor goes on with another entry: its time counts for that one from now on."""
+        self.task = self.watch = None
+        self.watched, self.hidden, self.began = 0.0, False, time.monotonic()
+
     def work(self, entry: Any, out: str, log: str, *more: Any) -> None:
         """Start all ranks; rank 0 writes the attempt's log, each other one its own beside it."""
+        self.log = log
         size = len(self.actors)
         address, port = ray.get(self.leader.meeting_place.remote()) if size > 1 else ("", 0)
         tasks = [
@@ -113,7 +120,7 @@ class Crew:
     def look_for_it(self, before: float) -> None:
         """Ask how the work ended, if it is out of sight and was last asked for before this moment."""
         if self.hidden and self.asked_again < before:
-            self.hidden, self.task = False, self.leader.outcome.remote()
+            self.hidden, self.task = False, self.leader.outcome.remote(self.log)
 
     def is_to_be_watched(self, before: float) -> bool:
         """Whether it works, and was last asked for its progress before this moment."""

@@ -7,6 +7,7 @@ from typing import Any
 
 from capture.attempt import Outcome, Try
 from capture.config import Entry
+from capture.layout import RunDir
 from capture.manifest import Attempt
 from capture.relay import Sent
 from cluster.crew import Crew
@@ -54,9 +55,26 @@ class Job:
         return self.crews.get(self.span)
 
     @property
+    def shares(self) -> bool:
+        """Whether its worker may have worked on another entry before, and go on with another one behind it.
+
+        Not where code of others runs in it, or ranks or spans belong together, and not where a try failed: that may have been
+        the process's own doing.
+        """
+        kwargs, plain = self.entry.model_kwargs, self.request.ranks == 1 and self.spans == 1
+        foreign = self.entry.allow_pickle or kwargs.get("trust_remote_code") or "quantization_config" in kwargs
+        return plain and not foreign and self.tried == Try()
+
+    @property
     def working(self) -> bool:
         """Whether the crew whose turn it is has a place."""
         return self.crew is not None and self.crew.place is not None
+
+    def begin_attempt(self, run: RunDir) -> None:
+        """Have an attempt to write about, unless there is one; its row is written when it starts on a node."""
+        if self.attempt is None:
+            self.attempt = Attempt(run, self.name)
+            self.attempt.row |= {"capture": self.capture, "node": None}
 
     def dollars(self) -> float | None:
         """What the attempt's places have cost so far; None where no price is known."""

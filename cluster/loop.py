@@ -24,6 +24,7 @@ from cluster.crew import Crew, brought_home
 from cluster.job import Job
 from cluster.lost import UNHEARD, lost
 from cluster.placing import Patience
+from cluster.queue import Queue
 
 WATCH_EVERY = 0.5  # seconds between two looks at an actor's progress
 AGAIN_EVERY = 2.0  # seconds between two tries at a worker whose line was cut
@@ -48,47 +49,49 @@ class Loop:
     ) -> None:
         """place_within: seconds that an entry waits for a place while nothing else of the sweep is at work."""
         self.runs_dir, self.out, self.force, self.work = run, out, force, work
-        self.limit, self.show, self.stop = jobs, show, stop
-        self.waiting: list[Job] = []
-        self.active: list[Job] = []
+        self.queue, self.show, self.stop = Queue(jobs), show, stop
         self.patience = Patience(growing=growing, within=place_within, now=time.monotonic())
         self.kill_at: float | None = None
         self.actor_class = ray.remote(concurrency_groups={"control": 1})(CaptureActor)
 
     def run(self, jobs: list[Job]) -> None:
         """Work through the jobs. A KeyboardInterrupt (the second Ctrl-C) ends all at once; no actor is left behind."""
-        self.waiting = list(jobs)
+        self.queue.waiting = list(jobs)
+        for job in jobs:
+            self.show.doing(job.name, WAITING)
         try:
-            while self.active or (self.waiting and not self.stop.requested()):
+            while self.queue.active or (self.queue.waiting and not self.stop.requested()):
                 self._turn()
         except KeyboardInterrupt:
             pass
         finally:
-            for job in list(self.active):
+            for job in list(self.queue.active):
                 self._interrupt(job)
+            for job in self.queue.waiting:
+                self.show.end(job.name)
 
     def _turn(self) -> None:
         if self.stop.requested():
             self._stop_active()
         else:
             self._start_some()
-        waited = {ref: then for job in self.active for ref, then in self._awaited(job)}
-        if not self.active:
+        waited = {ref: then for job in self.queue.active for ref, then in self._awaited(job)}
+        if not self.queue.active:
             return
         if not waited:  # all are out of sight
             time.sleep(0.25)
         done = ray.wait(list(waited), num_returns=1, timeout=0.25)[0] if waited else []
         for ref in done:
             job, crew, then = waited[ref]
-            if job in self.active and crew in job.crews.values():  # else it was settled in this same turn
+            if job in self.queue.active and crew in job.crews.values():  # else it was settled in this same turn
                 then(ref)
         now = time.monotonic()
-        told, given_up = self.patience.look(self.active, now)
+        told, given_up = self.patience.look(self.queue.active, now)
         for job, text in told:
             self.show.event(job.name, text)
         for job, error in given_up:
             self._give_up(job, error)
-        for job in self.active:
+        for job in self.queue.active:
             for crew in job.crews.values():
                 crew.look_for_it(now - AGAIN_EVERY)
             if job.crew is not None and job.crew.is_to_be_watched(now - WATCH_EVERY):
@@ -109,14 +112,7 @@ class Loop:
     # -- placing -------------------------------------------------------------------------------------------------------
 
     def _start_some(self) -> None:
-        for job in list(self.waiting):
-            if self.limit is not None and len(self.active) >= self.limit:
-                return
-            if job.request.exclusive and job.request.exclusive in {other.request.exclusive for other in self.active}:
-                continue
-            self.waiting.remove(job)
-            job.attempt, job.spent, job.waiting_told = None, None, False
-            self.active.append(job)
+        for job in self.queue.next_ones():
             self._place(job, job.span)
             self.show.doing(job.name, WAITING)
 
@@ -127,9 +123,7 @@ class Loop:
     def _placed(self, job: Job, span: int, ref: Any) -> None:
         """The actors are there (or died on the way): hand over the work, and give the next span's crew a head start."""
         crew = job.crews[span]
-        if job.attempt is None:
-            job.attempt = Attempt(self.runs_dir, job.name)
-            job.attempt.row |= {"capture": job.capture, "node": None}
+        job.begin_attempt(self.runs_dir)
         try:
             place = ray.get(ref)
             crew.placed(place)
@@ -229,10 +223,16 @@ class Loop:
         self._settle(job, outcome)
 
     def _give_up(self, job: Job, error: DeviceError) -> None:
-        if job.attempt is None:
-            job.attempt = Attempt(self.runs_dir, job.name)
-            job.attempt.row |= {"capture": job.capture, "node": None}
+        job.begin_attempt(self.runs_dir)
         self._settle(job, failure(error))
+
+    def _pass_on(self, job: Job, outcome: Outcome) -> tuple[Job, Crew] | None:
+        """Take the worker of an entry that is complete, for the next entry that asks for the same: the start of a process
+        and the import of all libraries take longer than a small capture."""
+        following = self.queue.follower(job) if outcome.state == "complete" and outcome.tidy else None
+        if following is None or job.crew is None or self.stop.requested():
+            return None
+        return following, job.crews.pop(job.span)
 
     def _dismiss(self, job: Job, span: int) -> None:
         crew = job.crews.pop(span)
@@ -252,9 +252,15 @@ class Loop:
         """Write how the attempt ended, let the actor go, and put the job back where another try is worth it."""
         assert job.attempt is not None
         self._finish(job, job.attempt, outcome)
+        passed_on = self._pass_on(job, outcome)
         self._drop(job)
         if outcome.state == "complete":
             self.show.event(job.name, complete_line(job.attempt.row, len(job.entry.prompt_variants)))
+            if passed_on is not None:
+                following, crew = passed_on
+                self.queue.take_over(following, crew)
+                following.begin_attempt(self.runs_dir)
+                self._begin(following, following.span, crew)
             return
         if outcome.state == "interrupted":
             self.show.event(job.name, "interrupted")
@@ -266,27 +272,29 @@ class Loop:
             return
         self.show.event(job.name, f"{outcome.error}; trying again: {tried.note}")
         job.tried = tried
-        self.waiting.insert(0, job)
+        self.queue.waiting.insert(0, job)
 
     def _progress(self, job: Job, span: int, ref: Any) -> None:
         job.crews[span].watch = None
         with contextlib.suppress(RayError):  # a dead actor is seen at its work
             progress = ray.get(ref)
-            if progress is not None and span == job.span:
+            if (
+                progress is not None and span == job.span and progress.entry == job.name
+            ):  # a worker may know its last entry yet
                 self.show.progress(progress)
 
     def _stop_active(self) -> None:
         """First turn after a stop: ask running work to end, drop what has not begun. After the grace: end it."""
         if self.kill_at is None:
             self.kill_at = time.monotonic() + GRACE
-            for job in list(self.active):
+            for job in list(self.queue.active):
                 if job.attempt is None:
                     self._drop(job)
                 else:
                     for crew in job.crews.values():
                         crew.stop()
         elif time.monotonic() > self.kill_at:
-            for job in list(self.active):
+            for job in list(self.queue.active):
                 self._interrupt(job)
 
     def _interrupt(self, job: Job) -> None:
@@ -315,7 +323,7 @@ class Loop:
     def _drop(self, job: Job) -> None:
         """Kill the actors: their processes, and with them all memory they held."""
         with contextlib.suppress(ValueError):
-            self.active.remove(job)
+            self.queue.active.remove(job)
         self.show.end(job.name)
         for span in list(job.crews):
             self._dismiss(job, span)

@@ -41,14 +41,13 @@ def capture_prepared(
     from capture.run import capture_pair
 
     gate = find_gate()
-    used = prepare(entry, gate, progress or (lambda _: None), stop or (lambda: False)) if gate is not None else []
-    try:
-        return capture_pair(entry, out, progress=progress, stop=stop, **more)
-    finally:
-        if gate is not None:
-            os.environ.pop("HF_TOKEN", None)
-        for stream in used:
-            stream.close()
+    with _online_again():
+        used = prepare(entry, gate, progress or (lambda _: None), stop or (lambda: False)) if gate is not None else []
+        try:
+            return capture_pair(entry, out, progress=progress, stop=stop, **more)
+        finally:
+            for stream in used:
+                stream.close()
 
 
 def hub_models(entry: Entry) -> list[tuple[str, str | None]]:
@@ -163,6 +162,27 @@ def _go_offline(entry: Entry) -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"
     if "huggingface_hub.constants" in sys.modules:  # read from the environment when it was imported
         sys.modules["huggingface_hub.constants"].HF_HUB_OFFLINE = True  # type: ignore[attr-defined]
+
+
+@contextlib.contextmanager
+def _online_again() -> Iterator[None]:
+    """After the block the process may ask the hub again, as before it: its next entry has other files to fetch."""
+    names = ("HF_HUB_OFFLINE", "HF_TOKEN")
+    before = {name: os.environ.get(name) for name in names}
+    constants: Any = sys.modules.get("huggingface_hub.constants")
+    offline = constants.HF_HUB_OFFLINE if constants is not None else None
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+        if constants is None and (constants := sys.modules.get("huggingface_hub.constants")) is not None:
+            offline = (before["HF_HUB_OFFLINE"] or "").upper() in {"1", "ON", "YES", "TRUE"}  # as it reads it itself
+        if constants is not None:
+            constants.HF_HUB_OFFLINE = offline
 
 
 def overrun(error: CheckpointError) -> bool:

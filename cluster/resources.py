@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from capture.config import Entry
 
 GIB = 1024**3
+MEMORY_STEP = GIB // 4  # so that small pairs ask for the same, and can follow each other in one process
 WORKER_BYTES = GIB  # what a process with torch and transformers holds before it loads a model
 
 
@@ -187,4 +188,5 @@ def cpu_memory(weight_bytes: int | None, nodes: Sequence[dict[str, float]], jobs
     if jobs is not None:
         return 0
     largest = max((n.get("memory", 0.0) for n in nodes), default=0.0)
-    return int(min(WORKER_BYTES + 1.2 * (weight_bytes or 0), 0.95 * largest))
+    wanted = WORKER_BYTES + math.ceil(1.2 * (weight_bytes or 0) / MEMORY_STEP) * MEMORY_STEP
+    return int(min(wanted, 0.95 * largest))

@@ -20,6 +20,7 @@ from capture.config import Entry
 from capture.errors import CheckpointError, DeviceMemoryError, DoesNotFitError
 from capture.progress import Progress
 from capture.show import Show
+from cluster.resources import WORKER_BYTES
 
 
 @dataclass(frozen=True)
@@ -118,9 +119,26 @@ def complete(entry: Entry, out: str, *, force: bool, progress: Said, tile_diviso
     return _done(entry, out)
 
 
+def nothing(entry: Entry, out: str, **kwargs: Any) -> Result:
+    return _done(entry, out)
+
+
+def hoarding(entry: Entry, out: str, **kwargs: Any) -> Result:
+    """Leaves more memory behind than a new process has."""
+    _note(entry, out, kwargs["tile_divisor"])
+    globals()["kept"] = b"x" * (WORKER_BYTES + 1)
+    return _done(entry, out)
+
+
 def sleeping(entry: Entry, out: str, *, force: bool, progress: Said, tile_divisor: int, stop: Asked) -> Result:
     _note(entry, out, tile_divisor)
     time.sleep(0.4)
+    return _done(entry, out)
+
+
+def dozing(entry: Entry, out: str, **kwargs: Any) -> Result:
+    """Sleeps as long as the bench says."""
+    time.sleep(float(os.environ["FAKE_SLEEP_S"]))
     return _done(entry, out)
 
 

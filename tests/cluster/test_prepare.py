@@ -16,6 +16,7 @@ from huggingface_hub import constants
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
 
 from capture import files, hub
+from capture import run as capture_run
 from capture.config import Entry
 from capture.errors import CheckpointError
 from capture.progress import Progress
@@ -183,6 +184,25 @@ def test_both_models_and_the_tokenizer_are_fetched_and_then_the_hub_is_let_alone
     assert os.environ["HF_HUB_OFFLINE"] == "1"
     assert constants.HF_HUB_OFFLINE is True
     assert gate.heard == {}, "the place is given back"
+
+
+def test_a_process_asks_the_hub_again_for_its_next_entry(fake: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "of the worker")
+    seen = []
+
+    def captured(one: Entry, out: str, **more: Any) -> str:
+        seen.append((os.environ["HF_HUB_OFFLINE"], constants.HF_HUB_OFFLINE, os.environ.get("HF_TOKEN")))
+        raise CheckpointError("not this one")
+
+    monkeypatch.setattr(prepare_module, "find_gate", NoWait)
+    monkeypatch.setattr(capture_run, "capture_pair", captured)
+    for _ in range(2):
+        with pytest.raises(CheckpointError):
+            prepare_module.capture_prepared(entry(), "out")
+        assert "HF_HUB_OFFLINE" not in os.environ
+        assert constants.HF_HUB_OFFLINE is False
+        assert os.environ["HF_TOKEN"] == "of the worker"
+    assert seen == [("1", True, None)] * 2
 
 
 def test_directories_need_nothing_and_no_turn(fake: FakeHub, tmp_path: Path) -> None:

@@ -110,6 +110,7 @@ def test_threads_beside_a_gpu_are_its_share_of_the_node() -> None:
 def test_memory_is_reserved_for_weights_up_to_what_the_largest_node_has() -> None:
     assert cpu_memory(None, [LAPTOP], None) == GIB  # the process alone
     assert cpu_memory(10 * GIB, [LAPTOP], None) == 13 * GIB
+    assert cpu_memory(1, [LAPTOP], None) == cpu_memory(200 * 2**20, [LAPTOP], None) == 1.25 * GIB  # in steps
     assert cpu_memory(100 * GIB, [LAPTOP], None) == int(0.95 * 16 * GIB)
     assert cpu_memory(10 * GIB, [LAPTOP], jobs=2) == 0
 

@@ -119,11 +119,40 @@ class TestThroughRay:
         assert "The driver lost this attempt's worker" in (tmp_path / rows[0]["log"]).read_text()
         assert "trying again: again, after its worker died" in said.getvalue()
 
-    def test_each_entry_has_a_process_of_its_own_that_starts_without_torch(self, tmp_path: Path) -> None:
+    def test_a_worker_starts_without_torch(self, tmp_path: Path) -> None:
         assert sweep(tmp_path, *(make_entry(f"complete-{i}") for i in range(2))).exit_code == 0
+        assert not any(n["torch"] for n in fake_work.calls(tmp_path))
+
+    def test_a_worker_goes_on_with_the_next_entry_that_asks_for_the_same(self, tmp_path: Path) -> None:
+        show, said = quiet()
+        entries = [make_entry(f"complete-{i:02}") for i in range(40)]
+        summary = sweep(tmp_path, *entries, show=show, jobs=1)
+        assert set(states(summary).values()) == {"complete"}
         notes = fake_work.calls(tmp_path)
-        assert len({n["pid"] for n in notes}) == 2
-        assert not any(n["torch"] for n in notes)
+        assert [n["entry"] for n in notes] == [e.name for e in entries]
+        assert len({n["pid"] for n in notes}) == 1
+        rows = RunDir(str(tmp_path)).manifest_rows()
+        assert len({r["log"] for r in rows}) == len(rows) == 40
+        assert f"entry {entries[7].name}:" in (tmp_path / summary.items[7].row["log"]).read_text()
+        assert "complete-39: complete in" in said.getvalue()
+
+    def test_workers_that_share_entries_lose_none(self, tmp_path: Path) -> None:
+        summary = sweep(tmp_path, *(make_entry(f"complete-{i:02}") for i in range(30)))
+        assert set(states(summary).values()) == {"complete"}
+        notes = fake_work.calls(tmp_path)
+        assert len(notes) == len({n["entry"] for n in notes}) == 30
+        assert 1 <= len({n["pid"] for n in notes}) <= 3
+
+    def test_after_a_failure_the_next_entry_gets_a_new_process(self, tmp_path: Path) -> None:
+        summary = sweep(tmp_path, make_entry("complete-0"), make_entry("bug"), make_entry("complete-1"), jobs=1)
+        assert states(summary) == {"complete-0": "complete", "bug": "failed", "complete-1": "complete"}
+        first, bug, last = (n["pid"] for n in fake_work.calls(tmp_path))
+        assert first == bug != last
+
+    def test_a_process_that_holds_much_memory_gets_no_other_entry(self, tmp_path: Path) -> None:
+        assert sweep(tmp_path, make_entry("hoarding"), make_entry("complete"), jobs=1).exit_code == 0
+        first, second = (n["pid"] for n in fake_work.calls(tmp_path))
+        assert first != second
 
     def test_what_workers_print_is_in_the_log(self, tmp_path: Path) -> None:
         (item,) = sweep(tmp_path, make_entry("complete")).items
