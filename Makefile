@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install look demo demo-smollm2 test slow rehearsal lint bench bench-analysis bench-page docs images clean
+.PHONY: help install look demo demo-smollm2 test slow rehearsal lint bench bench-docs bench-rivals bench-gpu bench-analysis bench-page docs images clean
 
 help:  ## show this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | expand -t 16
@@ -56,9 +56,13 @@ lint: $(STAMP)  ## ruff and mypy
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
-bench: $(STAMP)  ## time a capture against the bare floor, and a streamed pair against the same resident
-	@$(BIN)/python tests/bench/bench_capture.py
-	@$(BIN)/python tests/bench/bench_streaming.py
+bench: $(STAMP)  ## time a capture against the bare floor, a streamed pair against the same resident, and Ray's share (some 15 minutes)
+	@$(BIN)/python tests/bench/bench_capture.py $(BENCH); a=$$?; \
+	 $(BIN)/python tests/bench/bench_streaming.py $(BENCH); b=$$?; \
+	 $(BIN)/python tests/bench/bench_ray.py; c=$$?; exit $$((a | b | c))
+
+bench-docs: $(STAMP)  ## take all results of .cache/bench into docs/benchmarks.json, and make docs/benchmarks.md of it
+	@$(BIN)/python tests/bench/page.py
 
 bench-analysis: $(STAMP)  ## time questions on 100 M rows, and the import of 1 GB of JSON (some minutes, 5 GB of disk)
 	@$(BIN)/python tests/bench/bench_analysis.py

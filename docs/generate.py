@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import click
@@ -12,6 +13,7 @@ from capture.config_page import config_page
 from cluster.plan_page import hardware_page
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent / "tests" / "bench"))
 
 
 def commands_page() -> str:
@@ -28,7 +30,20 @@ def commands_page() -> str:
     return "\n".join(parts)
 
 
-PAGES = {"commands.md": commands_page, "config.md": config_page, "hardware.md": hardware_page, "tables.md": tables_page}
+def benchmarks() -> str:
+    """The page of what the benches measured, from docs/benchmarks.json."""
+    from page import benchmarks_page
+
+    return benchmarks_page()
+
+
+PAGES = {
+    "benchmarks.md": benchmarks,
+    "commands.md": commands_page,
+    "config.md": config_page,
+    "hardware.md": hardware_page,
+    "tables.md": tables_page,
+}
 
 if __name__ == "__main__":
     for name, page in PAGES.items():

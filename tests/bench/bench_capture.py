@@ -1,85 +1,40 @@
-"""How long a capture takes against the bare floor, both timed in one run.
+"""How long a capture takes against the bare floor, in turns, in one run.
 
-    python tests/bench/bench_capture.py [--repeats 5] [--threads 2] [--json FILE]
+    python tests/bench/bench_capture.py [--rounds 5] [--threads 2] [--cases 12 64 250 8x64] [--eager] [--compile]
 
-The pair has the shape of SmolLM2-135M (576 wide, 30 layers, 49152 tokens, tied, float32) and random weights; one prompt
-of 64 tokens; all statistics on. The floor is what no capture of all layers can do without, and nothing else: one forward
-of each model with a batch of two prompts, and for every state that a lens reads one product per model, [2 x 64, 576] by
-[576, 49152]. States -1..30 need 31 of them: layer 30 is layer 29 after the final norm.
+The pair has the shape of SmolLM2-135M (576 wide, 30 layers, 49152 tokens, tied, float32) and random weights; all statistics are
+on. The floor is what no capture of all layers can do without, and nothing else: one forward of each model with two passes in its
+batch, and for every state that a lens reads one product per model, [2 x tokens, 576] by [576, 49152]. States -1..30 need 31 of
+them: layer 30 is layer 29 after the final norm. Without the lens the floor is the two forwards.
 
-The floor is timed before and after every capture, and each ratio is to the mean of the two, so that a busy machine slows
-both sides. The ratio that counts takes in the walk and the writing of the tables. Opening (files, configs, tokenizer,
-self-checks) is shown apart. Exits 1 where the median ratio is above the bar.
+Each capture runs between two floors, and each ratio is to the mean of the two. What counts is the walk and the writing of the
+tables; opening (files, configs, tokenizer, self-checks) does not grow with the prompts and is shown apart. The first round only
+warms up. --eager: the plain lens only; --compile: the compiled lens only; by default both, where this version has both. Exits 1
+where a bar is missed.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import shutil
 import statistics
 import sys
 import tempfile
 import time
-import zlib
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-Mode = Literal["auto", "resident", "streamed"]
-ROOT = Path(__file__).resolve().parents[2]
-CACHE = ROOT / ".cache" / "bench"
-BAR = 3.0
+import pairs
+from measured import Bench, ratios
+
 STEADY = 1.3  # floors of one run that are further apart than this say that the machine was busy
-N_TOKENS = 64
-SHAPE: dict[str, Any] = {
-    "vocab": 49152,
-    "tokenizer_size": 49152,
-    "tie": True,
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "max_position_embeddings": 2048,
-    "attention_bias": False,
-    "mlp_bias": False,
+CASES = {"12": (12, 1), "64": (64, 1), "250": (250, 1), "8x64": (64, 8)}  # tokens, prompts
+BARS = {
+    "compiled": {"12": 0.9, "64": 1.35, "250": 1.4, "8x64": 1.5},
+    "eager": {"12": 1.1, "64": 1.7, "250": 1.9, "8x64": 1.9},
+    "without the lens": {"64": 1.15, "250": 1.15},
 }
-
-
-@dataclass(frozen=True)
-class Repetition:
-    """Seconds of one capture by stage, and of the floor around it."""
-
-    floor: float
-    stages: dict[str, float]
-    mode: str
-
-    @property
-    def work(self) -> float:
-        return self.stages["walk"] + self.stages["write"]
-
-    @property
-    def ratio(self) -> float:
-        return self.work / self.floor
-
-
-def make_pair(directory: Path, shape: dict[str, Any]) -> Any:
-    """The random pair (tiny.PairPaths), made once: about 1.1 GB at the full shape."""
-    from tiny import PairPaths
-    from tiny import make_pair as write
-
-    if not directory.exists():
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        half_made = Path(tempfile.mkdtemp(dir=directory.parent))
-        try:
-            write("llama", half_made, **shape)
-            half_made.rename(directory)
-        finally:
-            shutil.rmtree(half_made, ignore_errors=True)
-    return PairPaths(directory / "base", directory / "sft", directory / "tokenizer")
 
 
 class Floor:
@@ -91,122 +46,117 @@ class Floor:
 
         pair = load_pair(paths, dtype=torch.float32)
         self.models = [pair.base, pair.sft]
-        width = pair.base.config.hidden_size
-        self.embeds = torch.randn(2, N_TOKENS, width, generator=torch.Generator().manual_seed(0))
-        self.rows = torch.randn(2 * N_TOKENS, width, generator=torch.Generator().manual_seed(1))
-        self.logits = torch.empty(2 * N_TOKENS, pair.base.config.vocab_size)
         self.n_products = pair.n_layers + 1
 
-    def seconds(self) -> float:
-        """Run it once."""
+    def forwards(self, tokens: int, prompts: int) -> float:
+        """Seconds of the two forwards."""
         import torch
 
+        width = self.models[0].config.hidden_size
+        embeds = torch.randn(2 * prompts, tokens, width, generator=torch.Generator().manual_seed(0))
         began = time.perf_counter()
         with torch.no_grad():
             for model in self.models:
-                model.model(inputs_embeds=self.embeds, use_cache=False)
+                model.model(inputs_embeds=embeds, use_cache=False)
+        return time.perf_counter() - began
+
+    def products(self, tokens: int, prompts: int) -> float:
+        """Seconds of the lens products."""
+        import torch
+
+        width, rows = self.models[0].config.hidden_size, 2 * prompts * tokens
+        states = torch.randn(rows, width, generator=torch.Generator().manual_seed(1))
+        logits = torch.empty(rows, self.models[0].config.vocab_size)
+        began = time.perf_counter()
+        with torch.no_grad():
+            for model in self.models:
                 for _ in range(self.n_products):
-                    torch.mm(self.rows, model.lm_head.weight.T, out=self.logits)
+                    torch.mm(states, model.lm_head.weight.T, out=logits)
         return time.perf_counter() - began
 
 
-def capture_once(entry: Any, out: Path) -> tuple[dict[str, float], str]:
-    """One capture in this process: seconds by stage from its capture.json, and its mode."""
-    from capture.run import capture_pair
+def ways(chosen: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
+    """The ways of the lens that this version has, as fields of an Entry."""
+    from capture.config import Lens
 
-    result = capture_pair(entry, str(out), force=True)
-    found = json.loads((Path(result.path) / "capture.json").read_text())
-    return {**found["seconds"], "all": result.seconds}, result.mode
+    if "compile" not in Lens.model_fields:
+        every: dict[str, dict[str, Any]] = {"eager": {}}
+    else:
+        every = {"eager": {"lens": Lens(compile=False)}, "compiled": {"lens": Lens(compile=True)}}
+    return {name: fields for name, fields in every.items() if not chosen or name in chosen}
 
 
-def measure(paths: Any, out: Path, repeats: int, mode: Mode = "auto") -> list[Repetition]:
-    """Floor, capture, floor, capture, ... floor; the first capture only warms up and is not counted."""
-    from capture.config import Entry
+def measure(bench: Bench, paths: Any, out: Path, case: str, rounds: int, chosen: Sequence[str] = ()) -> None:
+    """All ways of one case, in turns, each capture between two floors."""
+    from capture.config import Lens
 
-    entry = Entry(
-        name="bench",
-        base_model=str(paths.base),
-        sft_model=str(paths.sft),
-        tokenizer=str(paths.tokenizer),
-        prompts=(("0123456789" * N_TOKENS)[: N_TOKENS - 1],),  # a token a digit, after <s>
-        tracked_token_ids=(5, 299),
-        device="cpu",
-        dtype="float32",
-        mode=mode,
-    )
+    tokens, n_prompts = CASES[case]
     floor = Floor(paths)
-    floor.seconds()
-    capture_once(entry, out)
-    done = []
-    before = floor.seconds()
-    for _ in range(repeats):
-        stages, chosen = capture_once(entry, out)
-        after = floor.seconds()
-        done.append(Repetition((before + after) / 2, stages, chosen))
-        before = after
-    return done
+    todo = ways(chosen) | (
+        {"without the lens": {"lens": Lens(enabled=False)}} if case in BARS["without the lens"] else {}
+    )
+    prompts = pairs.prompts_of(tokens, n_prompts)
+    entries = {name: pairs.entry_of(paths, prompts, **fields) for name, fields in todo.items()}
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in todo}
+    floors: dict[str, list[float]] = {name: [] for name in todo}
 
+    def both() -> tuple[float, float]:
+        forwards = floor.forwards(tokens, n_prompts)
+        return forwards, forwards + floor.products(tokens, n_prompts)
 
-def summary(done: list[Repetition]) -> dict[str, Any]:
-    """Medians and spread; seconds, and ratios to the floor."""
-
-    def spread(values: list[float]) -> dict[str, float]:
-        return {"median": statistics.median(values), "min": min(values), "max": max(values)}
-
-    stages = {stage: spread([r.stages[stage] for r in done]) for stage in done[0].stages}
-    return {
-        "ratio": spread([r.ratio for r in done]),
-        "ratio_with_opening": spread([r.stages["all"] / r.floor for r in done]),
-        "bar": BAR,
-        "floor_seconds": spread([r.floor for r in done]),
-        "walk_and_write_seconds": spread([r.work for r in done]),
-        "stage_seconds": stages,
-        "mode": done[0].mode,
-        "repeats": len(done),
-        "tokens": N_TOKENS,
-    }
-
-
-def table(found: dict[str, Any]) -> str:
-    """The summary for people."""
-    rows = [("floor, s", found["floor_seconds"]), ("walk + write, s", found["walk_and_write_seconds"])]
-    rows += [(f"  {stage}, s", spread) for stage, spread in found["stage_seconds"].items()]
-    rows += [("ratio, walk + write", found["ratio"]), ("ratio, everything", found["ratio_with_opening"])]
-    lines = [f"{'':22}{'median':>8}{'min':>8}{'max':>8}"]
-    lines += [f"{name:22}{s['median']:8.2f}{s['min']:8.2f}{s['max']:8.2f}" for name, s in rows]
-    return "\n".join(lines)
+    both()
+    for entry in entries.values():
+        pairs.captured(entry, out)
+    before = both()
+    for _ in range(rounds):
+        for name, entry in entries.items():
+            found[name].append(pairs.captured(entry, out))
+            after = both()
+            index = 0 if name == "without the lens" else 1
+            floors[name].append((before[index] + after[index]) / 2)
+            before = after
+    text = f"{n_prompts} prompts of {tokens} tokens" if n_prompts > 1 else f"one prompt of {tokens} tokens"
+    for name in todo:
+        works = [pairs.work(f) for f in found[name]]
+        over = "the two forwards" if name == "without the lens" else "bare forwards and bare lens products"
+        spread = max(floors[name]) / min(floors[name])
+        busy = f"the floor itself varied by {spread:.1f}x: the machine was busy" if spread > STEADY else ""
+        what = "statistics without the lens" if name == "without the lens" else f"all statistics, {name}"
+        bench.add(f"{case} {name}", f"{what}, {text}", ratios(works, floors[name]), over=over, bar=BARS[name].get(case), note=busy)  # fmt: skip
+        if name != "without the lens":
+            whole = [f["seconds"]["all"] for f in found[name]]
+            bench.add(f"{case} {name}, opening too", f"{what}, {text}, opening included", ratios(whole, floors[name]), over=over)  # fmt: skip
+        stages = {s: statistics.median(f["seconds"][s] for f in found[name]) for s in found[name][0]["seconds"]}
+        print(
+            f"  floor {statistics.median(floors[name]):.2f} s;", ", ".join(f"{s} {t:.2f} s" for s, t in stages.items())
+        )
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=5, help="captures that count (default 5)")
+    parser.add_argument("--rounds", type=int, default=3, help="captures of each that count (default 3)")
     parser.add_argument("--threads", type=int, default=None, help="threads of torch (default: as torch chooses)")
-    parser.add_argument("--mode", choices=["auto", "resident", "streamed"], default="auto", help="mode of the capture")
-    parser.add_argument("--json", type=Path, default=CACHE / "bench_capture.json", help="where the figures go")
+    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES), help="what to capture")
+    parser.add_argument("--eager", action="store_const", const="eager", help="the plain lens only")
+    parser.add_argument("--compile", action="store_const", const="compiled", help="the compiled lens only")
+    parser.add_argument("--json", type=Path, help="where the figures go (default .cache/bench/capture.json)")
     args = parser.parse_args()
-
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    sys.path.insert(0, str(ROOT / "tests" / "capture"))
     import torch
 
     if args.threads:
         torch.set_num_threads(args.threads)
-    paths = make_pair(CACHE / f"llama-{zlib.crc32(json.dumps(SHAPE).encode()):08x}", SHAPE)
+    chosen = [way for way in (args.eager, args.compile) if way]
+    if missing := [way for way in chosen if way not in ways()]:
+        parser.error(f"this version has no {missing[0]} lens")
+    bench = Bench("capture", "make bench", threads=torch.get_num_threads())
+    paths = pairs.kept_pair(pairs.SMOL)
     out = Path(tempfile.mkdtemp(prefix="bench-"))
     try:
-        done = measure(paths, out, args.repeats, args.mode)
+        for case in args.cases:
+            measure(bench, paths, out, case, args.rounds, chosen)
     finally:
         shutil.rmtree(out)
-    found = summary(done) | {"threads": torch.get_num_threads(), "torch": torch.__version__, "cpu": platform.machine()}
-    args.json.parent.mkdir(parents=True, exist_ok=True)
-    args.json.write_text(json.dumps(found, indent=1) + "\n")
-    print(f"one prompt of {N_TOKENS} tokens, 135M-shaped float32 pair, {found['mode']}, {found['threads']} threads")
-    print(table(found))
-    kept = found["ratio"]["median"] <= BAR
-    print(
-        f"median ratio {found['ratio']['median']:.2f}, bar {BAR:g}: {'kept' if kept else 'MISSED'}; figures in {args.json}"
-    )
-    return 0 if kept else 1
+    return bench.write(args.json)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import random
 import shutil
 import subprocess
@@ -22,7 +21,8 @@ import time
 from pathlib import Path
 from typing import Any, TextIO
 
-ROOT = Path(__file__).resolve().parents[2]
+from measured import ROOT, Bench
+
 sys.path.insert(0, str(ROOT / "tests" / "analysis"))
 BAR_MB = 1000
 N_LAYERS = 24
@@ -89,20 +89,21 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mb", type=float, default=1000, help="size of the file (default 1000)")
     parser.add_argument("--bar-mb", type=float, default=BAR_MB, help=f"most resident memory (default {BAR_MB})")
+    parser.add_argument("--json", type=Path, help="where the figures go (default .cache/bench/import.json)")
     args = parser.parse_args()
+    bench = Bench("import", "make bench-analysis")
     directory = Path(tempfile.mkdtemp(prefix="bench-import-"))
     try:
         found = measure(args.mb, directory)
     finally:
         shutil.rmtree(directory)
-    print(f"{platform.machine()}, {os.cpu_count()} CPUs, Python {platform.python_version()}")
-    print(
-        f"{found['file_mb']:.0f} MB of JSON, {found['cells']} cells: {found['seconds']:.0f} s ({found['cpu']:.0f} s of processor time), peak memory "
-        f"{found['peak_mb']:.0f} MB, tables of {found['out_mb']:.0f} MB"
+    note = (
+        f"{found['cells']} cells in {found['seconds']:.0f} s ({found['cpu']:.0f} s of processor time), tables of "
+        f"{found['out_mb']:.0f} MB"
     )
-    kept = found["peak_mb"] <= args.bar_mb
-    print(f"bar {args.bar_mb:g} MB: {'kept' if kept else 'MISSED'}")
-    return 0 if kept else 1
+    what = f"import of {found['file_mb']:.0f} MB of JSON, peak memory"
+    bench.add("import", what, [found["peak_mb"]], unit="MB", bar=args.bar_mb, note=note)
+    return bench.write(args.json)
 
 
 if __name__ == "__main__":

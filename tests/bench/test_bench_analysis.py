@@ -4,6 +4,7 @@ from pathlib import Path
 
 import bench_analysis
 import bench_import
+from measured import Bench, wrong_result
 
 
 def test_the_bench_asks_the_same_of_a_run_directory_and_of_json(tmp_path: Path) -> None:
@@ -15,6 +16,9 @@ def test_the_bench_asks_the_same_of_a_run_directory_and_of_json(tmp_path: Path) 
     assert all(s["median"] > 0 for s in found["seconds"].values())
     assert all(t > 1 for t in bench_analysis.times_faster(found).values())
     assert "times" in bench_analysis.table(found)
+    bench = Bench("analysis", "make bench-analysis", threads=2)
+    bench_analysis.report(bench, found)
+    assert wrong_result(bench.result()) == []
 
 
 def test_the_memory_of_an_import_does_not_grow_with_the_file(tmp_path: Path) -> None:

@@ -6,15 +6,35 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1] / "capture"))
 
 import bench_capture
+import pairs
+import pytest
+from measured import Bench, wrong_result
 
 
-def test_the_bench_times_floor_and_capture_and_shows_every_stage(tmp_path):
-    small = bench_capture.SHAPE | {"vocab": 400, "tokenizer_size": 400, "num_hidden_layers": 2, "hidden_size": 72}
-    paths = bench_capture.make_pair(tmp_path / "pair", small)
-    assert bench_capture.make_pair(tmp_path / "pair", {}) == paths  # made once
-    found = bench_capture.summary(bench_capture.measure(paths, tmp_path / "out", repeats=2))
-    assert found["repeats"] == 2
-    assert found["ratio"]["min"] > 0
-    assert {"open", "walk", "write"} <= found["stage_seconds"].keys()
-    assert found["walk_and_write_seconds"]["median"] <= found["stage_seconds"]["all"]["median"]
-    assert "ratio, walk + write" in bench_capture.table(found)
+@pytest.fixture(scope="session")
+def small(tmp_path_factory):
+    shape = pairs.SMOL | {"vocab": 400, "tokenizer_size": 400, "num_hidden_layers": 2, "hidden_size": 72}
+    return pairs.make_pair(tmp_path_factory.mktemp("bench") / "pair", shape)
+
+
+def test_the_bench_times_floor_and_capture_in_turns(small, tmp_path, monkeypatch):
+    monkeypatch.setitem(bench_capture.CASES, "64", (8, 2))
+    bench = Bench("capture", "make bench", threads=1)
+    bench_capture.measure(bench, small, tmp_path / "out", "64", rounds=2, chosen=["eager"])
+    result = bench.result()
+    assert wrong_result(result) == []
+    names = [f["name"] for f in result["figures"]]
+    assert {"64 eager", "64 without the lens", "64 eager, opening too"} == set(names)
+    assert all(f["rounds"] == 2 and 0 < f["low"] <= f["median"] <= f["high"] for f in result["figures"])
+
+
+def test_a_pair_is_made_once(small):
+    assert pairs.make_pair(small.base.parent, {}) == small
+
+
+def test_prompts_have_the_tokens_that_they_are_made_for():
+    from tiny import encode
+
+    prompts = pairs.prompts_of(64, 8)
+    assert {len(ids) for ids in encode(prompts)} == {64}
+    assert len(set(prompts)) == 8

@@ -1,0 +1,119 @@
+"""docs/benchmarks.json and docs/benchmarks.md, from the result files of the benches.
+
+    python tests/bench/page.py        take in all of .cache/bench/*.json, then write the page
+
+A result of a bench takes the place of the one before. The page is made of the JSON alone (`make docs` does it too), so that it
+can be made again anywhere.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from measured import CACHE, ROOT, met, wrong_result
+
+JSON = ROOT / "docs" / "benchmarks.json"
+PAGE = ROOT / "docs" / "benchmarks.md"
+TITLES = {  # in the page's order
+    "capture": "A capture against the bare floor",
+    "streaming": "Streamed against resident",
+    "rivals": "Against other programs, on the same pair and prompts",
+    "ray": "Ray's share of a sweep",
+    "analysis": "Questions",
+    "import": "Import of JSON",
+    "page": "The page",
+    "plan": "The plan",
+    "gpu": "On a GPU",
+}
+HEAD = """# Benchmarks
+
+Made by `make bench-docs` from docs/benchmarks.json, which collects what the commands below measured. Every ratio is of two things
+that one run did in turns on one machine (A B A B ...): the median of the rounds, and the least and the most. A bar is what was
+asked for; where it is missed, the page says so. The load is the number of processes that wanted to run, at the start and at the
+end: above the number of cores others worked on the machine, and figures in seconds, and the second digit of ratios, say little.
+"""
+NO_GPU = """
+## On a GPU
+
+`make bench-gpu` (tests/bench/bench_gpu.py) was **never run on a GPU**: none was at hand. It was only rehearsed on a CPU, with
+`--device cpu`, which shows that it runs and nothing about speed.
+"""
+
+
+def read(file: Path = JSON) -> list[dict[str, Any]]:
+    """All results, in the page's order."""
+    found: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))
+    order = list(TITLES)
+    return sorted(found, key=lambda r: order.index(r["bench"]))
+
+
+def benchmarks_page(results: Sequence[Mapping[str, Any]] | None = None) -> str:
+    """The whole page."""
+    results = read() if results is None else results
+    parts = [HEAD, *(_section(r) for r in results)]
+    if not any(r["bench"] == "gpu" for r in results):
+        parts.append(NO_GPU)
+    return "".join(parts)
+
+
+def _section(result: Mapping[str, Any]) -> str:
+    m = result["machine"]
+    facts = [m["gpu"], m["cpu"], f"{m['cores']} cores", f"{m['threads']} threads" if m["threads"] else "", f"{m['memory_gib']:g} GiB",
+             f"torch {m['torch']}", f"transformers {m['transformers']}", _load(m)]  # fmt: skip
+    rows = [_row(one) for one in result["figures"]]
+    notes = [f"- {one['what']}: {one['note']}" for one in result["figures"] if one["note"]]
+    text = [
+        f"\n## {TITLES[result['bench']]}\n",
+        f"`{result['command']}`, {result['date']}; {', '.join(filter(None, facts))}.\n",
+        "| what | over | bar | median | least to most | rounds | |\n|---|---|---|---|---|---|---|",
+        *rows,
+    ]
+    if notes:
+        text += ["", *notes]
+    return "\n".join(text) + "\n"
+
+
+def _load(m: Mapping[str, Any]) -> str:
+    if m["load_start"] is None:
+        return "load not noted"
+    return f"load {m['load_start']:g} to {m['load_end']:g}"
+
+
+def _row(one: Mapping[str, Any]) -> str:
+    unit = "x" if one["unit"] == "x" else f" {one['unit']}"
+    kept = met(one)
+    bar = "" if one["bar"] is None else f"{'at most' if one['want'] == 'most' else 'at least'} {one['bar']:g}{unit}"
+    spread = f"{one['low']:g} to {one['high']:g}" if one["rounds"] > 1 else ""
+    verdict = "" if kept is None else "met" if kept else "**MISSED**"
+    cells = (one["what"], one["over"], bar, f"{one['median']:g}{unit}", spread, str(one["rounds"]), verdict)
+    return f"| {' | '.join(cells)} |"
+
+
+def collect(known: Sequence[Mapping[str, Any]], files: Sequence[Path]) -> list[dict[str, Any]]:
+    """The results known, with those of the files in their place. Raises ValueError for a file that is not a result."""
+    found = {r["bench"]: dict(r) for r in known}
+    for file in files:
+        result = json.loads(file.read_text(encoding="utf-8"))
+        if faults := wrong_result(result):
+            raise ValueError(f"{file}: {'; '.join(faults)}")
+        if result["bench"] not in TITLES:
+            raise ValueError(f"{file}: unknown bench '{result['bench']}'")
+        found[result["bench"]] = result
+    return [found[name] for name in TITLES if name in found]
+
+
+def main() -> int:
+    files = sorted(CACHE.glob("*.json"))
+    results = collect(read() if JSON.exists() else [], files)
+    JSON.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    PAGE.write_text(benchmarks_page(results), encoding="utf-8")
+    print(f"{len(files)} result files taken in; wrote docs/benchmarks.json and docs/benchmarks.md")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,91 @@
+"""Results that are taken in agree with their schema, and the page is made of them alone."""
+
+import json
+
+import measured
+import page
+import pytest
+from measured import Bench, figure, in_turns, met, ratios, wrong_result
+
+
+def result(**fields):
+    bench = Bench("ray", "make bench-ray", threads=2)
+    bench.add("a", "what it is", [1.0, 3.0, 2.0], over="the floor", bar=2.0)
+    return bench.result() | fields
+
+
+def test_what_is_committed_agrees_with_the_schema():
+    results = page.read()
+    assert [fault for one in results for fault in wrong_result(one)] == []
+    assert len({one["bench"] for one in results}) == len(results)
+    assert page.PAGE.read_text(encoding="utf-8") == page.benchmarks_page(results), "run: make bench-docs"
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        ({"date": None}, "date is None"),
+        ({"figures": [{"name": "x"}]}, "lacks 'median'"),
+        ({"machine": {}}, "lacks 'cpu'"),
+        ({"more": 1}, "unknown key 'more'"),
+    ],
+)
+def test_a_result_that_does_not_agree_is_refused(change, fault, tmp_path):
+    assert any(fault in one for one in wrong_result(result(**change)))
+    file = tmp_path / "ray.json"
+    file.write_text(json.dumps(result(**change)))
+    with pytest.raises(ValueError, match=str(file)):
+        page.collect([], [file])
+
+
+def test_two_figures_of_one_name_are_refused():
+    one = result()
+    one["figures"] *= 2
+    assert wrong_result(one) == ["ray: two figures are named 'a'"]
+
+
+def test_a_new_result_takes_the_place_of_the_one_before(tmp_path):
+    file = tmp_path / "ray.json"
+    file.write_text(json.dumps(result(date="2030-01-01")))
+    found = page.collect([result(), result(bench="plan")], [file])
+    assert [(r["bench"], r["date"][:4] == "2030") for r in found] == [("ray", True), ("plan", False)]
+
+
+def test_the_page_tells_what_is_met_and_what_is_missed_and_where_it_was_measured():
+    one = result()
+    one["figures"] = [
+        figure("a", "kept", [1.0, 3.0, 2.0], over="the floor", bar=2.0),
+        figure("b", "too slow", [2.5], bar=2.0, note="a reason"),
+        figure("c", "enough", [11.0, 13.0], bar=12.0, want="least", unit="MB"),
+        figure("d", "just seen", [0.25], unit="s"),
+    ]
+    text = page.benchmarks_page([one])
+    assert "| kept | the floor | at most 2x | 2x | 1 to 3 | 3 | met |" in text
+    assert "| too slow |  | at most 2x | 2.5x |  | 1 | **MISSED** |" in text
+    assert "| enough |  | at least 12 MB | 12 MB | 11 to 13 | 2 | met |" in text
+    assert "| just seen |  |  | 0.25 s |  | 1 |  |" in text
+    assert "- too slow: a reason" in text
+    assert f"{one['machine']['cores']} cores" in text
+    assert "never run on a GPU" in text
+
+
+def test_a_bench_that_missed_a_bar_says_so_and_exits_with_1(tmp_path, capsys):
+    bench = Bench("ray", "make bench-ray")
+    bench.add("slow", "it", [3.0], bar=2.0)
+    assert bench.write(tmp_path / "ray.json") == 1
+    assert "MISSED: slow" in capsys.readouterr().out
+    assert wrong_result(json.loads((tmp_path / "ray.json").read_text())) == []
+
+
+def test_parts_run_in_turns_and_the_first_round_does_not_count():
+    order = []
+    seconds = in_turns({"a": lambda: order.append("a") or 1.0, "b": lambda: order.append("b")}, 2)
+    assert order == ["a", "b"] * 3
+    assert seconds["a"] == [1.0, 1.0]
+    assert len(seconds["b"]) == 2
+    assert all(s < 1 for s in seconds["b"])
+
+
+def test_a_figure_without_a_bar_is_neither_met_nor_missed():
+    assert met(figure("a", "it", ratios([4.0, 6.0], [2.0, 2.0]))) is None
+    assert measured.round_to(0.000123456) == 0.0001235
