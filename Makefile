@@ -61,6 +61,18 @@ bench: $(STAMP)  ## time a capture against the bare floor, a streamed pair again
 	 $(BIN)/python tests/bench/bench_streaming.py $(BENCH); b=$$?; \
 	 $(BIN)/python tests/bench/bench_ray.py; c=$$?; exit $$((a | b | c))
 
+# What a capture is compared with is installed apart, on top of .venv: nothing of it can change what tests and users run.
+RIVALS := .cache/rivals
+$(RIVALS)/.installed: $(STAMP)
+	@test -x $(RIVALS)/bin/python || $(BIN)/python -m venv $(RIVALS)
+	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])' > $$($(RIVALS)/bin/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')/pairscope.pth
+	@echo "installing nnsight, TransformerLens and AirLLM into $(RIVALS)"
+	@$(RIVALS)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt nnsight==0.8.1 transformer-lens==4.3.0 airllm==4.0.0
+	@touch $@
+
+bench-rivals: $(RIVALS)/.installed  ## time a capture against other programs on the same pair (some 20 minutes, 7 GB of disk)
+	@$(RIVALS)/bin/python tests/bench/bench_rivals.py $(BENCH)
+
 bench-docs: $(STAMP)  ## take all results of .cache/bench into docs/benchmarks.json, and make docs/benchmarks.md of it
 	@$(BIN)/python tests/bench/page.py
 

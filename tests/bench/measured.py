@@ -37,12 +37,16 @@ MACHINE = {"cpu": str, "cores": int, "threads": int, "memory_gib": (int, float),
            "load_end": (int, float, type(None)), "python": str, "torch": str, "transformers": str}  # fmt: skip
 
 
-def in_turns(parts: Mapping[str, Callable[[], float | None]], rounds: int, *, warm: int = 1) -> dict[str, list[float]]:
+def in_turns(
+    parts: Mapping[str, Callable[[], float | None]], rounds: int, *, warm: int | None = None
+) -> dict[str, list[float]]:
     """Run all parts one after the other, `rounds` times after `warm` rounds that do not count: A B C A B C ...
 
+    warm: one by default, none where there is one round only.
     A part returns its seconds, or None, and is then timed from outside. Returns each part's seconds, round by round.
     """
     seconds: dict[str, list[float]] = {name: [] for name in parts}
+    warm = min(1, rounds - 1) if warm is None else warm
     for turn in range(warm + rounds):
         for name, part in parts.items():
             gc.collect()
