@@ -56,10 +56,11 @@ lint: $(STAMP)  ## ruff and mypy
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
-bench: $(STAMP)  ## time a capture against the bare floor, a streamed pair against the same resident, and Ray's share (some 15 minutes)
+bench: $(STAMP)  ## time a capture against the bare floor, a streamed pair against the same resident, a hub's against its line, and Ray's share (some 20 minutes)
 	@$(BIN)/python tests/bench/bench_capture.py $(BENCH); a=$$?; \
 	 $(BIN)/python tests/bench/bench_streaming.py $(BENCH); b=$$?; \
-	 $(BIN)/python tests/bench/bench_ray.py; c=$$?; exit $$((a | b | c))
+	 $(BIN)/python tests/bench/bench_ray.py; c=$$?; \
+	 $(BIN)/python tests/bench/bench_hub.py; d=$$?; exit $$((a | b | c | d))
 
 # What a capture is compared with is installed apart, on top of .venv: nothing of it can change what tests and users run.
 RIVALS := .cache/rivals

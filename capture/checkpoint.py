@@ -264,6 +264,17 @@ class StreamedModel:
         if not self.whole and self.group.size == 1 and group not in self._ready:
             self.stored.announce(self._keys(group))
 
+    def announce_first(self, *, layer: bool) -> None:
+        """What is read before layers are, and layer 0."""
+        for group in (EMBEDDING, REST, HEAD, *([("layer", 0)] if layer else [])):
+            self.announce(group)
+
+    def cancel_first(self) -> None:
+        """Of these, what is not loaded yet."""
+        for group in (EMBEDDING, REST, HEAD, ("layer", 0)):
+            if group not in self.loaded:
+                self.cancel(group)
+
     def cancel(self, group: Any) -> None:
         """A group that was announced will not be loaded after all."""
         if not self.whole:

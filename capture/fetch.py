@@ -21,7 +21,7 @@ from capture.spool import Spool
 UNIT = 16 << 20  # bytes of small tensors that are fetched together
 GAP = 64 << 10  # bytes between two tensors that are rather fetched than left out
 PART = 4 << 20  # bytes of one request
-WINDOW = 256 << 20
+WINDOW = 512 << 20
 ALIGN = 64  # a tensor lies in memory as it lies in its file, so that kernels do on it what they do on a mapped file
 
 Span = tuple[RemoteFile, int, int]  # bytes start to stop of a file

@@ -95,18 +95,16 @@ class Pair:
     # -- entering ------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def begin(
-        self, batches: Sequence[Batch], *, mode: str = "streamed", spill: bool = False, first: int | None = None
-    ) -> None:
+    def begin(self, batches: Sequence[Batch], *, mode: str = "streamed", spill: bool = False) -> None:
         """Load the ends; make every batch's entering states; record every layer's arguments.
 
-        mode: one of footprint.MODES, for `walk`. spill: states of batches that are not at work wait in main memory. first:
-        the layer that the walk will probably begin with, which may be fetched meanwhile.
+        mode: one of footprint.MODES, for `walk`. spill: states of batches that are not at work wait in main memory.
         """
-        self.mode, self.batches, self.announced = mode, list(batches), first
+        self.mode, self.batches = mode, list(batches)
         self.home = Home(self.models["base"].device, spill=spill)
+        if mode == "sub-layer":
+            self._cancel_first()
         self.inside = [SubLayer(m) for m in self.unique()] if mode == "sub-layer" else []
-        self._announce_first()
         embeds = self._embed()
         for model in self.unique():
             for group in (REST, HEAD):
@@ -132,18 +130,10 @@ class Pair:
         self.slot_of = {p: firsts.index(first) for p, first in zip(names, first_of, strict=True)}
         self.states = [[entry[p] for p in firsts] for entry in entries]
 
-    def _announce_first(self) -> None:
-        """What is read before layers are, and the first of these: in sub-layer mode the ends are read by rows."""
-        first = [] if self.announced is None else [("layer", self.announced)]
-        for group in () if self.mode == "sub-layer" else (EMBEDDING, REST, HEAD, *first):
-            for model in self.unique():
-                model.announce(group)
-
-    def _cancel_first(self, start: int) -> None:
-        """The walk begins elsewhere."""
-        if self.announced not in (None, start):
-            for model in self.unique():
-                model.cancel(("layer", self.announced))
+    def _cancel_first(self) -> None:
+        """What was announced before it was known where the walk begins, and in which pieces weights are read."""
+        for model in self.unique():
+            model.cancel_first()
 
     def _embed(self) -> dict[str, list[Tensor]]:
         """Both models' embeddings of every batch. One table at a time, but for those that are unembeddings as well."""
@@ -209,7 +199,8 @@ class Pair:
         others go on. stop: asked before every batch's turn; KeyboardInterrupt where it says True. A state is good until the
         next is asked for.
         """
-        self._cancel_first(start)
+        if start:
+            self._cancel_first()
         end = self.n_layers if last is None else last + 1
         if start == 0:
             for b, slots in enumerate(self.states):

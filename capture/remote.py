@@ -38,6 +38,7 @@ class Source:
         self._snapshots: dict[RemoteFile, Path] = {}
         self._folders: list[tempfile.TemporaryDirectory[str]] = []
         self._fetcher: Any = None
+        self._hasher: Any = None
         self.kept = 0  # files put into the hub's cache
 
     def stand_in(self, snapshot: Path, missing: Sequence[RemoteFile]) -> Path | None:
@@ -110,12 +111,17 @@ class Source:
         """What fetches; made with torch, when the first tensor is asked for."""
         if self._fetcher is None:
             from capture.fetch import Fetcher
-            from capture.spool import Spool
+            from capture.spool import Hasher, Spool
 
             self._fetcher = Fetcher(self.ranges)
-            for file, snapshot in self._snapshots.items():
-                if (spool := Spool.open(file, snapshot)) is not None:
+            for path, file in self.files.items():
+                if file in self._snapshots and (spool := Spool.open(file, self._snapshots[file])) is not None:
                     self._fetcher.spools[file] = spool
+                    with open(path, "rb") as stream:  # the header has passed already
+                        length = stream.read(8)
+                        spool.write(0, memoryview(length + stream.read(int.from_bytes(length, "little"))))
+            if self._fetcher.spools:
+                self._hasher = Hasher(list(self._fetcher.spools.values()))
         return self._fetcher
 
     def opened(self, path: str, key: str, local: Any) -> Any:
@@ -187,6 +193,8 @@ class Source:
         self.ranges.close()
         if self._fetcher is not None:
             self._fetcher.close()
+            if self._hasher is not None:
+                self._hasher.close()
             for spool in self._fetcher.spools.values():
                 spool.pause()
         for folder in self._folders:

@@ -14,7 +14,7 @@ import json
 import logging
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,9 @@ class Spool:
         self.note = part.with_name(part.name + ".json")
         self._fd: int | None = fd
         self._have = have  # ranges [start, stop) that are there, rising, apart
+        # SHA-256; of a file that the hub keeps in git, the SHA-1 that git gives it
+        self._sha: Any = hashlib.sha256() if file.sha256 else hashlib.sha1(b"blob %d\0" % file.size)
+        self._hashed, self._hashing = 0, threading.Lock()
         self._lock = threading.RLock()  # held while the file is used: a number of a closed file may be another's
 
     @classmethod
@@ -110,7 +113,8 @@ class Spool:
         """
         if self._fd is None or self.missing:
             return False
-        found = self._digest()
+        self.hash()
+        found = str(self._sha.hexdigest())
         if found != (self.file.sha256 or self.file.etag):
             self.discard()
             raise CheckpointError(
@@ -119,7 +123,6 @@ class Spool:
             )
         blob = self.part.with_name(str(self.file.etag))
         try:
-            os.fsync(self._fd)
             os.replace(self.part, blob)
             self.pointer.parent.mkdir(parents=True, exist_ok=True)
             with contextlib.suppress(FileExistsError):
@@ -150,22 +153,44 @@ class Spool:
             self.part.unlink()
         self._close()
 
-    def _digest(self) -> str:
-        """SHA-256 of the file; of one that the hub keeps in git, the SHA-1 that git gives it."""
-        sha: Any = hashlib.sha256() if self.file.sha256 else hashlib.sha1(b"blob %d\0" % self.file.size)
-        buffer = memoryview(bytearray(min(BLOCK, self.file.size)))
-        at = 0
-        assert self._fd is not None
-        while at < self.file.size and (n := os.preadv(self._fd, [buffer], at)):
-            sha.update(buffer[:n])
-            at += n
-        return str(sha.hexdigest())
+    def hash(self) -> None:
+        """Go on with the hash, as far as bytes are there in order: of a long file most is done once the last of them comes."""
+        with self._hashing:
+            buffer = memoryview(bytearray(BLOCK))
+            while True:
+                with self._lock:
+                    end = self._have[0][1] if self._have and self._have[0][0] == 0 else 0
+                    if self._fd is None or end <= self._hashed:
+                        return
+                    n = os.preadv(self._fd, [buffer[: end - self._hashed]], self._hashed)
+                if n == 0:
+                    return
+                self._sha.update(buffer[:n])
+                self._hashed += n
 
     def _close(self) -> None:
         with self._lock:
             fd, self._fd = self._fd, None
         if fd is not None:
             os.close(fd)
+
+
+class Hasher:
+    """A thread that hashes what has come of the spools, while the rest is on its way."""
+
+    def __init__(self, spools: Sequence[Spool]) -> None:
+        self.spools, self.stop = spools, threading.Event()
+        self.thread = threading.Thread(target=self._work, name="hash", daemon=True)
+        self.thread.start()
+
+    def _work(self) -> None:
+        while not self.stop.wait(0.1):
+            for spool in self.spools:
+                spool.hash()
+
+    def close(self) -> None:
+        self.stop.set()
+        self.thread.join()
 
 
 def _joined(ranges: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:

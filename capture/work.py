@@ -129,6 +129,7 @@ class Work:
         self.report(Progress(entry.name, "open", message="opening both models"))
         self.tokenizer = load_tokenizer(entry, self.resolved.tokenizer_dir)
         self.tracked = tracked_tokens(entry, self.tokenizer)
+        self._open_source()
         base = self._model("base", self.resolved.base)
         same = self.resolved.base.revision == self.resolved.sft.revision
         sft = base if same else self._model("sft", self.resolved.sft)
@@ -137,15 +138,14 @@ class Work:
         check_ids(self.prompts, sizes, self.tracked)
         for model in (base, sft):
             check_lengths(model, self.prompts.longest)
+        self.pair = Pair(base, sft, entry.passes)
         self.ids = [item.ids for item in self.prompts.items]
         self.batches = make_batches(self.ids, entry.batching, self.device, probe=entry.noise_floor)
-        self.pair = Pair(base, sft, entry.passes)
         self.layers = plan_layers(entry.layers, base.n_layers, "layers")
         self.lens = self._lens_plan(base, sft, len(self.tokenizer))
         self.mode = self._choose_mode()
         self.lens.tile_bytes = self.mode.tile_bytes
-        first = max(0, layers_of(self.pair, self.relay)[0])
-        self.pair.begin(self.batches, mode=self.mode.mode, spill=self.mode.spill, first=first)
+        self.pair.begin(self.batches, mode=self.mode.mode, spill=self.mode.spill)
         for b, batch in enumerate(self.batches):
             if self.mode.parts > 1 and len(batch.items) > 1:
                 self.pair.split(Split(0, b, min(self.mode.parts, len(batch.items))))
@@ -155,7 +155,7 @@ class Work:
         """Compare what each mode needs with what is free, before anything large is loaded."""
         entry, pair = self.entry, self.pair
         first, last = layers_of(pair, self.relay)
-        promise = Promise(entry, pair.unique(), self._fetching(), range(max(first, 0), last + 1))
+        promise = Promise(entry, pair.unique(), self.choice, range(max(first, 0), last + 1))
         spectra = len(entry.comparisons) if entry.spectrum else 0
         measure = Measure(pair, self.batches, self.lens, entry.passes, len(entry.comparisons), spectra)
         most = 1 if self.group.size > 1 else max(len(b.items) for b in self.batches)
@@ -163,17 +163,18 @@ class Work:
         log.info("mode %s: %s", choice.mode, choice.why)
         return choice
 
-    def _fetching(self) -> DeviceChoice:
-        """The device, less what weights take that are on their way to it from the hub, where they come through its memory."""
+    def _open_source(self) -> None:
+        """Weights that come from the hub wait in memory until they are used; where that is the device's, so much less is free."""
         if self.source is None:
-            return self.choice
+            return
         on_host = self.device.type == "cpu"
         window = self.source.open(self.choice.free_bytes // 8 if on_host else None, pin=not on_host)
-        return replace(self.choice, free_bytes=self.choice.free_bytes - window) if on_host else self.choice
+        if on_host:
+            self.choice = replace(self.choice, free_bytes=self.choice.free_bytes - window)
 
     def _model(self, label: str, files: ModelFiles) -> StreamedModel:
         kwargs = {k: v for k, v in self.entry.model_kwargs.items() if k not in ("token", "revision")}
-        return StreamedModel(
+        model = StreamedModel(
             files.path,
             label=label,
             dtype=self.entry.dtype,
@@ -184,6 +185,9 @@ class Work:
             group=self.group,
             source=self.resolved.source if files.remote else None,
         )
+        if self.entry.mode != "sub-layer":  # else the ends are read by rows, and layers matrix by matrix
+            model.announce_first(layer=self.relay.index == 0)
+        return model
 
     def _lens_plan(self, base: StreamedModel, sft: StreamedModel, n_tokens: int) -> LensPlan:
         lens = self.entry.lens

@@ -1,0 +1,178 @@
+"""A capture whose weights come from a hub of a given bandwidth, against the time that their bytes take at that bandwidth.
+
+    python tests/bench/bench_hub.py [--mb-per-s 200] [--rounds 2] [--layers 12]
+
+The hub is tests/e2e/local_hub.py in a process of its own, on loopback, throttled; every round begins with an empty cache, in memory
+where there is room (/dev/shm), as a disk may be slower than the network. The
+pair is made of random wide layers and the prompts are few, so that reading dominates; the lens is off. Compared is a whole
+capture, from the config to the tables, for each value of `weights`. The bare line beside it is the same bytes fetched by the
+same code with nothing computed: what this machine serves and receives at all. Exits 1 where the median of `stream` or `cache`
+is above the bar.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import zlib
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+CACHE = ROOT / ".cache" / "bench"
+BAR = 1.15
+SHAPE: dict[str, Any] = {
+    "vocab": 4096,
+    "tokenizer_size": 4096,
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 256,
+    "attention_bias": False,
+    "mlp_bias": False,
+}
+
+
+def capture(weights: str, home: Path) -> dict[str, Any]:
+    """Seconds of one capture into an empty cache, and what it says of itself."""
+    from huggingface_hub import constants
+
+    from capture.config import Entry, Lens
+    from capture.run import capture_pair
+
+    constants.HF_HUB_CACHE = str(home / "hub")
+    entry = Entry(
+        name="bench", base_model="org/base", sft_model="org/sft", tokenizer="org/base", prompts=("A few words.",), device="cpu",
+        mode="streamed", weights=weights, lens=Lens(enabled=False), noise_floor=False,  # type: ignore[arg-type]
+    )  # fmt: skip
+    began = time.perf_counter()
+    result = capture_pair(entry, str(home / "out"), force=True)
+    seconds = time.perf_counter() - began
+    document = json.loads((Path(result.path) / "capture.json").read_text())
+    return {"seconds": seconds, "stages": document["seconds"], "from_the_hub": document["from_the_hub"]}
+
+
+def bare() -> float:
+    """Seconds that the weights take with nothing computed."""
+    from huggingface_hub import HfApi
+
+    from capture.fetch import Fetcher
+    from capture.ranges import Ranges, RemoteFile
+
+    spans = []
+    for repo in ("org/base", "org/sft"):
+        info = HfApi().model_info(repo, files_metadata=True)
+        for one in info.siblings or []:
+            if one.rfilename.endswith(".safetensors") and one.size and info.sha and one.lfs:
+                file = RemoteFile(repo, info.sha, one.rfilename, one.size, one.lfs.sha256, one.lfs.sha256)
+                spans += [(file, at, min(at + (64 << 20), file.size)) for at in range(0, file.size, 64 << 20)]
+    fetcher = Fetcher(Ranges())
+    began = time.perf_counter()
+    fetcher.announce(spans)
+    for span in spans:
+        fetcher.take(span)
+    seconds = time.perf_counter() - began
+    fetcher.close()
+    return seconds
+
+
+def cache_folder(nbytes: int) -> Path:
+    """Where the empty caches lie: in memory where there is room, so that the network is measured and not this disk."""
+    memory = Path("/dev/shm")
+    return memory if memory.is_dir() and shutil.disk_usage(memory).free > 2 * nbytes else CACHE
+
+
+def measure(rounds: int, nbytes: int, mb_per_s: float, ways: list[str]) -> dict[str, Any]:
+    """Seconds of each way and of the bare fetching, in turns; ratios over bytes / bandwidth."""
+    least = nbytes / (mb_per_s * 1e6)
+    found: dict[str, list[dict[str, Any]]] = {way: [] for way in ways}
+    alone: list[float] = []
+    for _ in range(rounds):
+        alone.append(bare())
+        for way in ways:
+            home = Path(tempfile.mkdtemp(prefix="bench-hub-", dir=cache_folder(nbytes)))
+            try:
+                found[way].append(capture(way, home))
+            finally:
+                shutil.rmtree(home, ignore_errors=True)
+    return {
+        "bytes": nbytes,
+        "mb_per_s": mb_per_s,
+        "cache_in_memory": cache_folder(nbytes) != CACHE,
+        "least_seconds": least,
+        "bare": {"seconds": alone, "ratio": statistics.median(alone) / least},
+        "ways": {
+            way: {
+                "seconds": [one["seconds"] for one in of],
+                "stages": [one["stages"] for one in of],
+                "from_the_hub": of[-1]["from_the_hub"],
+                "ratio": statistics.median(one["seconds"] for one in of) / least,
+            }
+            for way, of in found.items()
+        },
+        "bar": BAR,
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mb-per-s", type=float, default=200.0, help="bandwidth of the hub (default 200)")
+    parser.add_argument("--rounds", type=int, default=2, help="captures of each kind (default 2)")
+    parser.add_argument(
+        "--layers", type=int, default=SHAPE["num_hidden_layers"], help="layers of each model (default 12)"
+    )
+    parser.add_argument(
+        "--ways", nargs="+", default=["stream", "cache", "download"], help="values of weights to measure"
+    )
+    parser.add_argument("--json", type=Path, default=CACHE / "bench_hub.json", help="where the figures go")
+    args = parser.parse_args()
+
+    sys.path[:0] = [str(ROOT / "tests" / "capture"), str(ROOT / "tests" / "bench")]
+    shape = SHAPE | {"num_hidden_layers": args.layers}
+    folder = CACHE / f"wide-{zlib.crc32(json.dumps(shape).encode()):08x}"  # a hub of one owner, `org`
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [
+        sys.executable,
+        str(ROOT / "tests" / "e2e" / "local_hub.py"),
+        str(folder),
+        "--mb-per-s",
+        str(args.mb_per_s),
+    ]
+    hub = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert hub.stdout is not None
+        os.environ |= {"HF_ENDPOINT": hub.stdout.readline().strip(), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1",
+                       "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_TOKEN": ""}  # fmt: skip
+        import torch
+        import transformers.models.llama.modeling_llama  # noqa: F401  its import is no part of a capture
+        from bench_capture import make_pair
+
+        paths = make_pair(folder / "org", shape)
+        nbytes = sum(f.stat().st_size for p in (paths.base, paths.sft) for f in p.glob("*.safetensors"))
+        found = measure(args.rounds, nbytes, args.mb_per_s, args.ways)
+    finally:
+        hub.kill()
+        hub.wait()
+    found |= {"threads": torch.get_num_threads(), "torch": torch.__version__, "cores": os.cpu_count()}
+    args.json.parent.mkdir(parents=True, exist_ok=True)
+    args.json.write_text(json.dumps(found, indent=1) + "\n")
+    print(f"{nbytes / 1e9:.2f} GB at {args.mb_per_s:g} MB/s: {found['least_seconds']:.2f} s at least")
+    print(f"{'weights':10} {'seconds':24} ratio")
+    for name, of in (("(bare)", found["bare"]), *found["ways"].items()):
+        print(f"{name:10} {', '.join(f'{s:.2f}' for s in of['seconds']):24} {of['ratio']:.2f}")
+    missed = [way for way in ("stream", "cache") if way in found["ways"] and found["ways"][way]["ratio"] > BAR]
+    print(f"bar {BAR:g}: {'MISSED by ' + ', '.join(missed) if missed else 'kept'}; figures in {args.json}")
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
