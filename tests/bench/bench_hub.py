@@ -16,17 +16,19 @@ import argparse
 import json
 import os
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 import zlib
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
-CACHE = ROOT / ".cache" / "bench"
+from measured import CACHE, ROOT, Bench, in_turns
+from pairs import make_pair
+
 BAR = 1.15
 SHAPE: dict[str, Any] = {
     "vocab": 4096,
@@ -91,36 +93,31 @@ def cache_folder(nbytes: int) -> Path:
     return memory if memory.is_dir() and shutil.disk_usage(memory).free > 2 * nbytes else CACHE
 
 
-def measure(rounds: int, nbytes: int, mb_per_s: float, ways: list[str]) -> dict[str, Any]:
-    """Seconds of each way and of the bare fetching, in turns; ratios over bytes / bandwidth."""
+def measure(bench: Bench, rounds: int, nbytes: int, mb_per_s: float, ways: Sequence[str]) -> None:
+    """Each way and the bare fetching, in turns, over bytes / bandwidth."""
     least = nbytes / (mb_per_s * 1e6)
-    found: dict[str, list[dict[str, Any]]] = {way: [] for way in ways}
-    alone: list[float] = []
-    for _ in range(rounds):
-        alone.append(bare())
-        for way in ways:
-            home = Path(tempfile.mkdtemp(prefix="bench-hub-", dir=cache_folder(nbytes)))
-            try:
-                found[way].append(capture(way, home))
-            finally:
-                shutil.rmtree(home, ignore_errors=True)
-    return {
-        "bytes": nbytes,
-        "mb_per_s": mb_per_s,
-        "cache_in_memory": cache_folder(nbytes) != CACHE,
-        "least_seconds": least,
-        "bare": {"seconds": alone, "ratio": statistics.median(alone) / least},
-        "ways": {
-            way: {
-                "seconds": [one["seconds"] for one in of],
-                "stages": [one["stages"] for one in of],
-                "from_the_hub": of[-1]["from_the_hub"],
-                "ratio": statistics.median(one["seconds"] for one in of) / least,
-            }
-            for way, of in found.items()
-        },
-        "bar": BAR,
-    }
+    stages: dict[str, dict[str, float]] = {}
+
+    def one(way: str) -> float:
+        home = Path(tempfile.mkdtemp(prefix="bench-hub-", dir=cache_folder(nbytes)))
+        try:
+            found = capture(way, home)
+        finally:
+            shutil.rmtree(home, ignore_errors=True)
+        stages[way] = found["stages"]
+        return float(found["seconds"])
+
+    parts: dict[str, Callable[[], float]] = {"bare": bare} | {way: partial(one, way) for way in ways}
+    seconds = in_turns(parts, rounds, warm=0)
+    over = f"{nbytes / 1e9:.2f} GB at {mb_per_s:g} MB/s"
+    where = "in memory" if cache_folder(nbytes) != CACHE else "on disk"
+    bench.add("bare", "the same bytes fetched, nothing computed", [s / least for s in seconds["bare"]], over=over)
+    for way in ways:
+        said = ", ".join(f"{stage} {value:.1f} s" for stage, value in stages[way].items())
+        bench.add(
+            way, f"a whole capture, weights: {way}", [s / least for s in seconds[way]], over=over,
+            bar=None if way == "download" else BAR, note=f"the cache is empty and {where}; {said}",
+        )  # fmt: skip
 
 
 def main() -> int:
@@ -133,10 +130,10 @@ def main() -> int:
     parser.add_argument(
         "--ways", nargs="+", default=["stream", "cache", "download"], help="values of weights to measure"
     )
-    parser.add_argument("--json", type=Path, default=CACHE / "bench_hub.json", help="where the figures go")
+    parser.add_argument("--threads", type=int, default=None, help="threads of torch (default: as torch chooses)")
+    parser.add_argument("--json", type=Path, help="where the figures go (default .cache/bench/hub.json)")
     args = parser.parse_args()
 
-    sys.path[:0] = [str(ROOT / "tests" / "capture"), str(ROOT / "tests" / "bench")]
     shape = SHAPE | {"num_hidden_layers": args.layers}
     folder = CACHE / f"wide-{zlib.crc32(json.dumps(shape).encode()):08x}"  # a hub of one owner, `org`
     folder.mkdir(parents=True, exist_ok=True)
@@ -154,24 +151,17 @@ def main() -> int:
                        "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_TOKEN": ""}  # fmt: skip
         import torch
         import transformers.models.llama.modeling_llama  # noqa: F401  its import is no part of a capture
-        from bench_capture import make_pair
 
+        if args.threads:
+            torch.set_num_threads(args.threads)
         paths = make_pair(folder / "org", shape)
         nbytes = sum(f.stat().st_size for p in (paths.base, paths.sft) for f in p.glob("*.safetensors"))
-        found = measure(args.rounds, nbytes, args.mb_per_s, args.ways)
+        bench = Bench("hub", "make bench", threads=torch.get_num_threads())
+        measure(bench, args.rounds, nbytes, args.mb_per_s, args.ways)
     finally:
         hub.kill()
         hub.wait()
-    found |= {"threads": torch.get_num_threads(), "torch": torch.__version__, "cores": os.cpu_count()}
-    args.json.parent.mkdir(parents=True, exist_ok=True)
-    args.json.write_text(json.dumps(found, indent=1) + "\n")
-    print(f"{nbytes / 1e9:.2f} GB at {args.mb_per_s:g} MB/s: {found['least_seconds']:.2f} s at least")
-    print(f"{'weights':10} {'seconds':24} ratio")
-    for name, of in (("(bare)", found["bare"]), *found["ways"].items()):
-        print(f"{name:10} {', '.join(f'{s:.2f}' for s in of['seconds']):24} {of['ratio']:.2f}")
-    missed = [way for way in ("stream", "cache") if way in found["ways"] and found["ways"][way]["ratio"] > BAR]
-    print(f"bar {BAR:g}: {'MISSED by ' + ', '.join(missed) if missed else 'kept'}; figures in {args.json}")
-    return 1 if missed else 0
+    return bench.write(args.json)
 
 
 if __name__ == "__main__":

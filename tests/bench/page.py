@@ -21,8 +21,10 @@ PAGE = ROOT / "docs" / "benchmarks.md"
 TITLES = {  # in the page's order
     "capture": "A capture against the bare floor",
     "streaming": "Streamed against resident",
+    "hub": "Straight from a hub",
     "rivals": "Against other programs, on the same pair and prompts",
     "ray": "Ray's share of a sweep",
+    "storage": "Bytes of the tables",
     "analysis": "Questions",
     "import": "Import of JSON",
     "page": "The page",
