@@ -48,7 +48,7 @@ test: $(STAMP)  ## all tests, but for the slow ones and those that need a GPU
 slow: $(STAMP)  ## the slow tests of the packages: spans over two Ray nodes, groups of four ranks (some minutes)
 	@$(BIN)/python -m pytest -m "slow and not gpu" tests/capture tests/cluster
 
-rehearsal: $(STAMP)  ## the whole cluster on this machine: a fake Vast, real sshd hosts, real Ray (root; some ten minutes)
+rehearsal: $(STAMP)  ## the whole cluster on this machine: a fake Vast, real sshd hosts, real Ray (root; half an hour)
 	@$(BIN)/python -m pytest tests/e2e
 
 lint: $(STAMP)  ## ruff and mypy

@@ -25,7 +25,6 @@ from capture.layout import MARKER, RunDir
 from capture.run import capture_pair
 from capture.show import Show
 from cluster.collect import Collector
-from cluster.collect_errors import UnreachableError
 from cluster.collect_source import StoreSource
 
 ROOT = Path(__file__).parents[2]
@@ -128,8 +127,8 @@ def test_a_store_that_stays_broken_is_one_error_and_leaves_no_marker(far: Far, h
 def test_a_transfer_from_a_store_that_breaks_off_goes_on_where_it_was(far: Far, home: RunDir, store: Store) -> None:
     far.capture("one", rows=4000)
     total = len(store.objects[prompts()])
-    store.fault(r"GET .*prompts", "half", after=1)
-    with pytest.raises(UnreachableError, match="broke off"):
+    store.fault(r"GET .*prompts", 403, after=1)  # at once; what is worth asking again is asked for six seconds
+    with pytest.raises(StoreError, match="broke off"):
         collector(far, home).round()
     (part,) = Path(home.root).glob(".incoming/*/*/prompts.parquet")
     assert 0 < part.stat().st_size < total
@@ -159,7 +158,7 @@ def test_a_cluster_goes_down_once_all_is_at_home_from_the_store(
     monkeypatch.setattr(follow_module, "FIRST_PAUSE_S", 0.01)
     far.capture("one")
     far.note(("one", "complete", ID), out=far.run.out)
-    store.fault(r"GET .*_COMPLETE", 503, times=40)  # more than a client asks by itself
+    store.fault(r"GET .*_COMPLETE", 503, times=32)  # more than a client asks by itself
     run = Run(far, tmp_path / "home", once=False, teardown=True)
     assert (run(), run.down) == (0, 1)
     assert "trying again in" in run.said
@@ -221,18 +220,11 @@ def test_a_capture_whose_store_fails_it_at_the_end_goes_on_where_it_was(
     assert not [key for key in store.objects if "/spans/" in key]
     Collector(StoreSource(store.uri("run"), None), home, Show(stream=io.StringIO(), live=False)).round()
     check(home, ["pydoc"])
-
-
-def test_a_store_that_does_not_say_whether_a_capture_is_complete_is_no_reason_to_make_it_again(
-    tmp_path: Path, store: Store
-) -> None:
-    (one,) = load_config(str(entry(tmp_path))).entries()
-    assert capture_pair(one, store.uri("run")).state == "complete"
     store.fault(r"_COMPLETE", 503)
     store.calls.clear()
     with pytest.raises(StoreError, match=r"cannot read .*_COMPLETE.*HTTP status 503"):
         capture_pair(one, store.uri("run"))
-    assert not [call for call in store.calls if call.startswith(("PUT", "POST", "DELETE"))]
+    assert not [call for call in store.calls if call.startswith(("PUT", "POST", "DELETE"))], "it is not made again"
 
 
 @pytest.mark.slow

@@ -74,6 +74,49 @@ def test_bad_input_is_one_line_and_rents_nothing(
     assert fake.live() == []
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("change", "environment", "said"),
+    [
+        ({}, {"VAST_API_KEY": ""}, "VastKeyError: no Vast API key found; make one at"),
+        (
+            {},
+            {"VAST_API_KEY": "read-only", "VAST_HEAD_API_KEY": "full-rights"},
+            "the API key lacks the right to do that",
+        ),
+        ({"offers": {"image": "x", "min_inet_down": 9000}}, {}, "excluded most by min_inet_down 9000 Mb/s: 6"),
+        (
+            {"image_versions": {"ray": "2.1.0"}},
+            {},
+            "VersionError: this machine differs from what provider: image_versions",
+        ),
+        ({"max_total_dollars": -1}, {}, "'max_total_dollars' must be a number above 0"),
+    ],
+)
+def test_more_bad_input_is_one_line_and_rents_nothing(
+    fake: Fake, tmp_path: Path, change: dict[str, Any], environment: dict[str, str], said: str
+) -> None:
+    test_bad_input_is_one_line_and_rents_nothing(fake, tmp_path, change, environment, said)
+
+
+@pytest.mark.slow
+def test_a_second_ray_up_that_would_change_the_head_and_one_of_somebody_else_are_refused(
+    fake: Fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rent_head(fake, tmp_path, monkeypatch)
+    more_disk = {"offers": config()["provider"]["offers"] | {"disk_gb": 300}}
+    (tmp_path / "elsewhere").mkdir()
+    for folder, change, said in (
+        (tmp_path, more_disk, "cannot be changed in this: rtx4090: disk_gb was 200, is 300"),
+        (tmp_path / "elsewhere", {}, "is in use by a cluster that was not made from this machine"),
+    ):
+        done = ray(fake, folder, change, ["up", "-y", "FILE"])
+        assert done.returncode != 0
+        assert said in " ".join((done.stdout + done.stderr).split())
+        assert "Traceback" not in done.stdout + done.stderr
+        assert len(fake.live()) == 1
+
+
 def test_options_before_the_command_do_not_hide_it(fake: Fake, tmp_path: Path) -> None:
     wrong = {"image_versions": {"python": "3.9"}}
     done = ray(fake, tmp_path, wrong, ["--logging-level", "info", "up", "-y", "FILE"])
