@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 
 WORK = "capture.run:capture_pair"  # module:function with the signature of capture_pair
 SMALLER_TILES = 4
+MOST_NODES = 5
 SMALLER_MODES = ("streamed", "streamed-2", "sub-layer")  # each takes less memory than the one before
 PROBE_BYTES = 16384  # an empty file can be made on a full disk
 _MANIFEST_FROM_RESULT = ("capture", "gpu", "mode", "n_prompts", "n_tokens", "peak_memory_bytes", "planned_memory_bytes")
@@ -49,6 +50,7 @@ class Try:
     mode: str | None = None
     deaths: int = 0
     losses: int = 0
+    nodes: int = 0  # that were taken away under it; like the two before it, since its last step forward
 
     def apply(self, entry: Entry) -> Entry:
         return entry.model_copy(update={"mode": self.mode}) if self.mode else entry
@@ -59,6 +61,7 @@ class Try:
         parts = [f"tiles divided by {self.tile_divisor}"] if self.tile_divisor > 1 else []
         parts += [f"mode {self.mode}"] if self.mode else []
         parts += ["again, after its worker died"] if self.deaths else []
+        parts += [f"again, after {self.nodes} node{'s' * (self.nodes != 1)} went"] if self.nodes else []
         parts += ["again, layers first that were lost with their node"] if self.losses else []
         return ", ".join(parts)
 
@@ -76,6 +79,7 @@ class Outcome:
     bug: bool = False
     out_of_memory: bool = False
     died: bool = False
+    node_gone: bool = False  # it died with its whole machine
     handover: Handover | None = None  # of a worker whose layers others go on behind
     lost_span: int | None = None  # whose handover was gone when it was needed
     tidy: bool = False  # the worker's process holds no more than a new one, and can go on with another entry
@@ -91,7 +95,8 @@ INTERRUPTED = Outcome("interrupted", {"error_class": "Interrupted", "error": "st
 
 def next_try(tried: Try, entry: Entry, outcome: Outcome) -> Try | None:
     """What to try after a failure: out of memory goes to smaller tiles, then to modes that take less; a dead worker gets
-    one more, and so does what was lost."""
+    one more, and so does what was lost; where the whole machine went, as interruptible ones do, the entry is not to blame, and gets
+    MOST_NODES in all."""
     if outcome.state != "failed":
         return None
     if outcome.out_of_memory:
@@ -100,7 +105,9 @@ def next_try(tried: Try, entry: Entry, outcome: Outcome) -> Try | None:
         mode = _smaller_mode(tried.apply(entry))
         return replace(tried, mode=mode) if mode else None
     if outcome.lost_span is not None:  # a node that goes takes its worker and what it had handed over: two failures
-        return replace(tried, losses=1) if tried.losses == 0 else None
+        return replace(tried, losses=tried.losses + 1) if tried.losses <= tried.nodes else None
+    if outcome.node_gone:
+        return replace(tried, nodes=tried.nodes + 1) if tried.nodes + 1 < MOST_NODES else None
     return replace(tried, deaths=1) if outcome.died and tried.deaths == 0 else None
 
 

@@ -205,7 +205,7 @@ class Loop:
         job.sent[span] = brought_home(crew.sent, crew.place["node_id"])
         self._dismiss(job, span)
         if span > job.furthest:
-            job.furthest, job.tried = span, replace(job.tried, deaths=0, losses=0)
+            job.furthest, job.tried = span, replace(job.tried, deaths=0, losses=0, nodes=0)
         at = crew.sent.handover.done[-1].last
         self.show.event(job.name, f"layers {span + 1} of {job.spans} are done, up to layer {at}")
         if job.crew is None:

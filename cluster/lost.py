@@ -35,4 +35,4 @@ def lost(error: RayError, crew: Crew) -> Outcome:
         detail = "the worker process was killed or crashed; if memory was short, try --jobs 1 or mode: streamed"
     where = f" on {crew.place['node']}" if crew.place is not None else ""
     fields = {"error_class": WorkerDiedError.__name__, "error": f"lost the worker{where}: {detail}"[:2000]}
-    return Outcome("failed", fields, out_of_memory=memory, died=True)
+    return Outcome("failed", fields, out_of_memory=memory, died=True, node_gone="its node has died" in text)

@@ -9,10 +9,13 @@ from typing import Any
 import fake_work
 import pytest
 from fake_work import make_entry, quiet
+from ray.exceptions import RayActorError
 
-from capture.attempt import run_entry
+from capture.attempt import MOST_NODES, Outcome, Try, next_try, run_entry
 from capture.config import Entry
 from capture.layout import RunDir
+from cluster.crew import Crew
+from cluster.lost import lost
 from cluster.sweep import run_sweep
 
 Rows = list[dict[str, Any]]
@@ -121,3 +124,24 @@ def test_a_stop_in_this_process_leaves_an_interrupted_row(tmp_path: Path) -> Non
     row, outcome = run_entry(make_entry(), RunDir(str(tmp_path)), work="fake_work:obliging", stop=lambda: True)
     assert outcome.state == row["state"] == "interrupted"
     assert rows(tmp_path) == [row]
+
+
+def test_an_entry_is_not_to_blame_for_machines_that_are_taken_away_and_gets_several() -> None:
+    """As an interruptible one is; a worker that dies by itself is tried once more."""
+    text = "The actor died because its node has died. Node Id: ab the actor's node was terminated unexpectedly"
+    crew = Crew.__new__(Crew)
+    crew.place = None
+    gone, died = (lost(RayActorError(error_msg=said), crew) for said in (text, "The actor exited by SIGKILL"))
+    assert (gone.node_gone, died.node_gone, gone.died, died.died) == (True, False, True, True)
+    tried, tries = Try(), 1
+    while (following := next_try(tried, make_entry(), gone)) is not None:
+        tried, tries = following, tries + 1
+    assert tries == MOST_NODES
+    assert tried.note == f"again, after {MOST_NODES - 1} nodes went"
+    tried = next_try(Try(nodes=3), make_entry(), died) or Try()
+    assert (tried.deaths, tried.nodes) == (1, 3)
+    assert next_try(tried, make_entry(), died) is None
+    assert next_try(tried, make_entry(), gone) == Try(deaths=1, nodes=4)
+    lost_span = Outcome("failed", lost_span=0)
+    assert next_try(Try(nodes=1, losses=1), make_entry(), lost_span) == Try(nodes=1, losses=2)
+    assert next_try(Try(nodes=1, losses=2), make_entry(), lost_span) is None
