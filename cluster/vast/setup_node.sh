@@ -44,6 +44,8 @@ exact=$(~/venv/bin/python -c 'import json, sys; print(*(f"{k}=={v}" for k, v in 
 uv pip install --quiet --python ~/venv/bin/python -c constraints.txt -r pyproject.toml --extra vast $exact
 grep -qs 'venv/bin' ~/.bashrc || echo 'export PATH=~/venv/bin:$PATH' >> ~/.bashrc
 PATH=~/venv/bin:$PATH python3 -m cluster.vast.locked "$wanted"
+# Compiled now: a node whose agent has not imported all within 15 s of its start is given up by Ray.
+~/venv/bin/python -m compileall -q ~/venv/lib/python*/site-packages/ray/dashboard > /dev/null 2>&1 || true
 
 # How fast this machine loads, for those who choose machines. A few megabytes say nothing.
 loaded=$(($(received) - before))

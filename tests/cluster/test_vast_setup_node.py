@@ -55,7 +55,7 @@ class Node:
             shutil.copy(ROOT / name, project / name)
         self.wanted = {"python": versions()["python"], **{name: f"9.{n}.0" for n, name in enumerate(PACKAGES)}}
         file = project / "pyproject.toml"  # without its ranges, which exclude versions that are made up
-        file.write_text(re.sub(r'(?<=[a-z\]])[<>=]=?[0-9.,<>=]+"', '"', file.read_text()))
+        file.write_text(re.sub(r'(?<=[a-z0-9\]])[<>=]=?[0-9.,<>=]+"', '"', file.read_text()))
         locked = dict.fromkeys(needed(), "1.5.0") | {k: v for k, v in self.wanted.items() if k != "python"}
         (project / "constraints.txt").write_text("".join(f"{name}=={version}\n" for name, version in locked.items()))
         for name, version in locked.items():
