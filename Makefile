@@ -60,7 +60,8 @@ bench: $(STAMP)  ## time a capture against the bare floor, a streamed pair again
 	@$(BIN)/python tests/bench/bench_capture.py $(BENCH); a=$$?; \
 	 $(BIN)/python tests/bench/bench_streaming.py $(BENCH); b=$$?; \
 	 $(BIN)/python tests/bench/bench_ray.py; c=$$?; \
-	 $(BIN)/python tests/bench/bench_hub.py; d=$$?; exit $$((a | b | c | d))
+	 $(BIN)/python tests/bench/bench_hub.py; d=$$?; \
+	 $(BIN)/python tests/bench/bench_storage.py; e=$$?; exit $$((a | b | c | d | e))
 
 # What a capture is compared with is installed apart, on top of .venv: nothing of it can change what tests and users run.
 RIVALS := .cache/rivals

@@ -82,6 +82,8 @@ def identity(entry: Entry, base: ModelFiles, sft: ModelFiles, tokenizer_hash: st
     data["passes"] = [[p.name, p.embeddings, p.model, p.unembedding] for p in entry.passes]
     data["comparisons"] = [[c.base_run, c.sft_run] for c in entry.comparisons]
     data["output"] = {"topk": entry.output.topk}  # how well files are compressed is not in the numbers
+    if entry.output.topk_values != "float32":
+        data["output"]["topk_values"] = entry.output.topk_values
     return data | {
         "base_revision": base.revision,
         "sft_revision": sft.revision,

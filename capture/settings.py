@@ -65,6 +65,11 @@ class Output(Frozen):
 
     compression_level: Int = Field(default=3, ge=1, le=22, description="zstd level; 9 gained nothing over 3")
     topk: bool = Field(default=True, description="false leaves out the top-k tables, nine tenths of the bytes")
+    topk_values: Literal["float32", "float16"] = Field(
+        default="float32",
+        description="float16: logits and shifts of the top-k lists are rounded to its 11 significant bits, which makes all tables "
+        "together a third smaller; everything else stays as it is",
+    )
 
 
 class Spans(Frozen):

@@ -18,7 +18,11 @@ Columns = dict[str, Any]
 class Rows:
     """Which rows a capture has: its prompts' order and offsets, and the names of its passes and comparisons."""
 
-    def __init__(self, pair: str, capture: str, items: Sequence[Prompt], collector: Collector) -> None:
+    def __init__(
+        self, pair: str, capture: str, items: Sequence[Prompt], collector: Collector, *, rounded: bool = False
+    ) -> None:
+        """rounded: values of top-k lists to float16's significant bits."""
+        self.rounded = rounded
         self.pair, self.capture, self.items, self.collector = pair, capture, items, collector
         self.variants = list(dict.fromkeys(i.variant for i in items))
         self.offsets = np.concatenate([[0], np.cumsum([len(i.ids) for i in items])])
@@ -89,6 +93,8 @@ class Rows:
                     columns[column] = pick(
                         _LayerStack([self.collector.topk[int(x)][(kind, name)][which] for x in layers])
                     )
+            for _, values in names.values() if self.rounded else ():
+                columns[values] = round_to_half(columns[values])
             for ids, _ in names.values():
                 self.listed.update(np.unique(columns[ids]).tolist())
             yield keys | columns
@@ -150,6 +156,16 @@ class Rows:
             "prompt_idx": np.array([i.prompt_idx for i in self.items], np.int32)[item],
             "variant": category([self.variants.index(self.items[i].variant) for i in item.tolist()], self.variants),
         }
+
+
+def round_to_half(values: Any) -> Any:
+    """float32 to the nearest number of 11 significant bits, ties to even, as float16 has them but with float32's range.
+
+    They stay float32: the bytes that are zero then take no room in the files, and no reader needs to know. IEEE 754-2008, 4.3.1.
+    """
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    rounded = (bits + 0xFFF + ((bits >> 13) & 1)) & np.uint32(0xFFFFE000)
+    return np.where(np.isfinite(values), rounded.view(np.float32), values)
 
 
 class _LayerStack:

@@ -239,7 +239,10 @@ class Work:
             self.layers, self.peaks.begin,
         )  # fmt: skip
         self.peaks.begin("layers")
-        self.rows = Rows(entry.name, self.resolved.capture, self.prompts.items, self.collector)
+        self.rows = Rows(
+            entry.name, self.resolved.capture, self.prompts.items, self.collector,
+            rounded=entry.output.topk_values == "float16",
+        )  # fmt: skip
         self.course = SpanWalk(
             entry,
             pair,

@@ -102,6 +102,7 @@ def test_what_does_not_change_the_numbers_leaves_the_id(field: str) -> None:
         {"batching": Batching(max_tokens=64)},
         {"passes": (*ENTRY.passes[:3], Pass(name="SS", model="sft", embedding_source="sft", unembedding_source="sft"))},
         {"output": Output(compression_level=9)},
+        {"output": Output(topk_values="float16")},
         {"prompt_variant_options": {"dual_channel": {"order": "base_first"}, "shuffle_sentences": {"seed": 9}}},
         {"model_kwargs": {"token": "hf_abc", "cache_dir": "/big"}},
     ],
@@ -112,6 +113,7 @@ def test_what_does_not_change_the_numbers_leaves_the_id(field: str) -> None:
         "tokens",
         "pass-spelled-out",
         "compression",
+        "rounded",
         "defaults-and-unused-options",
         "access",
     ],
@@ -119,7 +121,7 @@ def test_what_does_not_change_the_numbers_leaves_the_id(field: str) -> None:
 def test_settings_inside_a_block_count_where_they_change_the_numbers(
     change: dict[str, Any], request: pytest.FixtureRequest
 ) -> None:
-    changes_it = request.node.callspec.id in {"enabled", "nth", "listed", "tokens"}
+    changes_it = request.node.callspec.id in {"enabled", "nth", "listed", "tokens", "rounded"}
     assert (the_id(**change) != the_id()) == changes_it
 
 

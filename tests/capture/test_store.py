@@ -16,6 +16,7 @@ from capture.errors import StoreError
 from capture.layout import RunDir
 from capture.schema import arrow_schema
 from capture.store import CaptureWriter, category
+from capture.tables import round_to_half
 
 
 def tracked(n):
@@ -145,3 +146,40 @@ def test_what_killed_writers_left_behind_is_removed_and_living_ones_are_let_be(t
     written(tmp_path).finish({})
     assert not dead.exists()
     assert alive.exists()
+
+
+def test_values_of_lists_are_rounded_to_half_precision_where_asked_for_and_lose_bytes(tmp_path):
+    rng = np.random.default_rng(0)
+    n, k = 3000, 10
+    values = -np.sort(-rng.normal(0, 9, (n, k)).astype(np.float32))
+    rounded = round_to_half(values)
+    assert rounded.dtype == np.float32
+    assert np.array_equal(rounded, values.astype(np.float16).astype(np.float32)), "as float16, within its range"
+    far = round_to_half(np.float32([1e30, -3e-30, 0, np.inf]))
+    assert np.allclose(far, np.float32([1e30, -3e-30, 0, np.inf]), rtol=2**-11, atol=0), "and with float32's range"
+    assert np.isnan(round_to_half(np.float32([np.nan]))).all()
+    sizes = [written_lists(tmp_path / name, content) for name, content in (("all", values), ("half", rounded))]
+    assert sizes[1] < 0.8 * sizes[0]
+
+
+def written_lists(out, values):
+    n, k = values.shape
+    keys = {
+        "pair": category(np.zeros(n), ["p"]), "capture": category(np.zeros(n), ["c"]), "prompt_idx": np.zeros(n, np.int32),
+        "variant": category(np.zeros(n), ["identity"]), "run": category(np.zeros(n), ["BB"]), "layer": np.zeros(n, np.int16),
+        "position": np.arange(n, dtype=np.int32),
+    }  # fmt: skip
+    ids = np.random.default_rng(1).integers(0, 49152, (n, k)).astype(np.int32)
+    writer = CaptureWriter(RunDir(str(out)), "p", "c")
+    writer.table("runs_topk", [keys | {"ids": ids, "logits": values}])
+    writer.finish({})
+    file = next(out.rglob("runs_topk.parquet"))
+    encodings = {c.path_in_schema: c.encodings for c in _columns(file)}
+    assert encodings["ids.list.element"] == encodings["logits.list.element"] == ("RLE", "BYTE_STREAM_SPLIT")
+    assert pq.read_table(file, partitioning=None)["ids"].to_pylist() == ids.tolist()
+    return file.stat().st_size
+
+
+def _columns(file):
+    group = pq.ParquetFile(file).metadata.row_group(0)
+    return [group.column(i) for i in range(group.num_columns)]
