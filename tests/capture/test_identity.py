@@ -128,7 +128,7 @@ def test_settings_inside_a_block_count_where_they_change_the_numbers(
 def test_every_setting_of_the_nested_blocks_is_covered_here() -> None:
     assert set(Lens.model_fields) == {"enabled", "norm", "layers"}
     assert set(Batching.model_fields) == {"padding", "max_tokens"}
-    assert set(Output.model_fields) == {"topk", "compression_level"}
+    assert set(Output.model_fields) == {"topk", "topk_values", "compression_level"}
 
 
 def test_revisions_tokenizer_and_versions_are_part_of_the_id(monkeypatch: pytest.MonkeyPatch) -> None:
