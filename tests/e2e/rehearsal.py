@@ -38,7 +38,7 @@ class Rehearsal:
             "PATH": f"{BIN}:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME": str(folder / "home"), "TMPDIR": str(folder / "tmp"),
             "LANG": "C.UTF-8", "VAST_URL": fake.url, "VAST_API_KEY": "full-rights", "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(self.keys / "auth_token"), "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(ROOT),
+            "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1",  # what a log says is seen when it is said
         }  # fmt: skip
 
     def write_yaml(self, **changes: Any) -> None:
@@ -90,6 +90,10 @@ class Rehearsal:
         out = self.run("pairscope", "vast", "nodes", "--cluster", self.name, "--json")
         rows = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
         return sorted(rows, key=lambda row: row["k"])
+
+    def namespace(self, row: dict[str, Any]) -> str:
+        """The network namespace of a host."""
+        return next(p for p in self.run("ip", "netns", "list").split() if p.endswith(f"-{row['id']}"))
 
     def on(self, row: dict[str, Any], command: str, timeout: float = 60) -> str:
         """Run a command on a host, by ssh with the cluster's key."""

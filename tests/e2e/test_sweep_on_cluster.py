@@ -44,9 +44,7 @@ def submitted(stage: Rehearsal, work: Path) -> Iterator[tuple[subprocess.Popen[b
     with stage.dashboard() as address, open(log, "w") as stream:
         command = ["ray", "job", "submit", "--address", address, "--working-dir", str(work), "--",
                    "pairscope", "sweep", "sweep.yaml", "--out", OUT]  # fmt: skip
-        run = subprocess.Popen(
-            command, env=stage.env | {"PYTHONUNBUFFERED": "1"}, cwd=ROOT, stdout=stream, stderr=stream
-        )
+        run = subprocess.Popen(command, env=stage.env, cwd=ROOT, stdout=stream, stderr=stream)
         try:
             yield run, log
         finally:
