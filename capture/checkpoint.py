@@ -60,7 +60,10 @@ class StreamedModel:
         borrowed.check_version()
         self.label, self.device, self.ledger, self.directory = label, device, ledger, directory
         self.group = group or ALONE
-        self.linear_head: bool | None = None  # found out and kept by capture/unembed.py
+        # found out and kept by capture/unembed.py
+        self.linear_head: bool | None = None
+        self.head_place: tuple[nn.Module, str] | None = None
+        self.head_sample: tuple[torch.Tensor, torch.Tensor | None] | None = None
         self.quantization = quantization_of(directory, model_kwargs, label)
         self.whole = whole or self.quantization.method is not None
         self.by_leaf = False  # layers are loaded leaf by leaf: capture/sublayer.py

@@ -5,7 +5,6 @@ Shapes: P passes, C comparisons, N tokens of the whole capture (prompt after pro
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,20 +14,16 @@ from torch import Tensor
 
 from capture import statistics
 from capture.batches import Batch
-from capture.checkpoint import free_memory
 from capture.config import Comparison, Owner, Pass
-from capture.ledger import is_out_of_memory
-from capture.lens import PairStats, SlotStats, join, lens_tile
+from capture.lens import Statistics
 from capture.lens_plan import LensPlan
+from capture.lens_queue import Kind, LensQueue, Waiting
 from capture.lockstep import Pair, State
-from capture.logits import Logits, PlainLogits, can_shift, shifted_logits, tile_logits
 from capture.replay import run_tail
 from capture.spectrum import Spectra
-
-log = logging.getLogger(__name__)
+from capture.topk import TopK
 
 LensSlot = tuple[int, Owner | None, Owner]  # state, whose final norm (None: as it is), whose unembedding
-SMALL_KL = 1e-4  # nats: below this, differences of float32 logits may cost a KL its third digit
 
 
 class Collector:
@@ -59,9 +54,9 @@ class Collector:
         self.tracked = np.full((len(passes), *shape, len(lens.tracked)), np.nan, np.float32)
         self.topk: dict[int, dict[tuple[str, str], tuple[Any, Any]]] = {}
         self.nonfinite = 0
-        self.left_out_mass = {"base": 0.0, "sft": 0.0}
+        tracked = torch.tensor(lens.tracked, dtype=torch.long, device=pair.models["base"].device)
+        self.queue = LensQueue(pair, lens, tracked, self._store)
         self.noise: dict[str, dict[str, list[float]]] = {}
-        self._last_lens: dict[int, tuple[list[SlotStats], dict[tuple[int, int], PairStats], dict[str, int]]] = {}
         self._probed: list[Tensor] | None = None
 
     def topk_bytes(self) -> int:
@@ -103,10 +98,11 @@ class Collector:
 
     def found(self) -> dict[str, Any]:
         """What the walk found out besides columns, as JSON values."""
-        return {"nonfinite": self.nonfinite, "left_out_mass": self.left_out_mass, "noise": self.noise}
+        return {"nonfinite": self.nonfinite, "left_out_mass": self.queue.left_out_mass, "noise": self.noise}
 
     def restore_found(self, found: dict[str, Any]) -> None:
-        self.nonfinite, self.left_out_mass, self.noise = found["nonfinite"], found["left_out_mass"], found["noise"]
+        self.nonfinite, self.noise = found["nonfinite"], found["noise"]
+        self.queue.left_out_mass = found["left_out_mass"]
 
     # -- one state -----------------------------------------------------------------------------------------------------
 
@@ -124,9 +120,12 @@ class Collector:
         self._residuals(state, batch, rows, at)
         if self.spectra is not None:
             self.spectra.take(state.layer, rows, state.slot_of, at[1], last=state.batch == self.last_batch)
-        if state.layer in self.lens.layers:
+        if self.lens.layers:
             self.stage("lens")
-            self._lens(state, rows, at)
+            if state.layer in self.lens.layers:
+                self._lens(state, rows)
+            if state.batch == self.last_batch and self.lens.ends_group(state.layer, self.pair.n_layers):
+                self.queue.flush()
             self.stage("layers")
 
     def _residuals(self, state: State, batch: Batch, rows: list[Tensor], at: tuple[int, Any]) -> None:
@@ -172,148 +171,80 @@ class Collector:
         order = list(dict.fromkeys(keys.values()))
         return order, {name: order.index(key) for name, key in keys.items()}
 
-    def _lens(self, state: State, rows: list[Tensor], at: tuple[int, Any]) -> None:
-        order, slot_of = self._lens_slots(state)
-        is_last = state.layer == self.pair.n_layers
-        if is_last and self.lens.final_norm and state.batch in self._last_lens:
-            self._store_lens(*self._last_lens.pop(state.batch), state, at)  # norm + head of layer L-1 is layer L's lens
-            return
-        pairs = {(slot_of[c.base_run], slot_of[c.sft_run]) for c in self.comparisons}
-        wanted = sorted(p for p in pairs if p[0] != p[1])
-        parts: list[tuple[list[SlotStats], dict[tuple[int, int], PairStats]]] = []
-        heads = [head for _, _, head in order]
-        can_refine = bool(wanted) and can_shift(self.pair, heads)
-        following = self.next_ids[state.batch].to(rows[0].device)
-        tracked = torch.tensor(self.lens.tracked, dtype=torch.long, device=rows[0].device)
-
-        def tile(part: slice) -> tuple[list[SlotStats], dict[tuple[int, int], PairStats]]:
-            some = [rows[slot][part] for slot, _, _ in order]
-            some = [run_tail(self.pair.tails[k[1]], r) if k[1] else r for k, r in zip(order, some, strict=True)]
-            found = lens_tile(
-                self._logits(some, heads),
-                wanted,
-                following[part],
-                tracked,
-                self.lens.vocabulary,
-                rows=self.lens.statistics_rows(),
+    def _lens(self, state: State, rows: list[Tensor]) -> None:
+        """Let the rows of one batch at one layer wait for their lens."""
+        n_layers = self.pair.n_layers
+        follows = self.lens.final_norm and n_layers - 1 in self.lens.layers
+        if not (
+            follows and state.layer == n_layers
+        ):  # norm + head of layer L-1 is layer L's lens: `_store` keeps it twice
+            order, slot_of = self._lens_slots(state)
+            pairs = {(slot_of[c.base_run], slot_of[c.sft_run]) for c in self.comparisons}
+            kind = Kind(
+                tuple(head for _, _, head in order),
+                tuple(sorted(p for p in pairs if p[0] != p[1])),
+                tuple(slot_of.items()),
             )
-            if can_refine:
-                self._refine(found[1], some, heads, following[part], tracked)
-            return found
+            where = self.where[state.batch]
+            states = [run_tail(self.pair.tails[norm], rows[s]) if norm else rows[s] for s, norm, _ in order]
+            following = self.next_ids[state.batch].to(rows[0].device)
+            self.queue.put(Waiting(kind, states, following, np.full(len(where), state.layer), where))
 
-        start, n_rows = 0, rows[0].shape[0]
-        while start < n_rows:
-            part = slice(start, min(n_rows, start + self.lens.tile_rows(len(order))))
-            if (one := self._or_smaller(tile, part, len(order))) is not None:
-                parts.append(one)
-                start = part.stop
-        slots = [join([p[0][s] for p in parts]) for s in range(len(order))]
-        compared = {key: join([p[1][key] for p in parts]) for key in wanted}
-        self.nonfinite += sum(int((~torch.isfinite(s.logsumexp)).sum()) for s in slots)
-        if self.lens.final_norm and state.layer == self.pair.n_layers - 1:
-            self._last_lens[state.batch] = (slots, compared, slot_of)
-        self._store_lens(slots, compared, slot_of, state, at)
+    def _store(self, rows: Waiting, found: Statistics) -> None:
+        """Put the statistics of one tile into the columns."""
+        self.nonfinite += sum(int((~s.logsumexp.isfinite()).sum()) for s in found[0])
+        self._put(rows, found, slice(None), rows.layer)
+        last = rows.layer == self.pair.n_layers - 1
+        if self.lens.final_norm and last.any() and self.pair.n_layers in self.lens.layers:
+            self._put(rows, found, np.flatnonzero(last), rows.layer[last] + 1)
 
-    def _or_smaller(self, tile: Callable[[slice], Any], part: slice, n_slots: int) -> Any:
-        """A tile; or None where memory ran out: all tiles have half as many rows from now on.
-
-        Ranks of a group cannot do this: they reduce over the vocabulary together, tile by tile.
-        """
-        try:
-            return tile(part)
-        except RuntimeError as error:
-            rows = part.stop - part.start
-            if not is_out_of_memory(error) or rows == 1 or self.lens.vocabulary.group.size > 1:
-                raise
-            why = str(error).splitlines()[0]
-        free_memory()  # outside of the handler: the traceback holds what the tile had made
-        log.warning("lens: %s; going on with tiles of %d rows instead of %d", why, rows // 2, rows)
-        self.lens.tile_bytes = rows // 2 * n_slots * self.lens.n_vocab * 4
-        return None
-
-    def _refine(
-        self, found: dict[tuple[int, int], PairStats], rows: list[Tensor], heads: list[Owner], following: Tensor,
-        tracked: Tensor,
-    ) -> None:  # fmt: skip
-        """Compute the comparisons of rows with a small KL again, from shifts that are products of their own."""
-        small = torch.stack([(s.kl_ba < SMALL_KL) | (s.kl_ab < SMALL_KL) for s in found.values()]).any(0)
-        finite = torch.stack([r.isfinite().all(1) for r in rows]).all(
-            0
-        )  # else one slot's overflow would take all others
-        where = (small & finite).nonzero().flatten()
-        if not len(where):
-            return
-        pairs = list(found)
-        for some in where.split(self.lens.refine_rows(rows[0].shape[0], len(rows))):
-            logits = shifted_logits(self.pair, [r[some] for r in rows], heads)
-            _, better = lens_tile(
-                logits, pairs, following[some], tracked, self.lens.vocabulary,
-                rows=self.lens.statistics_rows(exact=True), exact=True,
-            )  # fmt: skip
-            for key in pairs:
-                found[key].put(some, better[key])
-
-    def _logits(self, rows: list[Tensor], heads: list[Owner]) -> Logits:
-        """Logits of each slot's rows, over the rows that both vocabularies have."""
-        logits = tile_logits(self.pair, rows, heads)
-        if (
-            all(self.pair.models[o].head_shard()[1].shape[0] == self.lens.n_vocab for o in heads)
-            or self.pair.same_scaling
-        ):
-            return logits
-        common = []
-        for s, owner in enumerate(heads):
-            x = logits.slot(s, slice(None))
-            if x.shape[1] > self.lens.n_vocab:
-                mass = (x[:, self.lens.n_vocab :].logsumexp(1) - x.logsumexp(1)).exp().max()
-                self.left_out_mass[owner] = max(self.left_out_mass[owner], float(mass))
-            common.append(x[:, : self.lens.n_vocab])
-        return PlainLogits(common)
-
-    def _store_lens(
-        self, slots: list[SlotStats], compared: dict[tuple[int, int], PairStats], slot_of: dict[str, int],
-        state: State, at: tuple[int, Any],
-    ) -> None:  # fmt: skip
+    def _put(self, rows: Waiting, found: Statistics, some: Any, layer: np.ndarray) -> None:
+        """The statistics of some of a tile's rows, as those of the given layers [R]."""
+        slots, compared = found
+        slot_of = dict(rows.kind.slot_of)
+        at = (layer + 1, rows.where[some])
         for p, one in enumerate(self.passes):
             stats = slots[slot_of[one.name]]
-            self.runs["entropy"][p][at] = _numpy(stats.entropy)
-            self.runs["next_token_logprob"][p][at] = _numpy(stats.next_logprob)
-            self.tracked[p][at] = _numpy(stats.tracked)
-            self._list("runs", state.layer, p, at[1], "", stats.top)
+            self.runs["entropy"][p][at] = _numpy(stats.entropy)[some]
+            self.runs["next_token_logprob"][p][at] = _numpy(stats.next_logprob)[some]
+            self.tracked[p][at] = _numpy(stats.tracked)[some]
+            self._list("runs", "", p, at, stats.top, some)
         for c, comparison in enumerate(self.comparisons):
             key = (slot_of[comparison.base_run], slot_of[comparison.sft_run])
             a, b = slots[key[0]], slots[key[1]]
             agree = (a.top.ids[:, 0] == b.top.ids[:, 0]).double()
             known = a.logsumexp.isfinite() & b.logsumexp.isfinite()
-            self.pairwise["top1_agree"][c][at] = _numpy(agree.where(known, torch.nan))
+            self.pairwise["top1_agree"][c][at] = _numpy(agree.where(known, torch.nan))[some]
             if key[0] == key[1]:
                 self.pairwise["kl_divergence"][c][at] = self.pairwise["kl_reverse"][c][at] = 0.0
-                self._list("pairwise", state.layer, c, at[1], "increased", None)
-                self._list("pairwise", state.layer, c, at[1], "decreased", None)
+                self._list("pairwise", "increased", c, at, None, some)
+                self._list("pairwise", "decreased", c, at, None, some)
                 continue
             both = compared[key]
-            self.pairwise["kl_divergence"][c][at] = _numpy(both.kl_ba)
-            self.pairwise["kl_reverse"][c][at] = _numpy(both.kl_ab)
-            self._list("pairwise", state.layer, c, at[1], "increased", both.increased)
-            self._list("pairwise", state.layer, c, at[1], "decreased", both.decreased)
+            self.pairwise["kl_divergence"][c][at] = _numpy(both.kl_ba)[some]
+            self.pairwise["kl_reverse"][c][at] = _numpy(both.kl_ab)[some]
+            self._list("pairwise", "increased", c, at, both.increased, some)
+            self._list("pairwise", "decreased", c, at, both.decreased, some)
 
-    def _list(self, table: str, layer: int, index: int, where: Any, name: str, top: Any) -> None:
+    def _list(self, table: str, name: str, index: int, at: Any, top: TopK | None, some: Any) -> None:
         """Keep one top-k list; None is that of two equal slots: no shift anywhere, so the smallest ids."""
         if not self.lens.keep_topk:
             return
         k = self.lens.vocabulary.k
-        arrays = self.topk.setdefault(layer, {})
-        key = (table, name)
-        if key not in arrays:
-            count = len(self.passes) if table == "runs" else len(self.comparisons)
-            arrays[key] = (np.zeros((count, self.n, k), np.int32), np.zeros((count, self.n, k), np.float32))
-        ids, values = arrays[key]
-        if top is None:
-            ids[index][where] = np.arange(k, dtype=np.int32)
-            values[index][where] = 0.0
-        else:
-            ids[index][where] = top.ids.cpu().numpy()
-            values[index][where] = top.values.cpu().numpy()
+        layers, where = at
+        for column in np.unique(layers):
+            mine = layers == column
+            arrays = self.topk.setdefault(int(column) - 1, {})
+            if (table, name) not in arrays:
+                count = len(self.passes) if table == "runs" else len(self.comparisons)
+                arrays[table, name] = (np.zeros((count, self.n, k), np.int32), np.zeros((count, self.n, k), np.float32))
+            ids, values = arrays[table, name]
+            if top is None:
+                ids[index][where[mine]] = np.arange(k, dtype=np.int32)
+                values[index][where[mine]] = 0.0
+            else:
+                ids[index][where[mine]] = _numpy(top.ids)[some][mine]
+                values[index][where[mine]] = _numpy(top.values)[some][mine]
 
     # -- noise floor ---------------------------------------------------------------------------------------------------
 

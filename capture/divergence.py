@@ -3,14 +3,15 @@
 Shapes: S slots, R rows, V vocabulary (this rank's share of it). Units: nats. Reference for the definitions: Cover and Thomas,
 Elements of Information Theory, 2nd ed., chapter 2.
 
-With y_s = logits - their maximum, e = exp(y_0), x_s = y_s - y_0 and g_s = e expm1(x_s), the weights of slot s are e + g_s:
+With y = logits of slot 0 - their maximum, e = exp(y), x_s = logits of slot s - those of slot 0 - c_s, where c_s is the mean of that
+shift under slot 0, and g_s = e expm1(x_s), the weights of slot s are e + g_s:
 
     Z_s = sum e + sum g_s,        log(Z_s / Z_0) = log1p(sum g_s / sum e) = u_s
-    H_s = log Z_s - sum (e + g_s)(y_0 + x_s) / Z_s
+    H_s = log Z_s - sum (e + g_s)(y + x_s) / Z_s
     KL(s || t) = sum (e + g_s)(x_s - x_t) / Z_s - u_s + u_t
 
-So the products of [e, g_1, ...] with [1, y_0, x_1, ...], summed in float32 within blocks and in float64 between them, give
-all entropies and all divergences. A divergence of two slots that are close to each other and far from slot 0 loses digits
+So the products of [e, g_1, ...] with [1, y, x_1, ...], summed in float32 within blocks and in float64 between them, give
+all entropies and all divergences: taking off the mean leaves sums of the order of the divergences themselves. A divergence of two slots that are close to each other and far from slot 0 loses digits
 that way, and a row with a shift beyond FAR may leave the range of float32: such rows go through `plain`, pair by pair.
 """
 
@@ -49,8 +50,8 @@ def divergences(
     logits: Sequence[Tensor], maxima_SR: Tensor, pairs: Pairs, group: Group, space: Space | None = None
 ) -> Divergences:
     """Everything about S slots of logits [R, V]. maxima_SR: of each row, over all ranks. space: kept by the caller."""
-    sums, far = _sums(logits, maxima_SR, group, space or Space())
-    found = _from_sums(sums, maxima_SR, pairs)
+    sums, offsets_SR, far = _sums(logits, maxima_SR, group, space or Space())
+    found = _from_sums(sums, offsets_SR, pairs)
     far |= _lossy(sums)
     piece = max(1, logits[0].shape[0] // PLAIN_PIECES)
     for rows in _pieces(far, piece):
@@ -90,25 +91,32 @@ class Space:
         return self.left, self.right
 
 
-def _sums(logits: Sequence[Tensor], maxima_SR: Tensor, group: Group, space: Space) -> tuple[Tensor, Tensor]:
-    """(sums [S, S + 1, R] float64 of (e, g_1, ...) times (1, y_0, x_1, ...); which rows have shifts beyond FAR, [R])."""
+def _sums(logits: Sequence[Tensor], maxima_SR: Tensor, group: Group, space: Space) -> tuple[Tensor, Tensor, Tensor]:
+    """(sums [S, S + 1, R] float64 of (e, g_1, ...) times (1, y, x_1, ...); what was taken off the logits of each slot, [S, R];
+    which rows have shifts beyond FAR, [R])."""
     n_slots, (rows, size) = len(logits), logits[0].shape
     left, right = space.take(n_slots, rows, size, logits[0])
     e, y = left[0, :, :size], right[0, :, :size]
     torch.sub(logits[0], maxima_SR[0][:, None], out=y)
     torch.exp(y, out=e)
+    totals = [e.sum(1)]
+    for s in range(1, n_slots):
+        x = torch.sub(logits[s], logits[0], out=right[s, :, :size])
+        totals.append(torch.mul(x, e, out=left[s, :, :size]).sum(1))
+    of_all = group.sum(torch.stack(totals).double())
+    offsets = (of_all / of_all[0]).float()  # of float32, so that what is taken off is what is added again
+    offsets[0] = 0
     for s in range(1, n_slots):
         g, x = left[s, :, :size], right[s, :, :size]
-        torch.sub(logits[s], logits[0], out=x)
-        x.sub_((maxima_SR[s] - maxima_SR[0])[:, None])
+        x.sub_(offsets[s][:, None])
         torch.expm1(x, out=g)
         g.mul_(e)
     far = ~maxima_SR.isfinite().all(0)
     if n_slots > 1:
         shift = torch.maximum(right[1:].amax((0, 2)), -right[1:].amin((0, 2)))
-        offset = (maxima_SR[1:] - maxima_SR[0]).abs().amax(0)  # a shift of logits is rounded before it is taken off
-        far |= group.max((shift + offset > FAR).float()).bool()
-    return group.sum(_products(left, right)), far
+        offset = offsets.abs().amax(0)  # a shift of logits is rounded before it is taken off
+        far |= ~group.max((shift + offset).nan_to_num(torch.inf)).le(FAR)
+    return group.sum(_products(left, right)), maxima_SR[0].double() + offsets, far
 
 
 def _products(left: Tensor, right: Tensor) -> Tensor:
@@ -122,11 +130,11 @@ def _products(left: Tensor, right: Tensor) -> Tensor:
     return out
 
 
-def _from_sums(sums: Tensor, maxima_SR: Tensor, pairs: Pairs) -> Divergences:
+def _from_sums(sums: Tensor, offsets_SR: Tensor, pairs: Pairs) -> Divergences:
     weights = sums.clone()
     weights[1:] += sums[0]  # of e + g_s
     z = weights[:, 0]
-    shift = weights[:, 1:] / z[:, None]  # [s, t]: mean of (y_0, x_1, ...) under slot s
+    shift = weights[:, 1:] / z[:, None]  # [s, t]: mean of (y, x_1, ...) under slot s
     log_z = z[0].log() + torch.log1p(sums[:, 0] / sums[0, 0]).index_fill(0, torch.tensor([0], device=z.device), 0.0)
     u = log_z - log_z[0]
     own = shift[:, 0].clone()
@@ -143,7 +151,7 @@ def _from_sums(sums: Tensor, maxima_SR: Tensor, pairs: Pairs) -> Divergences:
     none = u.new_empty(0, u.shape[1])
     return Divergences(
         log_z - own,
-        log_z + maxima_SR.double(),
+        log_z + offsets_SR,
         torch.stack(ba) if ba else none,
         torch.stack(ab) if ab else none.clone(),
     )

@@ -47,12 +47,13 @@ def document(work: Work, files: list[dict[str, Any]]) -> dict[str, Any]:
             "n_vocab": lens.n_vocab,
             "n_tokens": lens.n_tokens,
             "top_k": lens.top_k,
-            "left_out_mass": collector.left_out_mass,
+            "left_out_mass": collector.queue.left_out_mass,
         },
         "numerics": {
             "residual_statistics": "float64",
             "logits": "float32, from upcast operands",
             "lens_statistics": "float32 terms, float64 from each row's sums on",
+            "lens_compiled": lens.kernel is not None or f"no: {lens.compiled}",
             "nonfinite_lens_rows": collector.nonfinite,
         },
         "halvings": {

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from capture.files import ModelFiles
 
 # Raise it when the same settings give other numbers than before; captures made earlier then count as other captures.
-NUMERICS_VERSION = 1
+NUMERICS_VERSION = 2
 
 # Every field of Entry is in one of these two; a test says so. Names in the second: why the field is not in the id.
 IN_ID = frozenset(
@@ -81,6 +81,7 @@ def identity(entry: Entry, base: ModelFiles, sft: ModelFiles, tokenizer_hash: st
     data["interesting_token_map"] = list(entry.interesting_token_map.items())  # in order: it sets the slots
     data["passes"] = [[p.name, p.embeddings, p.model, p.unembedding] for p in entry.passes]
     data["comparisons"] = [[c.base_run, c.sft_run] for c in entry.comparisons]
+    del data["lens"]["compile"]  # how it is computed; capture.json records it
     data["output"] = {"topk": entry.output.topk}  # how well files are compressed is not in the numbers
     if entry.output.topk_values != "float32":
         data["output"]["topk_values"] = entry.output.topk_values

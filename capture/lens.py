@@ -14,7 +14,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from capture.divergence import Space, divergences, plain
+from capture.divergence import Divergences, Space, divergences, plain
+from capture.lens_kernel import Kernel
 from capture.logits import Logits
 from capture.topk import BLOCK, Search, TopK, Vocabulary, search, top_k
 
@@ -40,11 +41,8 @@ class PairStats:
     increased: TopK
     decreased: TopK
 
-    def put(self, where: Tensor, better: PairStats) -> None:
-        """Take the given rows from another computation of them."""
-        self.kl_ba[where], self.kl_ab[where] = better.kl_ba, better.kl_ab
-        for mine, theirs in ((self.increased, better.increased), (self.decreased, better.decreased)):
-            mine.ids[where], mine.values[where] = theirs.ids, theirs.values
+
+Statistics = tuple[list[SlotStats], dict[tuple[int, int], PairStats]]
 
 
 def lens_tile(
@@ -56,38 +54,72 @@ def lens_tile(
     *,
     rows: int,
     exact: bool = False,
-) -> tuple[list[SlotStats], dict[tuple[int, int], PairStats]]:
+    kernel: Kernel | None = None,
+) -> Statistics:
     """All statistics of one tile. pairs: ordered pairs of slots; next_R: id of the token that follows each row, or -1;
-    tracked_N: ids. `rows` only keeps the working set in cache: every row is computed alone. exact: divergences pair by pair
-    from the logits' own shifts, for rows that hardly differ.
+    tracked_N: ids. Every row is computed alone.
+
+    kernel: the compiled way, where it takes these logits and the whole vocabulary is here. Else `rows` at a time, which keeps
+    the working set in cache; exact: divergences pair by pair from the logits' own shifts, for rows that hardly differ.
     """
+    if kernel is not None and vocabulary.group.size == 1 and kernel.takes(logits, min(vocabulary.k, vocabulary.n)):
+        return _by_kernel(kernel, logits, pairs, next_R, tracked_N, vocabulary)
     parts, space = [], Space()
     for start in range(0, logits.n_rows, rows):
         some = slice(start, start + rows)
-        parts.append(_rows(logits, some, pairs, next_R[some], tracked_N, vocabulary, exact, space))
-    slots = [join([p[0][s] for p in parts]) for s in range(logits.n_slots)]
+        parts.append(_rows(logits.some(some), pairs, next_R[some], tracked_N, vocabulary, exact, space))
+    return _joined(parts, pairs)
+
+
+def _joined(parts: Sequence[Statistics], pairs: Sequence[tuple[int, int]]) -> Statistics:
+    slots = [join([p[0][s] for p in parts]) for s in range(len(parts[0][0]))]
     return slots, {pair: join([p[1][pair] for p in parts]) for pair in pairs}
 
 
+def _by_kernel(
+    kernel: Kernel, logits: Logits, pairs: Sequence[tuple[int, int]], next_R: Tensor, tracked_N: Tensor, v: Vocabulary,
+) -> Statistics:  # fmt: skip
+    found = kernel.tile(logits, pairs, v.n, v.k)
+    statistics = _statistics(
+        logits, found.divergences, found.slots, pairs, found.increased, found.decreased, next_R, tracked_N, v
+    )
+    for row in (~found.finite).nonzero().flatten().tolist():  # rare: an overflow is told by what is not finite
+        some = slice(row, row + 1)
+        slots, compared = _rows(logits.some(some), pairs, next_R[some], tracked_N, v, True, Space())
+        for mine, better in zip(statistics[0], slots, strict=True):
+            put(mine, some, better)
+        for pair in pairs:
+            put(statistics[1][pair], some, compared[pair])
+    return statistics
+
+
 def _rows(
-    logits: Logits, some: slice, pairs: Sequence[tuple[int, int]], next_R: Tensor, tracked_N: Tensor, v: Vocabulary,
-    exact: bool, space: Space,
-) -> tuple[list[SlotStats], dict[tuple[int, int], PairStats]]:  # fmt: skip
-    x = [logits.slot(s, some) for s in range(logits.n_slots)]
-    shifts = [logits.shift(a, b, some) for a, b in pairs]
+    logits: Logits, pairs: Sequence[tuple[int, int]], next_R: Tensor, tracked_N: Tensor, v: Vocabulary, exact: bool,
+    space: Space,
+) -> Statistics:  # fmt: skip
+    x = [logits.slot(s) for s in range(logits.n_slots)]
+    shifts = [logits.shift(a, b) for a, b in pairs]
     searches = [search(one, v.n) for one in x]
     for shift in shifts:
         searches += [search(shift, v.n), search(shift, v.n, lowest=True)]
     found = top_k(searches, v)
     maxima = v.group.max(torch.stack([_largest(one, s) for one, s in zip(x, searches, strict=False)]))
     d = plain(x, maxima, pairs, v.group, shifts) if exact else divergences(x, maxima, pairs, v.group, space)
-    slots = []
-    for s, one in enumerate(x):
-        next_logit = v.pick(one, next_R.clamp(min=0)[:, None])[:, 0].double()
-        next_logprob = torch.where(next_R >= 0, next_logit - d.logsumexp[s], torch.nan)
-        slots.append(SlotStats(d.entropy[s], d.logsumexp[s], next_logprob, v.pick(one, tracked_N), found[s]))
     lists = found[len(x) :]
-    return slots, {pair: PairStats(d.ba[i], d.ab[i], lists[2 * i], lists[2 * i + 1]) for i, pair in enumerate(pairs)}
+    return _statistics(logits, d, found[: len(x)], pairs, lists[::2], lists[1::2], next_R, tracked_N, v)
+
+
+def _statistics(
+    logits: Logits, d: Divergences, top: Sequence[TopK], pairs: Sequence[tuple[int, int]], increased: Sequence[TopK],
+    decreased: Sequence[TopK], next_R: Tensor, tracked_N: Tensor, v: Vocabulary,
+) -> Statistics:  # fmt: skip
+    slots = []
+    for s in range(logits.n_slots):
+        next_logit = logits.pick(s, lambda x: v.pick(x, next_R.clamp(min=0)[:, None])[:, 0]).double()
+        next_logprob = torch.where(next_R >= 0, next_logit - d.logsumexp[s], torch.nan)
+        tracked = logits.pick(s, lambda x: v.pick(x, tracked_N))
+        slots.append(SlotStats(d.entropy[s], d.logsumexp[s], next_logprob, tracked, top[s]))
+    return slots, {pair: PairStats(d.ba[i], d.ab[i], increased[i], decreased[i]) for i, pair in enumerate(pairs)}
 
 
 def _largest(x_RV: Tensor, found: Search) -> Tensor:
@@ -99,10 +131,24 @@ def _largest(x_RV: Tensor, found: Search) -> Tensor:
 Stats = TypeVar("Stats", SlotStats, PairStats, TopK)
 
 
-def join(parts: Sequence[Stats]) -> Stats:
-    """The statistics of consecutive rows as one."""
+def join(parts: Sequence[Stats], order: Tensor | None = None) -> Stats:
+    """The statistics of consecutive rows as one; order: of all rows, which comes first, second, ..."""
     fields: dict[str, Any] = {}
     for name in parts[0].__dataclass_fields__:
         values = [getattr(p, name) for p in parts]
-        fields[name] = join(values) if isinstance(values[0], TopK) else torch.cat(values)
+        if isinstance(values[0], TopK):
+            fields[name] = join(values, order)
+        else:
+            whole = values[0] if len(values) == 1 else torch.cat(values)
+            fields[name] = whole if order is None else whole[order]
     return type(parts[0])(**fields)
+
+
+def put(mine: Stats, where: Tensor | slice, better: Stats) -> None:
+    """Take the given rows from another computation of them."""
+    for name in mine.__dataclass_fields__:
+        ours, theirs = getattr(mine, name), getattr(better, name)
+        if isinstance(ours, TopK):
+            put(ours, where, theirs)
+        else:
+            ours[where] = theirs

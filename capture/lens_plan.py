@@ -5,9 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from capture.errors import ConfigError
+from capture.lens_kernel import Kernel
 from capture.topk import Vocabulary
 
 CELLS_IN_CACHE = 400_000  # logits of one slot that the statistics work on at a time, on a CPU
+ROWS_AT_ONCE = 128  # rows of a slot for which a product's weights weigh little beside its arithmetic
+GROUPS = 8  # of layers, at least: a walk commits between them
 TILE_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}  # logits of all slots of one tile
 
 
@@ -15,7 +18,8 @@ TILE_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}  # logits of all slots of one t
 class LensPlan:
     """Which layers the lens reads, and how. layers: -1..L; n_vocab: rows compared; n_tokens: ids that may be in top-k lists.
 
-    vocabulary: this rank's share of it. rows: rows whose statistics are worked on at a time.
+    vocabulary: this rank's share of it. rows: rows whose statistics are worked on at a time. compiled: the compiled way, or
+    why it is not taken, in words. layers_at_once: whose rows go through one product together.
     """
 
     layers: frozenset[int]
@@ -28,6 +32,16 @@ class LensPlan:
     tracked: tuple[int, ...]
     tile_bytes: int
     rows: int
+    compiled: Kernel | str = ""
+    layers_at_once: int = 1
+
+    @property
+    def kernel(self) -> Kernel | None:
+        return self.compiled if isinstance(self.compiled, Kernel) else None
+
+    def ends_group(self, layer: int, n_layers: int) -> bool:
+        """Whether the rows that wait go through their product behind this layer. Layer L is layer L-1 after the final norm."""
+        return (layer + 2) % self.layers_at_once == 0 or layer >= n_layers - 1
 
     def tile_rows(self, n_slots: int, tile_bytes: int | None = None) -> int:
         """Rows of one tile: as many as tile_bytes hold logits of."""
@@ -40,6 +54,11 @@ class LensPlan:
     def refine_rows(self, rows: int, n_slots: int) -> int:
         """Of a tile's rows, those whose shifts are products of their own at a time: these take more for each row."""
         return max(1, rows * n_slots // (n_slots + 3))
+
+
+def layers_at_once(n_tokens: int, n_layers: int) -> int:
+    """Of how many layers the rows of all n_tokens tokens go through one product."""
+    return max(1, min(-(-ROWS_AT_ONCE // n_tokens), (n_layers + 2) // GROUPS))
 
 
 def plan_layers(layers: str | int | tuple[int, ...], n_layers: int, key: str) -> frozenset[int]:

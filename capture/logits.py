@@ -10,70 +10,79 @@ Shapes: R rows, D hidden size, V vocabulary (this rank's share of it), S slots.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from capture.config import Owner
 from capture.lockstep import Pair
-from capture.unembed import head_is_linear, own_logits, shift_of_heads, shift_of_rows
+from capture.unembed import head_is_linear, own_logits, shift_of_heads, shift_of_rows, some_logits
 
 
-class Logits(Protocol):
-    """What the statistics ask for, some rows at a time; every result is new memory or read only."""
+@dataclass(frozen=True)
+class Logits:
+    """Logits of S slots as sums of tensors [R, V] float32, which slots may share: small shifts keep their digits that way.
 
-    n_slots: int
-    n_rows: int
+    slots: for each slot the numbers of its tensors, from 1. A shift between two slots consists of the tensors that only one
+    of them has.
+    """
 
-    def slot(self, s: int, some: slice) -> Tensor:
-        """Logits [R, V] float32 of one slot."""
-        ...
+    tensors: Sequence[Tensor]
+    slots: Sequence[tuple[int, ...]]
 
-    def shift(self, a: int, b: int, some: slice) -> Tensor:
-        """Logits of slot b minus those of slot a, [R, V] float32; new memory."""
-        ...
+    @property
+    def n_slots(self) -> int:
+        return len(self.slots)
+
+    @property
+    def n_rows(self) -> int:
+        return self.tensors[0].shape[0]
+
+    def some(self, rows: slice) -> Logits:
+        """The same for some of the rows."""
+        return Logits([x[rows] for x in self.tensors], self.slots)
+
+    def slot(self, s: int) -> Tensor:
+        """Logits [R, V] of one slot; read only."""
+        return self._sum(self.slots[s])
+
+    def shift_terms(self, a: int, b: int) -> tuple[int, ...]:
+        """The tensors that take slot a to slot b: numbers from 1, negative where a tensor is taken off."""
+        plus = [i for i in self.slots[b] if i not in self.slots[a]]
+        return (*plus, *(-i for i in self.slots[a] if i not in self.slots[b]))
+
+    def shift(self, a: int, b: int) -> Tensor:
+        """Logits of slot b minus those of slot a, [R, V]; read only."""
+        return self._sum(self.shift_terms(a, b))
+
+    def _sum(self, terms: tuple[int, ...]) -> Tensor:
+        if not terms:
+            return torch.zeros_like(self.tensors[0])
+        first, *rest = terms
+        x = self.tensors[abs(first) - 1]
+        if first < 0:
+            x = -x
+        for i, term in enumerate(rest):
+            other = self.tensors[abs(term) - 1]
+            out = x if i or first < 0 else None  # new memory once
+            x = torch.add(x, other, alpha=1 if term > 0 else -1, out=out)
+        return x
+
+    def pick(self, s: int, pick: Callable[[Tensor], Tensor]) -> Tensor:
+        """What `pick` takes out of the logits of one slot, where it takes entries as they are."""
+        return sum(
+            (pick(self.tensors[i - 1]) for i in self.slots[s][1:]), start=pick(self.tensors[self.slots[s][0] - 1])
+        )
 
 
-class PlainLogits:
+def separate(logits: Sequence[Tensor]) -> Logits:
     """Logits that stand for themselves; a shift is their difference."""
-
-    def __init__(self, logits: Sequence[Tensor]) -> None:
-        self.logits, self.n_slots, self.n_rows = logits, len(logits), logits[0].shape[0]
-
-    def slot(self, s: int, some: slice) -> Tensor:
-        return self.logits[s][some]
-
-    def shift(self, a: int, b: int, some: slice) -> Tensor:
-        return self.logits[b][some] - self.logits[a][some]
+    return Logits(logits, [(s + 1,) for s in range(len(logits))])
 
 
-class ShiftedLogits:
-    """root [R, V]: logits of slot 0. parts[s]: tensors [R, V] whose sum takes slot 0 to slot s; slots share what they can."""
-
-    def __init__(self, root: Tensor, parts: Sequence[tuple[Tensor, ...]]) -> None:
-        self.root, self.parts, self.n_slots, self.n_rows = root, parts, len(parts), root.shape[0]
-
-    def slot(self, s: int, some: slice) -> Tensor:
-        x = self.root[some]
-        for part in self.parts[s]:
-            x = x + part[some]
-        return x
-
-    def shift(self, a: int, b: int, some: slice) -> Tensor:
-        shared = {id(p) for p in self.parts[a]} & {id(p) for p in self.parts[b]}
-        plus = [p[some] for p in self.parts[b] if id(p) not in shared]
-        minus = [p[some] for p in self.parts[a] if id(p) not in shared]
-        if not plus:
-            return -sum(minus[1:], start=minus[0]) if minus else torch.zeros_like(self.root[some])
-        x = plus[0] + plus[1] if len(plus) > 1 else plus[0] - minus.pop() if minus else plus[0].clone()
-        for part in minus:
-            x.sub_(part)
-        return x
-
-
-def tile_logits(pair: Pair, rows: Sequence[Tensor], heads: Sequence[Owner]) -> PlainLogits:
+def tile_logits(pair: Pair, rows: Sequence[Tensor], heads: Sequence[Owner]) -> Logits:
     """Logits of every slot; slots that share an unembedding share one product.
 
     rows: S tensors [R, D] behind whatever norm they shall have; heads: whose unembedding each has.
@@ -83,7 +92,13 @@ def tile_logits(pair: Pair, rows: Sequence[Tensor], heads: Sequence[Owner]) -> P
         members = [i for i, h in enumerate(heads) if h == owner]
         logits = own_logits(pair.models[owner], torch.cat([rows[i] for i in members]))
         out |= dict(zip(members, logits.chunk(len(members)), strict=True))
-    return PlainLogits([out[i] for i in range(len(rows))])
+    return separate([out[i] for i in range(len(rows))])
+
+
+@torch.no_grad()
+def sampled_logits(pair: Pair, rows: Sequence[Tensor], heads: Sequence[Owner]) -> list[Tensor]:
+    """Logits [R, n] float32 of each slot at some hundred places of the vocabulary (of this rank's share of it)."""
+    return [some_logits(pair.models[owner], states) for states, owner in zip(rows, heads, strict=True)]
 
 
 def can_shift(pair: Pair, heads: Sequence[Owner]) -> bool:
@@ -92,12 +107,12 @@ def can_shift(pair: Pair, heads: Sequence[Owner]) -> bool:
     return all(head_is_linear(pair.models[o]) for o in owners) and (len(owners) == 1 or pair.same_scaling)
 
 
-def shifted_logits(pair: Pair, rows: Sequence[Tensor], heads: Sequence[Owner]) -> ShiftedLogits:
+def shifted_logits(pair: Pair, rows: Sequence[Tensor], heads: Sequence[Owner]) -> Logits:
     """As tile_logits, for slots whose logits hardly differ; only where `can_shift`, and for finite rows."""
     owners = list(dict.fromkeys(heads))
     first = {o: list(heads).index(o) for o in owners}
-    root = own_logits(pair.models[heads[0]], rows[0])
-    parts: list[tuple[Tensor, ...]] = [()] * len(rows)
+    tensors = [own_logits(pair.models[heads[0]], rows[0])]
+    slots: list[tuple[int, ...]] = [(1,)] * len(rows)
     for owner in owners:
         others = [i for i, h in enumerate(heads) if h == owner and i != first[owner]]
         lead = rows[first[owner]].float()
@@ -105,11 +120,11 @@ def shifted_logits(pair: Pair, rows: Sequence[Tensor], heads: Sequence[Owner]) -
         if owner != heads[0]:
             moved.insert(0, lead - rows[0].float())
         products = list(shift_of_rows(pair.models[owner], torch.cat(moved)).chunk(len(moved))) if moved else []
-        common: tuple[Tensor, ...] = ()
         if owner != heads[0]:
             cross = shift_of_heads(pair.models[heads[0]], pair.models[owner], rows[0])
-            common = (cross.add_(products.pop(0)),)
-        parts[first[owner]] = common
+            tensors.append(cross.add_(products.pop(0)))
+            slots[first[owner]] = (1, len(tensors))
         for i, product in zip(others, products, strict=True):
-            parts[i] = (*common, product)
-    return ShiftedLogits(root, parts)
+            tensors.append(product)
+            slots[i] = (*slots[first[owner]], len(tensors))
+    return Logits(tensors, slots)

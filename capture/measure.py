@@ -24,17 +24,19 @@ from capture.checkpoint import EMBEDDING, HEAD, REST, StreamedModel
 from capture.config import Owner, Pass
 from capture.footprint import Activations, ModelBytes, Walk
 from capture.lens import lens_tile
+from capture.lens_kernel import Kernel
 from capture.lens_plan import LensPlan
 from capture.live import META, AsOn, Live
 from capture.lockstep import Pair
-from capture.logits import PlainLogits, can_shift, shifted_logits, tile_logits
+from capture.logits import can_shift, sampled_logits, separate, shifted_logits, tile_logits
 from capture.replay import Recording, record
 from capture.sublayer import sublayer_bytes
+from capture.unembed import SAMPLE, SAMPLES, SMALL_VOCABULARY
 
 log = logging.getLogger(__name__)
 
 SMALL, SMALL_PER_TOKEN = 1 << 15, 64  # bytes of ids, positions, masks of rows, and what else is too small to be counted
-SAMPLE = 8  # rows that the lens statistics are measured on
+SAMPLE_ROWS = 8  # rows that the lens statistics are measured on
 LIBRARY_LOADING = 1.6  # as in capture/checkpoint.py: beside a weight while the library puts it together
 
 
@@ -115,7 +117,7 @@ class Measure:
         probed = (
             sum(b.ids_BT.numel() for b in probe) * len(self.passes) * self.hidden * element
         )  # its rows, in its batch
-        beside = probed + SMALL + SMALL_PER_TOKEN * self.walk.tokens
+        beside = probed + self._waiting(tile_bytes) + SMALL + SMALL_PER_TOKEN * self.walk.tokens
         tail = 4 * self.walk.batch_tokens * self.hidden * max(4, element)
         return Activations(
             states=footprint.state_bytes(walk),
@@ -238,25 +240,43 @@ class Measure:
 
     def lens_bytes(self, tile_bytes: int, rows: int | None = None) -> int:
         """One tile of the lens at work, at most."""
-        tile = min(rows or self.walk.batch_tokens, self.lens.tile_rows(len(self.passes), tile_bytes))
+        tile = min(rows or self._rows_at_once(), self.lens.tile_rows(len(self.passes), tile_bytes))
         key = ("lens", tile)
         if key not in self._forward:
             self._forward[key] = self._lens(tile, tile_bytes)
         return self._forward[key]
+
+    def _rows_at_once(self) -> int:
+        """Rows that may share a tile of the lens."""
+        return sum(b.ids_BT.numel() for b in self.batches if not b.probe) * self.lens.layers_at_once
+
+    def _waiting(self, tile_bytes: int) -> int:
+        """States of rows that wait for the lens while layers run: less than a tile, and what one batch brings."""
+        if not self.lens.layers:
+            return 0
+        tile = self.lens.tile_rows(len(self.passes), tile_bytes)
+        rows = min(self._rows_at_once(), tile + self.walk.batch_tokens)
+        return rows * len(self.passes) * self.hidden * self.dtype.itemsize
 
     def _lens(self, tile: int, tile_bytes: int) -> int:
         if not self.exact or not self.lens.layers:
             return footprint.lens_bytes(replace(self.walk, batch_tokens=tile, lens=True), tile_bytes)
         heads = [p.unembedding for p in self.passes]
         states = [torch.empty(tile, self.hidden, dtype=self.dtype, device=META) for _ in heads]
-        normed = tile * self.hidden * (len(heads) * self.dtype.itemsize + 2 * 4)
+        normed = (
+            tile * self.hidden * (2 * len(heads) * self.dtype.itemsize + 2 * 4)
+        )  # as they wait, and those chosen of them
         try:
             with torch.no_grad(), Live(META) as products:
                 made = tile_logits(self.pair, states, heads)
                 kept = products.live
                 del made
-            shifted = 0
+            shifted, sampled = 0, 0
             if can_shift_without_data(self.pair, heads):
+                with torch.no_grad(), Live(META) as glance:
+                    some = sampled_logits(self.pair, states, heads)
+                    sampled = max(glance.peak, glance.live + 3 * tile * 4 * some[0].shape[1])
+                    del some
                 few = self.lens.refine_rows(tile, len(heads))
                 with torch.no_grad(), Live(META) as again:
                     shifts = shifted_logits(self.pair, [s[:few] for s in states], heads)
@@ -266,7 +286,9 @@ class Measure:
             log.info("the lens is planned by formula, it cannot run without data: %s", str(error)[:200])
             return footprint.lens_bytes(replace(self.walk, batch_tokens=tile, lens=True), tile_bytes)
         lists = self._lists() * (2 * self.walk.batch_tokens + (self.walk.tokens if self.lens.final_norm else 0))
-        return normed + max(products.peak, kept + self.statistics(tile), shifted) + lists
+        rows_kept = SAMPLES * SAMPLE * len(self.pair.unique()) if self.lens.n_vocab > SMALL_VOCABULARY else 0
+        samples = rows_kept * self.hidden * self.dtype.itemsize
+        return normed + samples + max(products.peak, kept + self.statistics(tile), shifted, sampled) + lists
 
     def _lists(self) -> int:
         """What is found out about one token: kept until its batch is through, and of layer L-1 for all that is left of it."""
@@ -275,6 +297,8 @@ class Measure:
 
     def statistics(self, tile: int, *, exact: bool = False) -> int:
         """The lens statistics of a tile beside its logits: what rows take that differ much, or little, measured on a few."""
+        if self.lens.kernel is not None:
+            return self._compiled(tile, self.lens.kernel)
         rows = min(tile, self.lens.statistics_rows(exact=exact))
         key = ("statistics", exact)
         if key not in self._forward:
@@ -283,22 +307,29 @@ class Measure:
             most = 0
             for spread in (1e-3, 300.0):
                 generator = torch.Generator().manual_seed(0)
-                first = torch.randn(SAMPLE, self.lens.n_vocab, generator=generator)
+                first = torch.randn(SAMPLE_ROWS, self.lens.n_vocab, generator=generator)
                 slots = [first + spread * torch.randn(first.shape, generator=generator) for _ in range(heads)]
                 with Live(torch.device("cpu")) as live:
                     lens_tile(
-                        PlainLogits(slots),
+                        separate(slots),
                         pairs,
-                        torch.zeros(SAMPLE, dtype=torch.long),
+                        torch.zeros(SAMPLE_ROWS, dtype=torch.long),
                         torch.zeros(0, dtype=torch.long),
                         v,
-                        rows=SAMPLE,
+                        rows=SAMPLE_ROWS,
                         exact=exact,
                     )
                 most = max(most, live.peak)
             made = 4 * heads * self.lens.n_vocab if exact else 0  # sums of products, where these were there before
-            self._forward[key] = -(-most // SAMPLE) + made
+            self._forward[key] = -(-most // SAMPLE_ROWS) + made
         return self._forward[key] * rows
+
+    def _compiled(self, tile: int, kernel: Kernel) -> int:
+        """The same where the kernel does it: room for each thread, and results for each row."""
+        v, n_slots = self.lens.vocabulary, len(self.passes)
+        threads = min(tile, torch.get_num_threads())
+        lists = (n_slots + 2 * self.n_pairs) * v.k * (8 + 4)
+        return threads * kernel.space_bytes(n_slots, self.lens.n_vocab) + tile * (lists + 64 * (n_slots + self.n_pairs))
 
 
 def can_shift_without_data(pair: Pair, heads: Sequence[Owner]) -> bool:

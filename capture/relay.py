@@ -102,11 +102,11 @@ class Relay:
         return self._given
 
 
-def cut(layer_bytes: Sequence[int], count: int) -> list[tuple[int, int]]:
+def cut(layer_bytes: Sequence[int], count: int, at_once: int = 1) -> list[tuple[int, int]]:
     """`count` consecutive ranges (first, last) of layers of about equal bytes; the first begins with -1, what enters layer 0.
 
-    Each range ends where the bytes so far come nearest to its share of all. Raises UnsupportedModelError where there are
-    fewer layers than ranges.
+    Each range ends where the bytes so far come nearest to its share of all; where it can, with the last of `at_once` layers
+    that belong together, counted from -1. Raises UnsupportedModelError where there are fewer layers than ranges.
     """
     n = len(layer_bytes)
     if count > n:
@@ -116,5 +116,6 @@ def cut(layer_bytes: Sequence[int], count: int) -> list[tuple[int, int]]:
     for k in range(1, count):
         share = so_far[-1] * k / count
         possible = range(ends[-1] + 1 if ends else 0, n - (count - k))  # a layer at least for each range behind it
-        ends.append(min(possible, key=lambda layer: abs(so_far[layer] - share)))
+        whole = [layer for layer in possible if (layer + 2) % at_once == 0]
+        ends.append(min(whole or possible, key=lambda layer: abs(so_far[layer] - share)))
     return list(zip([-1, *(e + 1 for e in ends)], [*ends, n - 1], strict=True))

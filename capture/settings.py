@@ -49,6 +49,11 @@ class Lens(Frozen):
         default="all",
         description="all; n for every n-th layer and L; or a list out of -1 (what enters block 0), 0..L-1 and L (after the final norm)",
     )
+    compile: Literal["auto"] | bool = Field(
+        default="auto",
+        description="whether statistics of logits in main memory run compiled, which takes a C++ compiler once: auto does where "
+        "there is one; true fails where there is none; the same tolerances hold either way",
+    )
 
 
 class Batching(Frozen):

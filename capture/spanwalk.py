@@ -47,7 +47,7 @@ class SpanWalk:
     ) -> None:
         self.entry, self.pair, self.collector, self.store = entry, pair, collector, store
         self.relay, self.group, self.ledger, self.force = relay, group, ledger, force
-        self.first, self.last = layers_of(pair, relay)
+        self.first, self.last = layers_of(pair, relay, collector.lens.layers_at_once)
         self.spans: list[Span | ReceivedSpan] = []
         self.write_seconds = 0.0
         self.earlier: list[dict[str, Any]] = []  # the workers before this one, as they described themselves
@@ -112,8 +112,9 @@ class SpanWalk:
     # -- committing ----------------------------------------------------------------------------------------------------
 
     def due(self, layer: int) -> bool:
-        """Whether to commit behind this layer: not behind the last, whose lens the final norm's layer takes over."""
-        if layer < 0 or layer >= self.pair.n_layers - 1:
+        """Whether to commit behind this layer: not behind the last, whose lens the final norm's layer takes over, and not while
+        rows wait for the lens."""
+        if layer < 0 or layer >= self.pair.n_layers - 1 or len(self.collector.queue):
             return False
         every = self.entry.spans
         by_layers = every.layers is not None and layer - max(self.at, 0) + 1 >= every.layers
@@ -186,10 +187,13 @@ class SpanWalk:
         return [*self.earlier, self.worker(mode)]
 
 
-def layers_of(pair: Pair, relay: Relay) -> tuple[int, int]:
-    """(first, last) of a worker: its share of the layers by the bytes of both models. -1 is what enters layer 0."""
+def layers_of(pair: Pair, relay: Relay, at_once: int) -> tuple[int, int]:
+    """(first, last) of a worker: its share of the layers by the bytes of both models. -1 is what enters layer 0.
+
+    at_once: layers whose rows share a product of the lens, and so a worker.
+    """
     sizes = [sum(both) for both in zip(*(m.layer_bytes() for m in pair.unique()), strict=True)]
-    return cut(sizes, relay.count)[relay.index]
+    return cut(sizes, relay.count, at_once)[relay.index]
 
 
 def as_tensors(columns: dict[str, Any]) -> dict[str, torch.Tensor]:

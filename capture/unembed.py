@@ -22,6 +22,8 @@ from capture.sublayer import HeadRows
 HEAD_CHUNK = (
     16384  # vocabulary rows multiplied at a time: upcast where they are not float32, read where they are not there
 )
+SAMPLES, SAMPLE = 16, 16  # where a glance at the logits is enough
+SMALL_VOCABULARY = 4 * SAMPLES * SAMPLE  # looked at whole
 LOGIT_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 
 
@@ -43,9 +45,11 @@ def _stubbed(model: StreamedModel, hidden: _Hidden, head: Callable[[Tensor], Ten
     The base model's forward is shadowed and not the module exchanged: the next layer is being loaded into it meanwhile.
     """
     base, unembedding = model.base, model.head
-    name = next(n for n, m in model.model.named_modules() if m is unembedding)
-    owner, _, leaf = name.rpartition(".")
-    parent = model.model.get_submodule(owner)
+    if model.head_place is None:  # a walk through a thousand modules takes as long as a small product
+        name = next(n for n, m in model.model.named_modules() if m is unembedding)
+        owner, _, leaf = name.rpartition(".")
+        model.head_place = model.model.get_submodule(owner), leaf
+    parent, leaf = model.head_place
     base.forward = lambda *_, **__: hidden
     parent._modules[leaf] = _Stand(head)
     try:
@@ -77,10 +81,13 @@ def _product(x: Tensor, weight: Tensor | HeadRows, bias: Tensor | None) -> Tenso
     x = x.float()
     if weight.shape[0] <= HEAD_CHUNK:
         return functional.linear(x, weight[:].float(), None if bias is None else bias.float())
-    out = torch.empty(*x.shape[:-1], weight.shape[0], dtype=torch.float32, device=x.device)
+    rows = x.flatten(0, -2)
+    out = torch.empty(rows.shape[0], weight.shape[0], dtype=torch.float32, device=x.device)
     for part in _chunks(weight):
-        out[..., part] = functional.linear(x, weight[part].float(), None if bias is None else bias[part].float())
-    return out
+        torch.mm(rows, weight[part].float().T, out=out[:, part])
+        if bias is not None:
+            out[:, part] += bias[part].float()
+    return out.unflatten(0, x.shape[:-1])
 
 
 def _chunks(weight: Tensor | HeadRows) -> Iterator[slice]:
@@ -109,6 +116,23 @@ def own_logits(model: StreamedModel, rows_RD: Tensor) -> Tensor:
     _, weight, bias = model.head_shard()
     with _precision(weight.dtype):
         return _through(model, rows_RD, lambda x: _product(x, weight, bias))
+
+
+@torch.no_grad()
+def some_logits(model: StreamedModel, rows_RD: Tensor) -> Tensor:
+    """As own_logits, at SAMPLES stretches of SAMPLE entries, evenly over this rank's shard; all entries of a small one."""
+    _, weight, bias = model.head_shard()
+    size = weight.shape[0]
+    if size <= SMALL_VOCABULARY:
+        return own_logits(model, rows_RD)
+    if model.head_sample is None or model.head_sample[0].device != rows_RD.device:  # planned without data at first
+        starts = [i * (size - SAMPLE) // (SAMPLES - 1) for i in range(SAMPLES)]
+        parts = [slice(i, i + SAMPLE) for i in starts]
+        some_bias = None if bias is None else torch.cat([bias[p] for p in parts])
+        model.head_sample = torch.cat([weight[p] for p in parts]), some_bias
+    some, some_bias = model.head_sample
+    with _precision(weight.dtype):
+        return _through(model, rows_RD, lambda x: _product(x, some, some_bias))
 
 
 @torch.no_grad()

@@ -17,12 +17,13 @@ from capture.collector import Collector
 from capture.config import Entry
 from capture.device import DeviceChoice
 from capture.document import document
-from capture.errors import DeviceMemoryError, PromptError, SelfCheckError, UnsupportedModelError
+from capture.errors import ConfigError, DeviceMemoryError, PromptError, SelfCheckError, UnsupportedModelError
 from capture.files import ModelFiles
 from capture.group import ALONE, join_group, leave_group
 from capture.layout import RunDir
 from capture.ledger import Ledger
-from capture.lens_plan import CELLS_IN_CACHE, TILE_BYTES, LensPlan, plan_layers
+from capture.lens_kernel import Kernel, load_kernel
+from capture.lens_plan import CELLS_IN_CACHE, TILE_BYTES, LensPlan, layers_at_once, plan_layers
 from capture.lockstep import Pair, Split
 from capture.measure import Measure
 from capture.memory import ModeChoice, Promise
@@ -154,7 +155,7 @@ class Work:
     def _choose_mode(self) -> ModeChoice:
         """Compare what each mode needs with what is free, before anything large is loaded."""
         entry, pair = self.entry, self.pair
-        first, last = layers_of(pair, self.relay)
+        first, last = layers_of(pair, self.relay, self.lens.layers_at_once)
         promise = Promise(entry, pair.unique(), self.choice, range(max(first, 0), last + 1))
         spectra = len(entry.comparisons) if entry.spectrum else 0
         measure = Measure(pair, self.batches, self.lens, entry.passes, len(entry.comparisons), spectra)
@@ -214,7 +215,27 @@ class Work:
             tracked=tuple(t[0] for t in self.tracked),
             tile_bytes=TILE_BYTES["cuda" if cuda else "cpu"] // self.tile_divisor,
             rows=max(1, CELLS_IN_CACHE * (64 if cuda else 1) // shard.shape[0]),
+            compiled=self._compiled(),
+            layers_at_once=layers_at_once(sum(map(len, self.ids)), base.n_layers),
         )
+
+    def _compiled(self) -> Kernel | str:
+        """The compiled way of the lens, or why it is not taken. Raises ConfigError where it is asked for and cannot be had."""
+        asked = self.entry.lens.compile
+        if asked is False:
+            return "lens.compile is false"
+        found: Kernel | str
+        if self.device.type != "cpu":
+            found = f"logits are on the device ({self.device})"
+        elif self.group.size > 1:
+            found = "the vocabulary is shared by ranks"
+        else:
+            found = load_kernel()
+        if isinstance(found, str) and self.entry.lens.enabled:
+            if asked is True:
+                raise ConfigError(f"lens.compile is true, but {found}; install one, or set lens.compile: auto")
+            log.info("the lens is not compiled: %s", found)
+        return found
 
     def _self_checks(self) -> dict[str, Any]:
         found: dict[str, Any] = {}
@@ -262,6 +283,7 @@ class Work:
                     if self.course.due(state.layer):
                         self.course.commit(state)
                     self._tell(state.layer, start, started)
+            self.collector.queue.flush()
         self.seconds["write"] = self.course.write_seconds
         self.seconds["walk"] = time.monotonic() - started - self.seconds["write"]
         if self.collector.nonfinite:

@@ -68,9 +68,9 @@ def test_every_statistic_agrees_with_float64(arch, pairs, loaded, tmp_path):
 
 
 def test_without_a_lens_no_logits_are_made(pairs, loaded, tmp_path, monkeypatch):
-    from capture import collector
+    from capture import lens_queue
 
-    monkeypatch.setattr(collector, "tile_logits", lambda *_: pytest.fail("the lens was to be left out"))
+    monkeypatch.setattr(lens_queue, "tile_logits", lambda *_: pytest.fail("the lens was to be left out"))
     result, _ = captured(entry_of(pairs("llama"), lens=Lens(enabled=False)), tmp_path)
     want = expected(loaded("llama"), tiny.encode(tiny.PROMPTS), lens_layers=())
     assert agree.disagreements(want, agree.read_tables(result.path)) == []

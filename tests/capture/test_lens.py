@@ -6,12 +6,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from capture.lens import lens_tile
-from capture.logits import PlainLogits
+from capture.lens_kernel import Kernel, load_kernel
+from capture.logits import separate
 from capture.topk import Vocabulary, local_top_k, search
 
 PAIRS = [(a, b) for a in range(4) for b in range(a + 1, 4)]
 NEXT = torch.tensor([3, 0, -1, 7, 1])
 TRACKED = torch.tensor([5, 1])
+
+
+@pytest.fixture(params=["eager", "compiled"])
+def kernel(request):
+    """None, or the compiled way, which must do all that the plain one does."""
+    if request.param == "eager":
+        return None
+    found = load_kernel()
+    if not isinstance(found, Kernel):
+        pytest.skip(found)
+    return found
 
 
 def logits(vocab, scale):
@@ -23,10 +35,10 @@ def logits(vocab, scale):
 
 @pytest.mark.parametrize("scale", [1e-3, 1e-2, 0.1, 1, 10, 60, 300])
 @pytest.mark.parametrize("vocab", [40, 64, 307, 20011])
-def test_statistics_agree_with_float64(vocab, scale):
+def test_statistics_agree_with_float64(vocab, scale, kernel):
     x = logits(vocab, scale)
     n = vocab - 3
-    slots, pairs = lens_tile(PlainLogits(x), PAIRS, NEXT, TRACKED, Vocabulary(n, 10), rows=2)
+    slots, pairs = lens_tile(separate(x), PAIRS, NEXT, TRACKED, Vocabulary(n, 10), rows=2, kernel=kernel)
     exact = [one.double().log_softmax(1) for one in x]
     for one, log_p, stats in zip(x, exact, slots, strict=True):
         entropy = -(log_p.exp() * log_p).sum(1)
@@ -53,8 +65,9 @@ def test_statistics_agree_with_float64(vocab, scale):
         assert torch.equal(stats.decreased.values, down.values[:, :10])
 
 
-def test_equal_slots_differ_by_exactly_nothing():
-    _, pairs = lens_tile(PlainLogits(logits(307, 1.0)), PAIRS, NEXT, TRACKED, Vocabulary(307, 3), rows=5)
+def test_equal_slots_differ_by_exactly_nothing(kernel):
+    x = separate(logits(307, 1.0))
+    _, pairs = lens_tile(x, PAIRS, NEXT, TRACKED, Vocabulary(307, 3), rows=5, kernel=kernel)
     assert (pairs[(0, 3)].kl_ba == 0).all()
     assert (pairs[(0, 3)].kl_ab == 0).all()
     assert torch.equal(pairs[(0, 3)].increased.ids[0], torch.arange(3))
@@ -64,7 +77,7 @@ def test_equal_slots_differ_by_exactly_nothing():
 def test_how_many_rows_are_worked_on_at_a_time_changes_no_bit(vocab):
     x = logits(vocab, 1.0)
     few = Vocabulary(vocab - 7, 5)
-    tiles = [lens_tile(PlainLogits(x), PAIRS, NEXT, TRACKED, few, rows=rows) for rows in (1, 2, 5)]
+    tiles = [lens_tile(separate(x), PAIRS, NEXT, TRACKED, few, rows=rows) for rows in (1, 2, 5)]
     for other in tiles[1:]:
         for a, b in zip(tiles[0][0], other[0], strict=True):
             assert torch.equal(a.entropy, b.entropy)
@@ -88,21 +101,24 @@ def test_ties_are_broken_by_the_smaller_id(data):
     assert lowest.ids[0].tolist() == sorted(range(n), key=lambda i: (values[i], i))[:k]
 
 
-def test_an_overflow_shows_as_not_finite_instead_of_a_number():
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_an_overflow_shows_as_not_finite_instead_of_a_number(kernel, value):
     x = logits(307, 1.0)
-    x[1][2, 9] = float("inf")
-    slots, _ = lens_tile(PlainLogits(x), PAIRS, NEXT, TRACKED, Vocabulary(307, 3), rows=5)
+    x[1][2, 9] = value
+    slots, _ = lens_tile(separate(x), PAIRS, NEXT, TRACKED, Vocabulary(307, 3), rows=5, kernel=kernel)
     assert not slots[1].logsumexp[2].isfinite()
     assert slots[1].entropy[[0, 1, 3, 4]].isfinite().all()
 
 
-def test_a_peaked_slot_beside_a_broad_one_and_its_twin_keep_their_digits():
+def test_a_peaked_slot_beside_a_broad_one_and_its_twin_keep_their_digits(kernel):
     generator = torch.Generator().manual_seed(5)
     broad = torch.randn(6, 307, generator=generator)
     peaked = broad - 11 * (torch.arange(307) > 2)
     twin = peaked + 0.02 * torch.randn(6, 307, generator=generator)
     rows = torch.zeros(6, dtype=torch.long)
-    slots, pairs = lens_tile(PlainLogits([broad, peaked, twin]), [(1, 2)], rows, TRACKED, Vocabulary(307, 5), rows=3)
+    slots, pairs = lens_tile(
+        separate([broad, peaked, twin]), [(1, 2)], rows, TRACKED, Vocabulary(307, 5), rows=3, kernel=kernel
+    )
     p, q = (x.double().log_softmax(1) for x in (peaked, twin))
     assert (-(p.exp() * p).sum(1) - slots[1].entropy).abs().max() < 1e-6
     want = (q.exp() * (q - p)).sum(1)
