@@ -99,6 +99,7 @@ def test_what_does_not_change_the_numbers_leaves_the_id(field: str) -> None:
         {"lens": Lens(enabled=False)},
         {"lens": Lens(layers=2)},
         {"lens": Lens(layers=(0, -1))},
+        {"lens": Lens(compile=False)},
         {"batching": Batching(max_tokens=64)},
         {"passes": (*ENTRY.passes[:3], Pass(name="SS", model="sft", embedding_source="sft", unembedding_source="sft"))},
         {"output": Output(compression_level=9)},
@@ -110,6 +111,7 @@ def test_what_does_not_change_the_numbers_leaves_the_id(field: str) -> None:
         "enabled",
         "nth",
         "listed",
+        "compiled",
         "tokens",
         "pass-spelled-out",
         "compression",
@@ -126,7 +128,7 @@ def test_settings_inside_a_block_count_where_they_change_the_numbers(
 
 
 def test_every_setting_of_the_nested_blocks_is_covered_here() -> None:
-    assert set(Lens.model_fields) == {"enabled", "norm", "layers"}
+    assert set(Lens.model_fields) == {"enabled", "norm", "layers", "compile"}
     assert set(Batching.model_fields) == {"padding", "max_tokens"}
     assert set(Output.model_fields) == {"topk", "topk_values", "compression_level"}
 

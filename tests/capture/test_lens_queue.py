@@ -1,0 +1,100 @@
+"""Rows of several layers share a product of the lens; where a walk is cut changes none of it."""
+
+import agree
+import pytest
+import tiny
+import torch
+from test_capture import captured, entry_of, expected
+
+from capture import lens_queue
+from capture.config import Lens
+from capture.lens_plan import layers_at_once
+from capture.run import capture_pair
+from capture.settings import Spans
+
+DEEP = {"num_hidden_layers": 16}  # of which two share a product
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory):
+    return tiny.make_pair("llama", tmp_path_factory.mktemp("deep"), **DEEP)
+
+
+@pytest.fixture
+def heights(monkeypatch):
+    """Rows of every tile, as they are worked off."""
+    seen = []
+    statistics = lens_queue.LensQueue._statistics
+
+    def noted(self, rows):
+        seen.append((len(rows), sorted({int(x) for x in rows.layer})))
+        return statistics(self, rows)
+
+    monkeypatch.setattr(lens_queue.LensQueue, "_statistics", noted)
+    return seen
+
+
+def test_rows_of_two_layers_share_a_product(deep, tmp_path, heights):
+    _, document = captured(entry_of(deep, prompts=("a bc", "cd")), tmp_path)
+    layers = [found for _, found in heights]
+    assert layers[:8] == [[i, i + 1] for i in range(-1, 15, 2)]
+    assert layers[8:] == [[15]]  # the last, whose lens is that of the final norm's layer too
+    assert all(n == len(found) * document["n_tokens"] for n, found in heights)
+
+
+@pytest.mark.parametrize("spans", [Spans(layers=1), Spans(layers=3), Spans(seconds=1e-9)])
+def test_a_walk_commits_only_where_no_row_waits_and_cutting_it_changes_no_number(spans, deep, tmp_path):
+    entry = entry_of(deep, prompts=("a bc", "cd"))
+    whole, _ = captured(entry, tmp_path / "whole")
+    cut, document = captured(entry.model_copy(update={"spans": spans}), tmp_path / "cut")
+    ends = [s["last"] for s in document["spans"]]
+    assert len(ends) >= 4
+    assert all((last + 2) % 2 == 0 for last in ends)
+    a, b = agree.read_tables(whole.path), agree.read_tables(cut.path)
+    assert a.keys() == b.keys()
+    for table in a:
+        keys = [(c, "ascending") for c in agree.KEYS[table]]
+        assert a[table].sort_by(keys).equals(b[table].sort_by(keys)), table
+
+
+def test_layers_without_a_lens_do_not_keep_rows_waiting(deep, tmp_path, heights):
+    lens = Lens(layers=(0, 1, 2, 9))
+    _, document = captured(entry_of(deep, prompts=("a bc",), lens=lens, spans=Spans(layers=1)), tmp_path)
+    assert [found for _, found in heights] == [[0], [1, 2], [9]]
+    assert len(document["spans"]) > 6
+
+
+@pytest.mark.parametrize("compiled", ["auto", False])
+@pytest.mark.parametrize("scale", [1e-3, 2e-2, 1.0])
+def test_rows_whose_slots_hardly_differ_and_others_agree_with_float64(scale, compiled, tmp_path, monkeypatch):
+    """The pair's difference runs from nothing to large over the layers, so that tiles hold rows of both kinds, in all orders."""
+    paths = tiny.make_pair("llama", tmp_path / "pair", **DEEP, perturb=scale)
+    shifted, kinds = lens_queue.shifted_logits, []
+    monkeypatch.setattr(
+        lens_queue, "shifted_logits", lambda pair, rows, heads: kinds.append(len(rows[0])) or shifted(pair, rows, heads)
+    )
+    entry = entry_of(paths, dtype="float32", lens=Lens(compile=compiled))
+    result, document = captured(entry, tmp_path / "out")
+    assert (document["numerics"]["lens_compiled"] is True) == (compiled == "auto")
+    from reference import load_pair
+
+    want = expected(load_pair(paths, dtype=torch.float32), tiny.encode(tiny.PROMPTS))
+    assert agree.disagreements(want, agree.read_tables(result.path)) == []
+    assert bool(kinds) == (scale < 1)
+
+
+def test_how_many_layers_share_a_product_follows_from_the_rows_and_the_layers():
+    assert layers_at_once(12, 30) == 4
+    assert layers_at_once(64, 30) == 2
+    assert layers_at_once(128, 30) == 1
+    assert layers_at_once(1, 126) == 16
+    assert layers_at_once(1, 4) == 1
+
+
+def test_the_capture_id_does_not_know_how_the_lens_was_computed(deep, tmp_path):
+    entry = entry_of(deep, prompts=("a",))
+    ids = {
+        capture_pair(entry.model_copy(update={"lens": Lens(compile=way)}), str(tmp_path)).capture
+        for way in ("auto", False)
+    }
+    assert len(ids) == 1
