@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install look demo demo-smollm2 test slow rehearsal lint bench bench-docs bench-rivals bench-gpu bench-analysis bench-page docs images clean
+.PHONY: help install look audit coverage demo demo-smollm2 test slow rehearsal lint bench bench-docs bench-rivals bench-gpu bench-analysis bench-page docs images clean
 
 help:  ## show this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | expand -t 16
@@ -55,6 +55,16 @@ lint: $(STAMP)  ## ruff and mypy
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+
+audit: $(STAMP)  ## known vulnerabilities in constraints.txt, by pip-audit in an environment of its own; says so where it is offline
+	@test -x .cache/audit/bin/pip-audit || { $(PYTHON) -m venv .cache/audit && .cache/audit/bin/pip install -q --disable-pip-version-check pip-audit==2.10.1; }
+	@$(BIN)/python .ci/audit .cache/audit/bin/python
+
+coverage: $(STAMP)  ## make test with the lines counted that it runs, in Ray's workers too; below 90 % fails (half as long again)
+	@rm -rf .cache/coverage && mkdir -p .cache/coverage
+	@$(BIN)/coverage run -m pytest -m "not slow and not gpu" -n 2 --dist loadfile
+	@$(BIN)/coverage combine -q
+	@$(BIN)/coverage report
 
 bench: $(STAMP)  ## time a capture against the bare floor, a streamed pair against the same resident, a hub's against its line, and Ray's share (some 20 minutes)
 	@$(BIN)/python tests/bench/bench_capture.py $(BENCH); a=$$?; \
