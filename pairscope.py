@@ -75,7 +75,10 @@ def main() -> None:
     try:
         cli(prog_name="pairscope")
     except PairscopeError as error:
-        click.echo(f"pairscope: {type(error).__name__}: {error}", err=True)
+        from capture.printable import escape
+
+        text = escape(str(error), keep="\n\t")
+        click.echo(f"pairscope: {type(error).__name__}: {text}", err=True)
         sys.exit(error.exit_code)
 
 

@@ -58,14 +58,16 @@ def _capture_row(run: RunDir, capture: CaptureDir) -> dict[str, Any]:
     try:
         text = run.read_bytes(f"{capture.path}/capture.json").decode()
         said = json.loads(text)
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return row
     if not isinstance(said, dict):
         return row
     row["json"] = text
     row |= {column: _dig(said, place) for column, place in _WHERE.items()}
     if isinstance(seconds := said.get("seconds"), Mapping):
-        row["seconds"] = sum(v for v in seconds.values() if isinstance(v, int | float))
+        row["seconds"] = float(
+            sum(v for v in seconds.values() if isinstance(v, float) or (isinstance(v, int) and abs(v) < 1 << 53))
+        )
     return row
 
 
@@ -85,7 +87,7 @@ def _table(view: View, rows: list[dict[str, Any]]) -> pyarrow.Table:
         try:
             values = [_value(column.type, row.get(column.name)) for row in rows]
             columns[column.name] = pa.array(values, type=types[column.type])
-        except (ValueError, TypeError, pa.ArrowException) as error:
+        except (ValueError, TypeError, OverflowError, pa.ArrowException) as error:
             raise StoreError(f"a row of '{view.name}' has a wrong value of '{column.name}': {error}") from error
     return pa.table(columns)
 
@@ -97,5 +99,7 @@ def _value(kind: str, value: Any) -> Any:
         return value if isinstance(value, str) else json.dumps(value)
     if kind == "timestamp":
         time = datetime.datetime.fromisoformat(value) if isinstance(value, str) else value
+        if not isinstance(time, datetime.datetime):
+            raise TypeError(f"{value!r} is no time")
         return time.astimezone(datetime.UTC).replace(tzinfo=None) if time.tzinfo else time
     return value

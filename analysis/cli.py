@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from analysis.errors import QueryError
+from capture.printable import escape
 
 HELP = {"help_option_names": ["-h", "--help"]}
 
@@ -42,7 +43,7 @@ def asking(out: str, include_partial: bool, lenient: bool, *, sandbox: bool = Fa
     from analysis.run import open_run, open_run_dir
 
     def left_out(why: str) -> None:
-        click.echo(f"left out: {why}", err=True)
+        click.echo(f"left out: {escape(why)}", err=True)
 
     con = open_run(out, include_partial, lenient=lenient, left_out=left_out, sandbox=sandbox)
     with naming_damage(open_run_dir(out), include_partial):
@@ -76,7 +77,7 @@ def status(ctx: click.Context, out: str, every_attempt: bool, memory: bool, as_j
     """
     from analysis.run import open_run_dir
     from analysis.status import failed, memory_lines, status_rows, table_lines
-    from analysis.tables import escape, json_line, terminal_width
+    from analysis.tables import json_line, terminal_width
 
     rows = status_rows(open_run_dir(out), every_attempt)
     if not rows:

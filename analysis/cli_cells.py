@@ -182,6 +182,7 @@ def grid(
             check_tracked(con, token_id, filters)
         shown = build_grid(con, chosen, filters).at(start, stop)
         drawn = build_stack(con, chosen, filters).at(start, stop) if every else shown
+        several = len(con.execute("SELECT 1 FROM captures WHERE pair = ?", [shown.pair]).fetchall())
     if figure:
         click.echo(f"wrote {write_png(drawn, figure, log=log)}", err=True)
     if output and output != figure:
@@ -196,6 +197,8 @@ def grid(
         console.print(draw(shown, console.width))
         if below := int(shown.below_floor.sum()):
             click.echo(f"{below} of {shown.values.size} cells are not above the noise floor of this capture")
+        if several > 1 and capture is None:  # the config was changed between two runs of one output
+            click.echo(f"capture {shown.capture}, the newest of {several} of this pair; --capture chooses another")
 
 
 def _positions(text: str | None) -> tuple[int | None, int | None]:

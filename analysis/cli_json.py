@@ -11,6 +11,7 @@ import click
 
 from analysis.cli import HELP, asking, example, lenient_option
 from analysis.errors import QueryError
+from capture.printable import escape
 
 
 @click.command(
@@ -50,7 +51,7 @@ def import_json(
         except PairscopeError as error:
             if len(files) == 1:
                 raise
-            click.echo(f"{type(error).__name__}: {error}", err=True)
+            click.echo(f"{type(error).__name__}: {escape(str(error))}", err=True)
             failed = True
             continue
         if as_json:
@@ -59,7 +60,7 @@ def import_json(
             said = "is there already" if found.state == "there" else f"{found.records} records, {found.cells} cells"
             click.echo(f"{file}: pair {found.pair}, capture {found.capture}: {said}")
         if found.broken:
-            click.echo(f"'{file}' is not whole: {found.broken}; what comes before was kept", err=True)
+            click.echo(f"'{file}' is not whole: {escape(found.broken)}; what comes before was kept", err=True)
             failed = True
     if failed:
         ctx.exit(1)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from analysis.errors import QueryError
 from analysis.views import BY_NAME
 from capture.errors import StoreError
 from capture.layout import CaptureDir, RunDir
+from capture.schema import arrow_schema
 
 _AGAIN = "capture the pair again with --force, or read the rest with --lenient"
 
@@ -23,20 +25,34 @@ def broken(run: RunDir, capture: CaptureDir, table: str, *, contents: bool = Fal
     from pyarrow import parquet
 
     known = {f"{capture.path}/{f['name']}": f.get("sha256") for f in capture.marker["files"]}
-    expected = [c.name for c in BY_NAME[table].all_columns]
+    expected = {f.name: _plain(f.type) for f in arrow_schema(table)}
     found: dict[str, str] = {}
     for file in capture.files(table):
         try:
-            names = parquet.read_schema(file, filesystem=run.fs).names
+            stored = parquet.read_schema(file, filesystem=run.fs)
             if contents and known.get(file) and _sha256(run, file) != known[file]:
                 found[file] = f"'{file}' is not what was written: its bytes have another checksum; {_AGAIN}"
         except (OSError, pa.ArrowException) as error:
             found[file] = f"'{file}' is complete by its marker but cannot be read: {error}; {_AGAIN}"
             continue
-        missing = [c for c in expected if c not in names]
-        if missing:
-            found[file] = f"'{file}' lacks the column '{missing[0]}' of table '{table}'; {_AGAIN}"
+        for name, kind in expected.items():
+            if name not in stored.names:
+                found[file] = f"'{file}' lacks the column '{name}' of table '{table}'; {_AGAIN}"
+            elif _plain(stored.field(name).type) != kind:
+                found[file] = f"'{file}': column '{name}' is {stored.field(name).type} where {kind} should be; {_AGAIN}"
+            else:
+                continue
+            break
     return found
+
+
+def _plain(kind: Any) -> str:
+    """An Arrow type without how it is stored."""
+    import pyarrow as pa
+
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return f"list<{kind.value_type}>" if pa.types.is_list(kind) else str(kind).removeprefix("large_")
 
 
 def _sha256(run: RunDir, file: str) -> str:

@@ -12,8 +12,9 @@ import numpy as np
 
 from analysis.errors import QueryError
 from analysis.grid import Grid, GridStack
-from analysis.tables import escape, fit, width
+from analysis.tables import fit, width
 from capture.errors import StoreError
+from capture.printable import escape
 
 if TYPE_CHECKING:
     from rich.text import Text

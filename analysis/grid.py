@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from analysis.errors import QueryError, near
-from analysis.tables import escape
+from capture.printable import escape
 
 
 @dataclass(frozen=True, eq=False)

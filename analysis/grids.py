@@ -12,6 +12,7 @@ from analysis.grid import Grid, GridStack, stack
 from analysis.metrics import Metric, RecordType, find_metric, logit_metric
 from analysis.select import EVERYTHING, Filters, labels, one_cell_set
 from analysis.views import quote
+from capture.errors import StoreError
 
 if TYPE_CHECKING:
     import duckdb
@@ -42,6 +43,10 @@ def build_grid(con: duckdb.DuckDBPyConnection, metric: Metric, filters: Filters 
         key,
     ).fetchall()
     texts = {position: (token, special) for position, token, special in found}
+    if np.ma.is_masked(cells["layer"]) or np.ma.is_masked(cells["position"]):
+        raise StoreError(
+            f"'{chosen.label}' of pair '{chosen.pair}' has cells without a layer or position: its tables are not as written"
+        )
     layers, rows = np.unique(cells["layer"], return_inverse=True)
     positions, columns = np.unique(cells["position"], return_inverse=True)
     values = np.full((len(layers), len(positions)), np.nan)

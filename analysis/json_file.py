@@ -8,6 +8,9 @@ from typing import IO, Any
 
 from analysis.json_stream import BrokenJson, JsonStream
 
+TOO_FAR = (
+    1 << 20
+)  # tokens of one prompt; every position up to the last has a row, so a number alone could fill the memory
 HERE = {"cells": "here"}  # stands in a header where runs, pairwise or layers stand in the file
 
 
@@ -102,7 +105,7 @@ class JsonFile:
             layer = self._number(layer_key, 1 << 15)
             highest = max(highest, layer)
             for position_key in self.stream.members():
-                position = self._number(position_key, 1 << 31)
+                position = self._number(position_key, TOO_FAR)
                 content = self.stream.value()
                 if not isinstance(content, dict):
                     raise BrokenJson(f"layer {layer}, position {position} is no object", self.stream.position)

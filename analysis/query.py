@@ -15,6 +15,7 @@ from analysis.macros import MACROS
 from analysis.metrics import metrics
 from analysis.tables import TERMINAL_ROWS, csv_lines, json_line, shortest_float32, show_table
 from analysis.views import BY_VIEW, VIEWS
+from capture.printable import escape
 
 if TYPE_CHECKING:
     import duckdb
@@ -26,6 +27,8 @@ def check_query(con: duckdb.DuckDBPyConnection, query: str) -> None:
     """Raise a QueryError unless this is one statement that only reads."""
     import duckdb
 
+    if not query.isascii() and query.encode(errors="ignore").decode() != query:
+        raise QueryError("the query is not text in UTF-8")  # as bytes of another encoding on the command line are
     try:
         statements = con.extract_statements(query)
     except duckdb.Error as error:
@@ -148,7 +151,7 @@ def print_answer(con: duckdb.DuckDBPyConnection, query: str, as_json: bool, as_c
             click.echo(json_line(dict(zip(columns, row, strict=True))))
     elif as_csv:
         for text in csv_lines(columns, rows):
-            click.echo(text, nl=False)
+            click.echo(escape(text, keep="\n\t") if sys.stdout.isatty() else text, nl=False)
     elif sys.stdout.isatty():
         first = list(islice(rows, TERMINAL_ROWS + 1))
         show_table(columns, first[:TERMINAL_ROWS], more=len(first) > TERMINAL_ROWS)

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from analysis.report import MetricPart, Question, Section
 from analysis.summaries import Axis, box_sql, cells_sql, fetch_rows, top_rows
-from analysis.tables import escape, fit, plain_table
+from analysis.tables import fit, plain_table
+from capture.printable import escape
 
 if TYPE_CHECKING:
     import duckdb
@@ -56,11 +57,11 @@ def section_lines(section: Section, axis: Axis, columns: int) -> Iterator[str]:
     variant = "" if section.variant == "identity" else f" ({section.variant})"
     trimmed = section.n_tokens_before_trimming - section.n_tokens
     of = f", trimmed from {section.n_tokens_before_trimming}" if trimmed else ""
-    yield f"== {section.pair}, prompt {section.prompt_idx}{variant}, {section.label}: {section.n_tokens} tokens{of} =="
+    yield f"== {escape(section.pair)}, prompt {section.prompt_idx}{escape(variant)}, {escape(section.label)}: {section.n_tokens} tokens{of} =="
     yield fit(f'  "{escape(section.text)}"', columns)
     known = [f"{k} {v}" for k, v in {"capture": section.capture, **section.metadata}.items() if v is not True]
     yield from textwrap.wrap(
-        ", ".join(known),
+        escape(", ".join(known)),
         columns,
         initial_indent="  ",
         subsequent_indent="  ",

@@ -7,7 +7,7 @@ import tempfile
 import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from analysis.captures import captures_table, manifest_table
 from analysis.damage import broken
@@ -26,6 +26,7 @@ from analysis.views import (
 )
 from capture.errors import StoreError
 from capture.layout import CaptureDir, RunDir
+from capture.schema import BY_NAME
 
 if TYPE_CHECKING:
     import duckdb
@@ -148,6 +149,8 @@ def create_views(
 
     relocatable: files are named below run_directory(), which must be there.
     """
+    import duckdb
+
     refused: dict[tuple[str, str], str] | None = {} if lenient else None
     captures = list(run.captures(include_partial, refused))
     for why in (refused or {}).values():
@@ -165,7 +168,10 @@ def create_views(
                 left_out(why)
         _create_stored(con, run, captures, view.name, files, relocatable)
     for view in SQL_VIEWS:
-        con.execute(f"CREATE VIEW {view.name} AS\n{view_sql(view.name)}")
+        try:
+            con.execute(f"CREATE VIEW {view.name} AS\n{view_sql(view.name)}")
+        except duckdb.Error as error:  # a stored column is of another type
+            _name_the_broken(run, captures, view.name, error)
     create_macros(con)
 
 
@@ -190,10 +196,16 @@ def _create_stored(
     try:
         con.execute(f"CREATE VIEW {name} AS\n{sql}")
     except duckdb.Error as error:
-        for capture in captures:
-            for why in broken(run, capture, name).values():
+        _name_the_broken(run, captures, name, error)
+
+
+def _name_the_broken(run: RunDir, captures: list[CaptureDir], name: str, error: Exception) -> NoReturn:
+    """Raise a StoreError for the file that a view cannot be made over."""
+    for capture in captures:
+        for table in [name] if name in BY_NAME else BY_NAME:
+            for why in broken(run, capture, table).values():
                 raise StoreError(why) from error
-        raise StoreError(f"cannot read table '{name}': {error}") from error
+    raise StoreError(f"cannot read table '{name}': {error}") from error
 
 
 def _dataset(run: RunDir, name: str, files: list[str]) -> Any:

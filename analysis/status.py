@@ -7,8 +7,9 @@ import textwrap
 from collections.abc import Iterator
 from typing import Any
 
-from analysis.tables import escape, fit, plain_table, width
-from capture.layout import CaptureDir, RunDir
+from analysis.tables import fit, plain_table, width
+from capture.layout import CaptureDir, RunDir, fitting
+from capture.printable import escape
 from capture.schema import MANIFEST, STAGES
 
 COLUMNS = ("entry", "state", "seconds", "tokens", "mode", "gpu", "peak memory", "dollars", "error")
@@ -31,7 +32,7 @@ def status_rows(run: RunDir, every_attempt: bool = False) -> list[dict[str, Any]
     capture of another schema version is `unreadable`. The `error` of a capture that was imported from a file that breaks off
     says where.
     """
-    attempts = run.manifest_rows()
+    attempts = [fitting(row) for row in run.manifest_rows()]
     refused: dict[tuple[str, str], str] = {}
     found = list(run.captures(include_partial=True, refused=refused))
     complete = {(c.pair, c.capture) for c in found if not c.marker.get("partial")}
@@ -136,6 +137,12 @@ def table_lines(rows: list[dict[str, Any]], columns: int | None) -> Iterator[str
     """
     table = [dict(zip(COLUMNS, table_row(row), strict=True)) for row in rows]
     known = [c for c in COLUMNS if c != "dollars" or any(row[c] != "" for row in table)]  # a laptop's work has no price
+    if len({(r["entry"], r["capture"]) for r in rows if r["capture"]}) > len(
+        {r["entry"] for r in rows if r["capture"]}
+    ):
+        known.insert(1, "capture")  # an entry was captured with other settings before
+        for cells, row in zip(table, rows, strict=True):
+            cells["capture"] = row["capture"] or ""
     names, left_out = known, []
     if columns is not None:
         names = [c for c in known[:-1] if any(row[c] != "" for row in table)]

@@ -19,19 +19,13 @@ import click
 
 from analysis.errors import QueryError
 from capture.errors import StoreError
+from capture.printable import escape, safe_json
 
 if TYPE_CHECKING:
     import duckdb
 
 TERMINAL_ROWS = 40
 _MAX_CELL = 60
-
-
-def escape(text: str) -> str:
-    """Control characters as escapes, so that a value stays on its line and cannot steer the terminal."""
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def cell(value: Any) -> str:
@@ -74,7 +68,7 @@ def jsonable(value: Any) -> Any:
 
 
 def json_line(row: Mapping[str, Any]) -> str:
-    return json.dumps(jsonable(row), ensure_ascii=False)
+    return safe_json(json.dumps(jsonable(row), ensure_ascii=False))
 
 
 def csv_lines(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Iterator[str]:
@@ -114,8 +108,8 @@ def plain_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], *, indent
     """Aligned lines: numbers to the right, texts to the left; the header first."""
     numeric = [_is_numeric(rows, i) for i in range(len(columns))]
     texts = [[cell(v) for v in row] for row in rows]
-    widths = [max([width(c), *(width(t[i]) for t in texts)]) for i, c in enumerate(columns)]
-    for line in [list(columns), *texts]:
+    widths = [max([width(escape(c)), *(width(t[i]) for t in texts)]) for i, c in enumerate(columns)]
+    for line in [[escape(c) for c in columns], *texts]:
         padded = [
             " " * (w - width(t)) + t if right else t + " " * (w - width(t))
             for t, w, right in zip(line, widths, numeric, strict=True)

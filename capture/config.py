@@ -106,7 +106,15 @@ def _read_yaml(file: Path) -> tuple[Any, yaml.Node | None]:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark  # not str(error): it quotes the line, which may hold a secret
         raise ConfigError(f"{file}:{mark.line + 1 if mark else '?'}: YAML: {error.problem or error.context}") from None
-    except (yaml.YAMLError, ValueError) as error:
+    except RecursionError:
+        raise ConfigError(f"{file}: YAML: nested too deeply, or in itself") from None
+    except (
+        yaml.YAMLError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        OverflowError,
+    ) as error:  # PyYAML's own of odd values
         raise ConfigError(f"{file}: YAML: {' '.join(str(error).split())}") from None
     finally:
         loader.dispose()
@@ -116,7 +124,12 @@ def _read_yaml(file: Path) -> tuple[Any, yaml.Node | None]:
 def _reject_duplicates(file: Path, root: yaml.Node | None) -> None:
     """YAML readers let the last of two equal keys win without a word; here that is an error."""
 
+    seen: set[int] = set()  # what an alias stands for is looked at once: aliases of aliases are as many as one likes
+
     def walk(node: yaml.Node, path: tuple[str | int, ...]) -> None:
+        if id(node) in seen:
+            return
+        seen.add(id(node))
         if isinstance(node, yaml.SequenceNode):
             for i, item in enumerate(node.value):
                 walk(item, (*path, i))
@@ -166,8 +179,10 @@ def _overrides(environ: Mapping[str, str]) -> dict[str, tuple[str, Any]]:
         if key.endswith("_kwargs"):  # the text is never shown: it may hold a token
             try:
                 value = json.loads(text)
-            except ValueError as error:
-                reason = f"{error.msg} at character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else "?"
+            except (ValueError, RecursionError) as error:
+                reason = type(error).__name__
+                if isinstance(error, json.JSONDecodeError):
+                    reason = f"{error.msg} at character {error.pos + 1}"
                 raise ConfigError(
                     f"{variable}: not JSON ({reason}); expected an object such as '{{\"key\": 1}}'"
                 ) from None
@@ -239,7 +254,10 @@ def _shown(value: Any, loc: tuple[str | int, ...]) -> str:
         if str(loc[-1]).endswith("_kwargs"):
             return f"{type(value).__name__}"  # one text instead of keys and values may hold anything
         value = masked(value, next((str(p) for p in reversed(loc) if isinstance(p, str)), ""))
-    shown = json.dumps(value, ensure_ascii=False, default=str)
+    try:
+        shown = json.dumps(value, ensure_ascii=False, default=str)
+    except ValueError:  # Python writes no integer of more than 4300 digits
+        return "a very large number"
     shown = f"'{shown[1:-1]}'" if isinstance(value, str) else shown
     return shown if len(shown) <= 80 else shown[:77] + "..."
 

@@ -104,7 +104,9 @@ def _local_weights(path: Path, model: str, allow_pickle: bool, trust_remote_code
     if "config.json" in names:
         try:
             config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            if not isinstance(config, dict):
+                raise ValueError("it holds no object")
+        except (OSError, ValueError, RecursionError) as error:
             raise CheckpointError(f"{where}: config.json cannot be read: {error}") from error
         check_remote_code(config, model, trust_remote_code)
     weights = choose_weights(names, lambda n: (path / n).read_bytes(), where=where, allow_pickle=allow_pickle)

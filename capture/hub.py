@@ -241,7 +241,7 @@ def hub_error(repo: str, revision: str | None, error: Exception) -> CheckpointEr
             f"the hub's cache cannot be written for '{repo}' ({_one_line(error)}); set HF_HOME to a directory of yours"
         )
     else:
-        text = f"downloading '{repo}' failed: {_one_line(error)}; run again, it goes on where it stopped"
+        text = f"downloading '{repo}' failed: {_one_line(error)}; run again, files that are whole are not fetched again"
     return CheckpointError(text)
 
 

@@ -8,8 +8,10 @@ OUT/logs/<entry>/<attempt>.log
 from __future__ import annotations
 
 import contextlib
+import datetime
 import json
 import os
+import re
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from capture.errors import StoreError, cannot_read, cannot_write
-from capture.schema import SCHEMA_VERSION
+from capture.schema import MANIFEST, SCHEMA_VERSION
 
 MARKER = "_COMPLETE"
 
@@ -114,13 +116,13 @@ class RunDir:
             if self.fs.get_file_info(f"{path}/{MARKER}").type != fs.FileType.File:
                 return None
             marker = json.loads(self.read_bytes(f"{path}/{MARKER}"))
-        except (ValueError, FileNotFoundError):
+        except (ValueError, RecursionError, FileNotFoundError):
             return None
         except OSError as error:
             if self.is_local:
                 return None
             raise cannot_read(f"'{path}/{MARKER}'", error) from error
-        return marker if isinstance(marker, dict) and "files" in marker else None
+        return marker if isinstance(marker, dict) and _lists_files(marker.get("files")) else None
 
     def is_complete(self, pair: str, capture: str) -> bool:
         """True if the capture has a valid marker and all its files at their recorded sizes. Raises StoreError, as `marker`."""
@@ -170,11 +172,47 @@ class RunDir:
         for info in self.list_dir(f"{self.root}/manifest"):
             if info.base_name.endswith(".json"):
                 try:
-                    rows.append(json.loads(self.read_bytes(info.path)))
-                except ValueError:
+                    row = json.loads(self.read_bytes(info.path))
+                except (ValueError, RecursionError):
                     continue  # being written on a file system without atomic rename
-        return sorted(rows, key=lambda r: (r.get("started") or "", r.get("attempt") or ""))
+                if isinstance(row, dict) and isinstance(row.get("attempt"), str) and isinstance(row.get("entry"), str):
+                    rows.append(row)
+        return sorted(rows, key=lambda r: (str(r.get("started") or ""), r["attempt"]))
 
     def write_manifest_row(self, row: dict[str, Any]) -> None:
         """Write (or replace) the row of one attempt; keys as in schema.MANIFEST."""
         self.write_bytes(f"{self.root}/manifest/{row['attempt']}.json", (json.dumps(row, indent=1) + "\n").encode())
+
+
+_FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+
+
+def _lists_files(files: Any) -> bool:
+    """Whether a marker's list is one: names that stay in the directory, with counts. A run directory may be a stranger's."""
+    return isinstance(files, list) and all(
+        isinstance(f, dict)
+        and isinstance(f.get("name"), str)
+        and _FILE_NAME.fullmatch(f["name"]) is not None
+        and type(f.get("bytes")) is int
+        and 0 <= f["bytes"] < 1 << 63
+        and isinstance(f.get("sha256", ""), str)
+        for f in files
+    )
+
+
+def fitting(row: dict[str, Any]) -> dict[str, Any]:
+    """An attempt's row with null for each field that is not of its type in schema.MANIFEST."""
+    fits = {
+        "VARCHAR": lambda v: isinstance(v, str),
+        "TIMESTAMP": _is_time,
+        "DOUBLE": lambda v: type(v) in (int, float) and abs(v) < 1e300,
+        "BIGINT": lambda v: type(v) is int and abs(v) < 1 << 63,
+    }
+    return row | {f.name: None for f in MANIFEST if f.name in row and not fits[f.type](row[f.name])}
+
+
+def _is_time(value: Any) -> bool:
+    try:
+        return datetime.datetime.fromisoformat(value) is not None
+    except (TypeError, ValueError):
+        return False

@@ -9,6 +9,7 @@ import time
 from typing import Any, TextIO
 
 from capture.attempt import duration, progress_line, speed
+from capture.printable import escape
 from capture.progress import Progress
 
 WAITING = "waiting"  # entries that do this are counted on one line
@@ -52,12 +53,13 @@ class Show:
 
     def note(self, line: str) -> None:
         """A line that stays and belongs to no entry."""
-        if self._live is not None:
-            self._live.console.print(line, markup=False, highlight=False, soft_wrap=True)
-            return
+        line = escape(line, keep="\n")
         try:
-            print(line, file=self.stream, flush=True)
-        except BrokenPipeError:  # who read it, `head` say, has gone: the work goes on unseen
+            if self._live is not None:
+                self._live.console.print(line, markup=False, highlight=False, soft_wrap=True)
+            else:
+                print(line, file=self.stream, flush=True)
+        except OSError:  # who read it, `head` say, or the terminal has gone: the work goes on unseen
             _lead_nowhere(self.stream)
 
     def doing(self, entry: str, what: str) -> None:
@@ -96,6 +98,7 @@ class Show:
                 continue
             now = time.monotonic()
             at_it = duration(now - self._stages.get(entry, ("", since))[1])
+            entry = escape(entry)
             if isinstance(what, str):
                 table.add_row(entry, what, "", "", at_it)
                 continue
@@ -116,8 +119,8 @@ def tell(line: str) -> None:
     import click
 
     try:
-        click.echo(line)
-    except BrokenPipeError:
+        click.echo(escape(line, keep="\n\t"))
+    except OSError:
         _lead_nowhere(sys.stdout)
 
 

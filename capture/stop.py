@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the first asks for a clean stop, the second ends at once."""
+"""Ctrl-C, SIGTERM and a closed terminal: the first asks for a clean stop, the second ends at once."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 
 class Stop:
-    """While entered, the first SIGINT or SIGTERM makes `requested()` true; the next raises KeyboardInterrupt.
+    """While entered, the first SIGINT, SIGTERM or SIGHUP makes `requested()` true; the next raises KeyboardInterrupt.
 
     `said` is called once, at the first signal, with a line for the user. Outside the main thread nothing is installed.
     """
@@ -28,7 +28,9 @@ class Stop:
     def install(self) -> None:
         """Take the signals, or take them back from a library that put its own handlers in between."""
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                if number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
+                    continue  # under nohup the work goes on without its terminal
                 before = signal.signal(number, self._handle)
                 self._before.setdefault(number, before)
 
@@ -48,5 +50,6 @@ class Stop:
         if self.signal is not None:
             raise KeyboardInterrupt
         self.signal = number
-        with contextlib.suppress(RuntimeError):  # the signal came in the middle of a line that is being written
+        # the signal came in the middle of a line that is being written, or there is no terminal any more
+        with contextlib.suppress(RuntimeError, OSError):
             self.said("stopping; what is complete stays complete. Once more to stop at once")

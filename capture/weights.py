@@ -55,7 +55,9 @@ def _sharded(
     try:
         weight_map = json.loads(read_index(index))["weight_map"]
         files = tuple(sorted(set(weight_map.values())))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if not files:
+            raise ValueError("it names no shard")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{where}: '{index}' is not an index of shards ({error}); fetch it again") from error
     if odd := [f for f in files if not isinstance(f, str) or "/" in f or "\\" in f]:
         raise CheckpointError(f"{where}: '{index}' names the file {odd[0]!r}; shards must lie beside the index")
@@ -123,7 +125,7 @@ def read_header(file: Path) -> dict[str, Any]:
         expected = 8 + length + max((t["data_offsets"][1] for t in header.values()), default=0)
     except OSError as error:
         raise CheckpointError(f"cannot read '{file}': {error.strerror or error}") from error
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"'{file}' has a corrupt safetensors header ({error}); fetch it again") from error
     if actual != expected:
         raise CheckpointError(f"'{file}' is corrupt: {expected} bytes expected, {actual} found; fetch it again")

@@ -20,7 +20,8 @@ def commands_page() -> str:
     """Every verb's --help, as a terminal of 80 columns shows it."""
     parts = ["# Commands", "", "Made by `make docs` from `pairscope VERB --help`.", ""]
     root = pairscope.cli
-    context = click.Context(root, info_name="pairscope", terminal_width=80, max_content_width=80)
+    settings = root.context_settings  # with -h, as the command line has it
+    context = click.Context(root, info_name="pairscope", terminal_width=80, max_content_width=80, **settings)
     parts += ["```text", root.get_help(context), "```", ""]
     for verb in pairscope.VERBS:
         command = root.get_command(context, verb)

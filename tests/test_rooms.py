@@ -14,7 +14,7 @@ FORBIDDEN = {
     "analysis": {"torch", "transformers", "ray", "cluster", "vastai", "safetensors"},
 }
 # what of capture the others may know: nothing of the engine
-LIGHT = {"schema", "layout", "manifest", "store", "config", "errors", "progress"}
+LIGHT = {"schema", "layout", "manifest", "store", "config", "errors", "progress", "printable"}
 
 
 def imports(path):

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from cluster.vast.errors import VastBusyError, VastKeyError, VastRefusedError
+from cluster.vast.rows import as_instance, is_offer
 
 T = TypeVar("T")
 
@@ -60,7 +61,7 @@ class Vast:
                 no_default=True,
             ),
         )
-        return _rows(offers, "search offers")
+        return [row for row in _rows(offers, "search offers") if is_offer(row, bid)]
 
     def create(self, offer: int, **fields: Any) -> int:
         """Rent an offer and return the instance's id. Sent again only after a 429, which Vast sends before it acts.
@@ -87,7 +88,7 @@ class Vast:
             if token:
                 params["after_token"] = token
             page = self._call("list instances", lambda p=params: _listing(self.sdk.show_instances_v1(p)), tries=3)  # type: ignore[misc]
-            rows |= {row["id"]: row for row in page["instances"]}
+            rows |= {row["id"]: as_instance(row) for row in page["instances"]}
             following = page.get("next_token")
             if not following:
                 return list(rows.values())
@@ -105,7 +106,7 @@ class Vast:
             row = reply["instances"]  # the SDK's own function fails on a row without start_date
             if row is not None and row["id"] != number:
                 raise ValueError(f"asked for {number}, got {row['id']}")
-            return None if row is None else dict(row)
+            return None if row is None else as_instance(row)
 
         try:
             return self._call("show instance", get, tries=3)
@@ -177,7 +178,7 @@ def _explain(what: str, error: Exception) -> Exception:
         status = error.response.status_code
         try:
             text = _message(error.response.json())
-        except ValueError:
+        except (ValueError, RecursionError):
             text = error.response.text[:200]
         if status == 401:
             return VastKeyError(f"{what}: Vast does not know this API key ({text}); {KEY_HELP}")
@@ -186,7 +187,7 @@ def _explain(what: str, error: Exception) -> Exception:
         if status == 429 or status >= 500:
             return VastBusyError(f"{what}: Vast answered {status} ({text})", done=status != 429)
         return VastRefusedError(f"{what}: Vast answered {status}: {text}", status=status)
-    if isinstance(error, requests.exceptions.JSONDecodeError | ValueError | KeyError | TypeError):
+    if isinstance(error, requests.exceptions.JSONDecodeError | ValueError | KeyError | TypeError | RecursionError):
         return VastBusyError(f"{what}: a reply that cannot be read ({type(error).__name__}: {str(error)[:120]})")
     if isinstance(error, requests.RequestException):
         return VastBusyError(f"{what}: no reply ({type(error).__name__}: {str(error)[:200]})")

@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from capture.errors import ConfigError
+from capture.printable import escape
 from cluster.vast import headkey
 from cluster.vast.api import Vast
 from cluster.vast.errors import VastError
@@ -69,7 +70,7 @@ def offers(config: str, type_: str | None, limit: int, as_json: bool) -> None:
         {
             "offer": o.id, "machine": o.machine, "gpus": f"{o.row['num_gpus']}x {o.row['gpu_name']}", "gib": round(o.row["gpu_ram"] / 1024, 1),
             "dollars_per_hour": round(o.dph, 4), "dollars_for_work": round(o.dollars, 3), "mbit_down": o.row["inet_down"],
-            "dollars_per_gb": o.row["inet_down_cost"], "reliability": o.row["reliability"], "place": o.row.get("geolocation"),
+            "dollars_per_gb": o.row.get("inet_down_cost"), "reliability": o.row.get("reliability"), "place": o.row.get("geolocation"),
         }
         for o in found
     ]  # fmt: skip
@@ -242,5 +243,5 @@ def _show(rows: list[dict[str, Any]], as_json: bool) -> None:
     for name in used:
         table.add_column(name.replace("_", " "), overflow="fold")
     for row in rows:
-        table.add_row(*(str(row[name]) for name in used))
+        table.add_row(*(escape(str(row[name])) for name in used))
     Console(width=None if sys.stdout.isatty() else 200, markup=False, highlight=False).print(table)

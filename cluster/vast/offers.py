@@ -85,7 +85,7 @@ class Offer:
         kind = "interruptible, bid" if self.bid is not None else "on demand"
         return (
             f"{r['num_gpus']}x {r['gpu_name']} ({r['gpu_ram'] / 1024:.0f} GiB each), ${self.dph:.3f}/h {kind}, "
-            f"{r['inet_down']:.0f} Mb/s down at ${r['inet_down_cost']:.4f}/GB, {r.get('geolocation') or 'unknown place'}"
+            f"{r['inet_down']:.0f} Mb/s down at ${r.get('inet_down_cost') or 0.0:.4f}/GB, {r.get('geolocation') or 'unknown place'}"
         )
 
 

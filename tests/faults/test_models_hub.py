@@ -1,0 +1,168 @@
+"""What a hub and a checkpoint can do wrong, over the real huggingface_hub and a hub on loopback."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import namedtuple
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub import constants
+from local_hub import Fault, LocalHub
+from safetensors.torch import save_file
+
+from capture import hub as ours
+from capture.errors import CheckpointError, PairscopeError
+from capture.files import resolve_model
+
+SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+
+
+@pytest.fixture
+def repo(tmp_path: Path) -> Path:
+    """A model of two shards of 1.5 MiB, large enough to be served by the content server in pieces."""
+    made = tmp_path / "served" / "org" / "model"
+    made.mkdir(parents=True)
+    (made / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    weights = {shard: {f"{i}.weight": torch.full((384, 1024), float(i))} for i, shard in enumerate(SHARDS)}
+    for shard, tensors in weights.items():
+        save_file(tensors, made / shard)
+    index = {"metadata": {}, "weight_map": {key: shard for shard, tensors in weights.items() for key in tensors}}
+    (made / "model.safetensors.index.json").write_text(json.dumps(index))
+    return made
+
+
+@pytest.fixture
+def hub(repo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalHub]:
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # the library's own pauses between tries
+    with LocalHub(tmp_path / "served") as made, made.used_here(monkeypatch, tmp_path / "cache"):
+        yield made
+
+
+def refused(**options: Any) -> str:
+    with pytest.raises(PairscopeError) as caught:
+        resolve_model("org/model", **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("status", "says"),
+    [
+        (401, "org/model"),
+        (403, "org/model"),
+        (404, "org/model"),
+        (429, "429"),
+        (500, "500"),
+        (502, "502"),
+        (503, "503"),
+    ],
+)
+def test_a_hub_that_refuses_is_one_line_with_the_status_and_later_all_is_well(
+    hub: LocalHub, status: int, says: str
+) -> None:
+    hub.faults = [Fault("status", where="hub", status=status, times=100)]
+    assert says in refused()
+    hub.faults = []
+    assert resolve_model("org/model").weights == SHARDS
+
+
+def test_after_a_download_that_was_cut_for_good_only_what_is_missing_comes(hub: LocalHub, repo: Path) -> None:
+    hub.faults = [Fault("cut", part=SHARDS[1], after=700_000, times=100)]
+    assert "run again, files that are whole are not fetched again" in refused()
+    hub.faults = []
+    files = resolve_model("org/model")
+    assert len(hub.seen("content", SHARDS[0])) == 1
+    for shard in SHARDS:
+        assert (Path(files.path) / shard).read_bytes() == (repo / shard).read_bytes()
+
+
+def test_a_download_cut_now_and_then_is_whole_in_the_end(
+    hub: LocalHub, repo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1 << 16)  # 10 MiB are put down at a time
+    hub.faults = [Fault("cut", part="model-0000", after=300_000, times=3)]
+    files = resolve_model("org/model")
+    asked = [r.range for r in hub.seen("content", "model-0000")]
+    assert len(asked) == 2 + 3
+    assert sum(r is not None and r[0] > 0 for r in asked) == 3  # what had come was not asked for again
+    assert (Path(files.path) / SHARDS[0]).read_bytes() == (repo / SHARDS[0]).read_bytes()
+
+
+def test_a_disk_too_small_is_said_before_a_byte_of_weights_comes(
+    hub: LocalHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(ours.shutil, "disk_usage", lambda path: usage(2_000_000, 0, 2_000_000))
+    assert "GiB more on disk" in refused()
+    assert hub.seen("content", "model-0000") == []
+
+
+@pytest.mark.parametrize("left", [0, 5, 900_000])
+def test_a_shard_cut_in_the_cache_is_named_before_work_starts(hub: LocalHub, left: int) -> None:
+    files = resolve_model("org/model")
+    shard = Path(files.path) / SHARDS[1]
+    with shard.resolve().open("r+b") as stream:
+        stream.truncate(left)
+    text = refused()
+    assert SHARDS[1] in text
+
+
+def test_a_hub_that_is_gone_leaves_what_is_in_the_cache(
+    hub: LocalHub, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = resolve_model("org/model")
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
+    assert resolve_model("org/model") == known
+    assert "cannot be reached" in caplog.text
+
+
+def test_an_index_that_leads_out_of_the_directory_is_refused(repo: Path, tmp_path: Path) -> None:
+    shutil.copy(repo / SHARDS[0], tmp_path / "outside.safetensors")
+    for name in (
+        "../../../outside.safetensors",
+        str(tmp_path / "outside.safetensors"),
+        "",
+        ".",
+        "a/../../x.safetensors",
+    ):
+        index = {"metadata": {}, "weight_map": {"0.weight": name}}
+        (repo / "model.safetensors.index.json").write_text(json.dumps(index))
+        with pytest.raises(CheckpointError, match=r"index\.json"):
+            resolve_model(str(repo))
+
+
+NOT_JSON = [b"", b"{", b"null", b"[]", b"1", b"[" * 100_000, b"\xff"]
+NO_INDEX = [
+    b"{}",
+    b'{"weight_map": 1}',
+    b'{"weight_map": {"a": 1}}',
+    b'{"weight_map": {}}',
+    b'{"weight_map": {"a": []}}',
+]
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [("config.json", c) for c in NOT_JSON] + [("model.safetensors.index.json", c) for c in NOT_JSON + NO_INDEX],
+)
+def test_odd_json_in_a_checkpoint_is_one_line(repo: Path, file: str, content: bytes) -> None:
+    (repo / file).write_bytes(content)
+    with pytest.raises(PairscopeError) as caught:
+        resolve_model(str(repo))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("header", [b"", b"{", b"null", b"[]", b'{"a": 1}', b'{"a": {"dtype": "F32"}}', b"[" * 50_000, b"\xff" * 20,
+                                    b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, -4]}}',
+                                    b'{"a": {"dtype": "F32", "shape": "x", "data_offsets": [9, "y"]}}'])  # fmt: skip
+def test_odd_headers_of_weights_are_one_line(repo: Path, header: bytes) -> None:
+    for size in (len(header), 1 << 62):
+        (repo / SHARDS[0]).write_bytes(size.to_bytes(8, "little") + header)
+        with pytest.raises(CheckpointError) as caught:
+            resolve_model(str(repo))
+        assert "\n" not in str(caught.value)
