@@ -294,6 +294,7 @@ class StreamedModel:
             return
         self.reserve(group)
         self.announce(group)
+        self.stored.read_ahead(self._keys(group))
         name = ""
         try:
             left = []

@@ -17,7 +17,7 @@ from typing import Any
 
 from capture.errors import CheckpointError
 from capture.ranges import Ranges, RemoteFile
-from capture.weights import MAX_HEADER
+from capture.weights import MAX_HEADER, places
 
 log = logging.getLogger(__name__)
 
@@ -140,14 +140,7 @@ class Source:
     def _span(self, path: str, key: str) -> tuple[int, int]:
         file = self.files[path]
         if file not in self._places:
-            from capture.weights import read_header
-
-            header = read_header(Path(path))
-            with open(path, "rb") as stream:
-                data = 8 + int.from_bytes(stream.read(8), "little")
-            self._places[file] = {
-                k: (data + t["data_offsets"][0], data + t["data_offsets"][1]) for k, t in header.items()
-            }
+            self._places[file] = places(Path(path))
         return self._places[file][key]
 
     # -- the end -------------------------------------------------------------------------------------------------------

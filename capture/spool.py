@@ -14,12 +14,13 @@ import json
 import logging
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from capture.errors import CheckpointError
 from capture.ranges import RemoteFile
+from capture.weights import joined
 
 log = logging.getLogger(__name__)
 
@@ -104,7 +105,7 @@ class Spool:
                 log.warning("%s is not kept: %s", self.file, _why(error))
                 self.discard()
                 return
-            self._have = list(_joined([*self._have, (start, start + len(view))]))
+            self._have = list(joined([*self._have, (start, start + len(view))]))
 
     def finish(self) -> bool:
         """Check the whole file and put it into the cache; False where something is missing or it was given up.
@@ -191,20 +192,6 @@ class Hasher:
     def close(self) -> None:
         self.stop.set()
         self.thread.join()
-
-
-def _joined(ranges: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """Rising ranges, those that touch as one."""
-    current: tuple[int, int] | None = None
-    for start, stop in sorted(ranges):
-        if current is not None and start <= current[1]:
-            current = (current[0], max(current[1], stop))
-        else:
-            if current is not None:
-                yield current
-            current = (start, stop)
-    if current is not None:
-        yield current
 
 
 def _why(error: OSError) -> str:

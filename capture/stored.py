@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from capture.assemble import Recipe
 from capture.borrowed import KeyMap
 from capture.errors import CheckpointError
 from capture.ledger import CountedSlice, Ledger
+from capture.weights import joined, places
 
 if TYPE_CHECKING:
     from capture.remote import Source
@@ -31,6 +33,7 @@ class Stored:
         self.files, self.label, self.ledger, self.source = files, label, ledger, source
         self.ignored_keys: list[str] = []
         self._handles: dict[str, Any] = {}
+        self._places: dict[str, dict[str, tuple[int, int]]] = {}
         where = f"{label} model '{directory}'"
         if not files:
             raise CheckpointError(f"{where}: transformers found no weight files in it")
@@ -48,6 +51,26 @@ class Stored:
         """These will be read soon, in about this order."""
         if self.source is not None:
             self.source.announce(keys)
+
+    def read_ahead(self, keys: Iterable[tuple[str, str]]) -> None:
+        """Let the system read these from its disk now. On the CPU a tensor is a view of its file, whose bytes come when they are
+        first used: without this that is in the middle of a layer."""
+        if not hasattr(os, "posix_fadvise"):
+            return
+        by_file: dict[str, list[tuple[int, int]]] = {}
+        for file, key in keys:
+            if self.source is None or file not in self.source.files:
+                by_file.setdefault(file, []).append(self._place(file, key))
+        for file, wanted in by_file.items():
+            with open(file, "rb") as stream:
+                for start, stop in joined(wanted):
+                    os.posix_fadvise(stream.fileno(), start, stop - start, os.POSIX_FADV_WILLNEED)
+
+    def _place(self, file: str, key: str) -> tuple[int, int]:
+        """First byte of a tensor in its file, and the one behind the last."""
+        if file not in self._places:
+            self._places[file] = places(Path(file))
+        return self._places[file][key]
 
     def cancel(self, keys: Iterable[tuple[str, str]]) -> None:
         """These will not be read after all."""

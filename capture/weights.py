@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -130,6 +130,28 @@ def read_header(file: Path) -> dict[str, Any]:
     if actual != expected:
         raise CheckpointError(f"'{file}' is corrupt: {expected} bytes expected, {actual} found; fetch it again")
     return dict(header)
+
+
+def places(file: Path) -> dict[str, tuple[int, int]]:
+    """Where each tensor of a safetensors file lies: its first byte, and the one behind its last. Raises CheckpointError."""
+    header = read_header(file)
+    with file.open("rb") as stream:
+        data = 8 + int.from_bytes(stream.read(8), "little")
+    return {key: (data + t["data_offsets"][0], data + t["data_offsets"][1]) for key, t in header.items()}
+
+
+def joined(ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """Rising ranges, those that touch as one."""
+    current: tuple[int, int] | None = None
+    for start, stop in sorted(ranges):
+        if current is not None and start <= current[1]:
+            current = (current[0], max(current[1], stop))
+        else:
+            if current is not None:
+                yield current
+            current = (start, stop)
+    if current is not None:
+        yield current
 
 
 def check_weights(directory: Path, weights: Weights) -> tuple[int, dict[str, str]]:

@@ -135,7 +135,7 @@ def main() -> int:
     args = parser.parse_args()
 
     shape = SHAPE | {"num_hidden_layers": args.layers}
-    folder = CACHE / f"wide-{zlib.crc32(json.dumps(shape).encode()):08x}"  # a hub of one owner, `org`
+    folder = CACHE / f"wide-{zlib.crc32(repr(sorted(shape.items())).encode()):08x}"  # a hub of one owner, `org`
     folder.mkdir(parents=True, exist_ok=True)
     command = [
         sys.executable,

@@ -21,6 +21,7 @@ PAGE = ROOT / "docs" / "benchmarks.md"
 TITLES = {  # in the page's order
     "capture": "A capture against the bare floor",
     "streaming": "Streamed against resident",
+    "cold": "From a cold disk",
     "hub": "Straight from a hub",
     "rivals": "Against other programs, on the same pair and prompts",
     "ray": "Ray's share of a sweep",
