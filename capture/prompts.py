@@ -87,6 +87,10 @@ def tokenize(entry: Entry, tokenizer: Any) -> Prompts:
     for i, (prompt, source) in enumerate(zip(entry.prompts, sources, strict=True)):
         if not prompt.strip():
             raise PromptError(f"prompt {i} ({source}) is empty; take it out, or write a prompt there")
+        if (odd := _half_pair(prompt)) is not None:
+            raise PromptError(
+                f"prompt {i} ({source}): character {odd} is half of a surrogate pair, which is no text; write the whole character"
+            )
         for variant in entry.prompt_variants:
             text = make_variant(prompt, variant, entry.prompt_variant_options)
             ids = tuple(tokenizer(text, add_special_tokens=entry.add_special_tokens)["input_ids"])
@@ -105,6 +109,15 @@ def tokenize(entry: Entry, tokenizer: Any) -> Prompts:
     used = sorted({i for p in items for i in p.ids})
     special = frozenset(tokenizer.all_special_ids) & frozenset(used)
     return Prompts(tuple(items), trimmed_to, {i: token_text(tokenizer, i) for i in used}, special)
+
+
+def _half_pair(text: str) -> int | None:
+    """Where a lone surrogate stands, as `"\\ud800"` in YAML or JSON makes it; None where the text can be written as UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return error.start
+    return None
 
 
 def token_text(tokenizer: Any, token_id: int) -> str:
