@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from analysis.views import CAPTURES, MANIFEST_VIEW, View
 from capture.errors import StoreError
 from capture.layout import MARKER, CaptureDir, RunDir
+from capture.manifest import as_it_is
 
 if TYPE_CHECKING:
     import pyarrow
@@ -41,7 +42,7 @@ def captures_table(run: RunDir, captures: list[CaptureDir]) -> pyarrow.Table:
 
 def manifest_table(run: RunDir) -> pyarrow.Table:
     """One row per attempt, columns of schema.MANIFEST; keys that a row lacks are null, others are left out."""
-    return _table(MANIFEST_VIEW, run.manifest_rows())
+    return _table(MANIFEST_VIEW, [as_it_is(row) for row in run.manifest_rows()])
 
 
 def _capture_row(run: RunDir, capture: CaptureDir) -> dict[str, Any]:

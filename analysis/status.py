@@ -9,6 +9,7 @@ from typing import Any
 
 from analysis.tables import fit, plain_table, width
 from capture.layout import CaptureDir, RunDir, fitting
+from capture.manifest import as_it_is
 from capture.printable import escape
 from capture.schema import MANIFEST, STAGES
 
@@ -28,11 +29,11 @@ def status_rows(run: RunDir, every_attempt: bool = False) -> list[dict[str, Any]
 
     What lies in the run directory without an attempt of its own has a row too: a complete capture (state `complete`), and a
     capture directory without a valid marker where its entry has no attempt at all (state `partial`). An attempt that says
-    `complete` while its capture is gone becomes `missing`; while a file of it is gone or short, `damaged`. A
+    `running` while its driver is dead was `interrupted`; one that says `complete` while its capture is gone becomes `missing`; while a file of it is gone or short, `damaged`. A
     capture of another schema version is `unreadable`. The `error` of a capture that was imported from a file that breaks off
     says where.
     """
-    attempts = [fitting(row) for row in run.manifest_rows()]
+    attempts = [as_it_is(fitting(row)) for row in run.manifest_rows()]
     refused: dict[tuple[str, str], str] = {}
     found = list(run.captures(include_partial=True, refused=refused))
     complete = {(c.pair, c.capture) for c in found if not c.marker.get("partial")}

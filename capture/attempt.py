@@ -10,7 +10,6 @@ import logging
 import os
 import time
 import traceback
-import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,6 +17,7 @@ from typing import Any
 from capture.attemptlog import append_log, attempt_log, header
 from capture.config import Entry
 from capture.errors import (
+    DeviceError,
     DeviceMemoryError,
     DoesNotFitError,
     PairscopeError,
@@ -27,7 +27,8 @@ from capture.errors import (
     why_not_written,
 )
 from capture.layout import RunDir
-from capture.manifest import Attempt
+from capture.manifest import Attempt, settle_lost
+from capture.process import temporary
 from capture.progress import Progress
 from capture.ranks import Ranks
 from capture.relay import Handover, LostError, Relay
@@ -71,7 +72,7 @@ class Outcome:
     """How one attempt ended; plain values only, so that it always survives the way from a worker to the driver.
 
     state: complete, failed or interrupted. fields: values for the manifest row. bug: not an error meant for a user, its
-    traceback is in the log. out_of_memory, died, lost_span: the causes that are worth another try.
+    traceback is in the log. out_of_memory, died (with it its use of the GPU), lost_span: the causes worth another try.
     """
 
     state: str
@@ -131,17 +132,29 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
+def is_poison(error: BaseException) -> bool:
+    """True for an error of the GPU after which its process can do nothing more there: an illegal access, a failed assert, an
+    ECC error, a card that fell off the bus. A fresh process may."""
+    if is_out_of_memory(error):
+        return False
+    return type(error).__name__ == "AcceleratorError" or "CUDA error:" in str(error)
+
+
 def error_fields(error: BaseException) -> dict[str, str]:
     """The manifest's two columns for an error, in one line."""
     return {"error_class": type(error).__name__, "error": " ".join(str(error).split())[:2000]}
 
 
 def failure(error: BaseException, **fields: Any) -> Outcome:
+    poisoned = is_poison(error)
+    if poisoned:
+        error = DeviceError(f"the GPU failed, and this process cannot use it any more: {str(error).splitlines()[0]}")
     return Outcome(
         "failed",
         fields=fields | error_fields(error),
         bug=not isinstance(error, PairscopeError | LostError) and not is_out_of_memory(error),
         out_of_memory=is_out_of_memory(error),
+        died=poisoned,
         lost_span=error.span if isinstance(error, LostError) else None,
     )
 
@@ -285,7 +298,9 @@ def check_output(run: RunDir, *, write: bool = True) -> None:
         raise StoreError(f"cannot read the output '{run.out}': {' '.join(str(error).split())}") from error
     if not write:
         return
-    probe = f"{run.root}/manifest/.writable-{uuid.uuid4().hex[:8]}"
+    run.remove_leftovers()
+    settle_lost(run)
+    probe = temporary(f"{run.root}/manifest/.writable")
     try:
         run.write_bytes(probe, os.urandom(PROBE_BYTES))  # random: nothing can store it in less
         run.fs.delete_file(probe)
@@ -329,7 +344,7 @@ def run_entry(
             finish(attempt, outcome)
         except StoreError as error:  # it must not hide how the attempt ended
             say(entry.name, f"the manifest cannot be written: {error}")
-        tried = next_try(tried, entry, outcome)
+        tried = None if outcome.died else next_try(tried, entry, outcome)  # this process is what died
         if tried is not None:
             say(entry.name, f"{outcome.error}; trying again, {tried.note}")
     return attempt.row, outcome

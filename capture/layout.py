@@ -9,19 +9,23 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import hashlib
 import json
 import os
 import re
-import uuid
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from capture.errors import StoreError, cannot_read, cannot_write
+from capture.process import STAGE, remove_leftovers, temporary
 from capture.schema import MANIFEST, SCHEMA_VERSION
 
 MARKER = "_COMPLETE"
+SPANS = "spans"  # a directory of a capture under way: capture/spans.py
+AN_HOUR_S = 3600.0
 
 # scheme -> what opens a URI that pyarrow does not know, as (file system, path); whoever has such a place adds it
 OPENERS: dict[str, Callable[[str], tuple[Any, str]]] = {}
@@ -59,6 +63,7 @@ class RunDir:
         except Exception as error:
             raise StoreError(f"cannot open the output '{out}': {error}") from error
         self.root = self.root.rstrip("/")
+        self.last_started = ""  # of the attempts seen, the latest
 
     @property
     def is_local(self) -> bool:
@@ -87,7 +92,7 @@ class RunDir:
 
     def write_bytes(self, path: str, data: bytes) -> None:
         """Write a small file so that it is there whole or not at all. Raises StoreError."""
-        tmp = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
+        tmp = temporary(path)
         try:
             if not self.is_local:  # no directories to make there, and an object is published only when it is closed
                 with self.fs.open_output_stream(path) as stream:
@@ -140,6 +145,25 @@ class RunDir:
             i.type == fs.FileType.File and i.size == f["bytes"] for i, f in zip(infos, marker["files"], strict=True)
         )
 
+    def damage(self, pair: str, capture: str) -> str | None:
+        """What is wrong with a capture that has a marker: a file gone, short or, on a local disk, with other bytes than were
+        written (an object store keeps checksums of its own). None where it is whole or has no marker."""
+        path = self.capture_path(pair, capture)
+        marker = self.marker(path)
+        if marker is None:
+            return None
+        if not self.is_complete(pair, capture):
+            return f"'{path}': a table is gone or has lost bytes"
+        for file in marker["files"] if self.is_local else ():
+            try:
+                with open(f"{path}/{file['name']}", "rb") as stream:
+                    if hashlib.file_digest(stream, "sha256").hexdigest() == file["sha256"]:
+                        continue
+            except OSError as error:
+                return f"'{path}/{file['name']}' cannot be read: {error.strerror or error}"
+            return f"'{path}/{file['name']}' holds other bytes than were written"
+        return None
+
     def captures(
         self, include_partial: bool = False, refused: dict[tuple[str, str], str] | None = None
     ) -> Iterator[CaptureDir]:
@@ -177,10 +201,29 @@ class RunDir:
                     continue  # being written on a file system without atomic rename
                 if isinstance(row, dict) and isinstance(row.get("attempt"), str) and isinstance(row.get("entry"), str):
                     rows.append(row)
+        self.last_started = max([self.last_started, *(r["started"] for r in rows if _is_time(r.get("started")))])
         return sorted(rows, key=lambda r: (str(r.get("started") or ""), r["attempt"]))
+
+    def remove_leftovers(self) -> None:
+        """Remove what killed writers left, wherever in the run directory: temporary files of dead processes of this machine,
+        and spans of captures that are complete and that nobody is at work on."""
+        if self.is_local:
+            root = Path(self.root)
+            for directory in (root / "manifest", *root.glob("captures/*/*"), *root.glob(f"captures/*/*/{SPANS}")):
+                remove_leftovers(directory)
+        for pair in self.list_dir(f"{self.root}/captures"):
+            for info in self.list_dir(pair.path):
+                spans = self.list_dir(f"{info.path}/{SPANS}")
+                if not spans or self.marker(info.path) is None:
+                    continue
+                quiet = all(time.time() - (i.mtime_ns or 0) / 1e9 > AN_HOUR_S for i in spans)
+                if quiet or (self.is_local and not any(STAGE.search(n) for n in os.listdir(info.path))):
+                    with contextlib.suppress(OSError):
+                        self.fs.delete_dir(f"{info.path}/{SPANS}")
 
     def write_manifest_row(self, row: dict[str, Any]) -> None:
         """Write (or replace) the row of one attempt; keys as in schema.MANIFEST."""
+        self.last_started = max(self.last_started, row.get("started") or "")
         self.write_bytes(f"{self.root}/manifest/{row['attempt']}.json", (json.dumps(row, indent=1) + "\n").encode())
 
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from capture.config import Entry
 from capture.device import DeviceChoice, choose_device
+from capture.errors import StoreError
 from capture.files import ModelFiles, resolve_model, resolve_tokenizer
 from capture.identity import capture_id, tokenizer_hash
 from capture.layout import RunDir
@@ -161,11 +162,14 @@ def _capture(
 ) -> CaptureResult:
     run = RunDir(out)
     path = run.capture_path(entry.name, resolved.capture)
+    skipped = CaptureResult(entry.name, resolved.capture, path, "skipped", 0.0, 0, 0, "", "", "", 0, 0)
+    before = run.marker(path)
     if not force and run.is_complete(entry.name, resolved.capture):
-        log.info("complete already: %s", path)
-        return CaptureResult(
-            entry.name, resolved.capture, path, "skipped", time.monotonic() - began, 0, 0, "", "", "", 0, 0
-        )
+        broken = run.damage(entry.name, resolved.capture)
+        if broken is None:
+            log.info("complete already: %s", path)
+            return replace(skipped, seconds=time.monotonic() - began)
+        log.warning("%s; capturing it anew", broken)
     choice = guarded or choose_device(entry)
     prompts = tokenize(entry, load_tokenizer(entry, resolved.tokenizer_dir))
     from capture.work import Work  # torch and transformers, from here on
@@ -181,7 +185,14 @@ def _capture(
         **more,
     )
     work.seconds["resolve"] = time.monotonic() - began
-    work.capture()
+    try:
+        work.capture()
+    except (OSError, StoreError):
+        # another writer of the same capture may have been faster, and have cleared away what both had committed
+        if not run.is_complete(entry.name, resolved.capture) or run.marker(path) == before:
+            raise
+        log.info("completed by another process meanwhile: %s", path)
+        return replace(skipped, seconds=time.monotonic() - began)
     return CaptureResult(
         pair=entry.name,
         capture=resolved.capture,

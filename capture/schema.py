@@ -229,7 +229,7 @@ MANIFEST: tuple[ManifestField, ...] = (
     ManifestField("entry", "VARCHAR", "entry of the config's sweep"),
     ManifestField("capture", "VARCHAR", "capture id, once known"),
     ManifestField("state", "VARCHAR", "running, complete, failed or interrupted"),
-    ManifestField("started", "TIMESTAMP", "UTC"),
+    ManifestField("started", "TIMESTAMP", "UTC; never before an earlier attempt's, whatever the clock does"),
     ManifestField("finished", "TIMESTAMP", "UTC; null while running"),
     ManifestField("seconds", "DOUBLE", "wall clock of the attempt"),
     ManifestField("node", "VARCHAR", "host name of the worker"),
@@ -247,4 +247,5 @@ MANIFEST: tuple[ManifestField, ...] = (
         for stage in STAGES
     ),
     ManifestField("dollars", "DOUBLE", "cost of the attempt, where a rate is known"),
+    ManifestField("driver", "VARCHAR", "the process that keeps this row: host, process id, birth"),
 )

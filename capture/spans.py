@@ -4,13 +4,17 @@
         span-<first>-<last>.safetensors   columns of layers first..last, and what the walk had found out by then
         state-<last>.safetensors          the states that leave layer `last`: where the next span goes in
 
-A span's files are written whole or not at all, columns first. An attempt at the same capture, here or on another node that
-sees the same run directory, goes on after the last span committed; the numbers are those of an undisturbed run.
+A span's files are written whole or not at all, columns first, each with a checksum of all that is in it. An attempt at the
+same capture, here or on another node that sees the same run directory, goes on after the last span committed; the numbers are
+those of an undisturbed run. A file that cannot be read or holds other bytes than were written counts as none.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
+import logging
 import re
 import struct
 from dataclasses import dataclass
@@ -21,10 +25,13 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from capture.layout import RunDir
+from capture.errors import StoreError
+from capture.layout import SPANS, RunDir
 from capture.parcels import pack_states, unpack_states
 
-SPANS = "spans"
+log = logging.getLogger(__name__)
+
+SUM = "sha256"
 
 
 @dataclass(frozen=True)
@@ -37,8 +44,8 @@ class Span:
     meta: dict[str, Any]
 
     def columns(self) -> dict[str, Any]:
-        data = self.store.run.read_bytes(self.store.span_path(self.first, self.last))
-        return {name: tensor.numpy() for name, tensor in load(data).items()}
+        tensors, _ = self.store.read(self.store.span_path(self.first, self.last))
+        return {name: tensor.numpy() for name, tensor in tensors.items()}
 
 
 class SpanStore:
@@ -69,9 +76,9 @@ class SpanStore:
         leave a layer before it are another worker's.
         """
         tensors = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in columns.items()}
-        self.run.write_bytes(self.span_path(first, last), save(tensors, {"meta": json.dumps(meta)}))
+        self._write(self.span_path(first, last), tensors, json.dumps(meta))
         named = {name: tensor.contiguous().cpu().clone() for name, tensor in pack_states(states).items()}
-        self.run.write_bytes(self.state_path(last), save(named))
+        self._write(self.state_path(last), named)
         for info in self.run.list_dir(self.path):
             found = re.fullmatch(r"state-(\d+)\.safetensors", info.base_name)
             if found and since <= int(found[1]) < last:
@@ -92,24 +99,58 @@ class SpanStore:
         at = first
         while at in starts and (last is None or starts[at] <= last):
             end = starts[at]
-            chain.append(Span(self, at, end, self._meta(self.span_path(at, end))))
+            if (meta := self._whole(self.span_path(at, end))) is None:
+                break
+            chain.append(Span(self, at, end, json.loads(meta)))
             at = end + 1
-        while chain and f"state-{chain[-1].last}.safetensors" not in names:
+        while chain and (f"state-{chain[-1].last}.safetensors" not in names or not self._has_states(chain[-1].last)):
             chain.pop()
         return chain
 
     def states(self, span: Span, device: torch.device) -> list[list[Tensor]]:
         """The states that leave a span, [batch][slot] -> [B, T, D]."""
-        return unpack_states(load(self.run.read_bytes(self.state_path(span.last))), device)
+        return unpack_states(self.read(self.state_path(span.last))[0], device)
 
-    def _meta(self, path: str) -> dict[str, Any]:
-        with self.run.fs.open_input_stream(path) as stream:
-            (size,) = struct.unpack("<Q", stream.read(8))
-            header = json.loads(stream.read(size))
-        meta: dict[str, Any] = json.loads(header["__metadata__"]["meta"])
-        return meta
+    def read(self, path: str) -> tuple[dict[str, Tensor], str]:
+        """(tensors, meta) of a file of ours. Raises StoreError where it holds other bytes than were written."""
+        data = self.run.read_bytes(path)
+        try:
+            (size,) = struct.unpack("<Q", data[:8])
+            said: dict[str, str] = json.loads(data[8 : 8 + size])["__metadata__"]
+            tensors, meta = load(data), said["meta"]
+        except Exception as error:  # the library's own error is of no kind, and its header may be anything
+            raise StoreError(f"'{path}' is broken: {' '.join(str(error).split())}; run again") from error
+        if said.get(SUM) != _sum(tensors, meta):
+            raise StoreError(f"'{path}' holds other bytes than were written; run again")
+        return tensors, meta
+
+    def _write(self, path: str, tensors: dict[str, Tensor], meta: str = "") -> None:
+        self.run.write_bytes(path, save(tensors, {"meta": meta, SUM: _sum(tensors, meta)}))
+
+    def _whole(self, path: str) -> str | None:
+        """What a file says of itself; None, and a line in the log, where it cannot be relied on."""
+        try:
+            return self.read(path)[1]
+        except (OSError, StoreError) as error:
+            log.warning("%s; its layers are computed again", error)
+            return None
+
+    def _has_states(self, last: int) -> bool:
+        return self._whole(self.state_path(last)) is not None
 
     def clear(self) -> None:
         """Forget all spans: the capture is complete, or is to be made anew."""
         if self.run.list_dir(self.path):
-            self.run.fs.delete_dir(self.path)
+            with contextlib.suppress(OSError):  # another writer of the same capture put something there: it clears away
+                self.run.fs.delete_dir(self.path)
+
+
+def _sum(tensors: dict[str, Tensor], meta: str) -> str:
+    """SHA-256 over everything in a file: names, dtypes, shapes, bytes, and what it says of itself."""
+    sha = hashlib.sha256(meta.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        sha.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        if tensor.numel():
+            sha.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return sha.hexdigest()

@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 from capture.errors import cannot_write
 from capture.layout import MARKER, RunDir
 from capture.manifest import now
+from capture.process import remove_leftovers
 from capture.schema import BY_NAME, SCHEMA_VERSION, arrow_schema
 
 ROW_GROUP = 100_000
@@ -42,7 +43,7 @@ class CaptureWriter:
         with storing(self.path):
             if run.is_local:
                 run.fs.create_dir(self.path, recursive=True)
-                _remove_stages_of_the_dead(Path(self.path))
+                remove_leftovers(Path(self.path))
                 self.stage = Path(tempfile.mkdtemp(prefix=f".tmp-{socket.gethostname()}-{os.getpid()}-", dir=self.path))
             else:
                 self.stage = Path(tempfile.mkdtemp(prefix="pairscope-"))
@@ -81,6 +82,9 @@ class CaptureWriter:
         """
         names = [f["name"] for f in self.files]
         with storing(self.path):
+            before = self.run.marker(self.path)
+            if before is not None and before["files"] != self.files:  # it must never vouch for the files of another
+                self.run.fs.delete_file(f"{self.path}/{MARKER}")
             for name in names:
                 self._move(name)
             self._json("capture.json", document)
@@ -88,6 +92,8 @@ class CaptureWriter:
                 _sync_directory(self.path)
             self._json(MARKER, {"schema_version": SCHEMA_VERSION, "pair": self.pair, "capture": self.capture,
                                 "finished": now(), "files": self.files})  # fmt: skip
+            if self.run.is_local:
+                _sync_directory(self.path)
             stale = [
                 i for i in self.run.list_dir(self.path) if i.base_name.endswith(".parquet") and i.base_name not in names
             ]
@@ -112,25 +118,6 @@ class CaptureWriter:
             with suppress(OSError):  # not empty: it holds a capture
                 os.rmdir(self.path)
                 os.rmdir(Path(self.path).parent)
-
-
-def _remove_stages_of_the_dead(path: Path) -> None:
-    """Remove what killed writers of this machine left behind."""
-    prefix = f".tmp-{socket.gethostname()}-"
-    for stage in path.glob(f"{prefix}*"):
-        pid = stage.name.removeprefix(prefix).split("-")[0]
-        if pid.isdigit() and not _alive(int(pid)):
-            shutil.rmtree(stage, ignore_errors=True)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
 
 
 def _sync_and_hash(path: Path) -> tuple[str, int]:

@@ -71,7 +71,7 @@ def connected(cpus: int | None = None) -> Iterator[Cluster]:
             stack.callback(ray.shutdown)
             _start(ray, address, local, cpus)
             cluster = _look(local=local)
-        except (ConnectionError, RuntimeError, ValueError, OSError, ray.exceptions.RayError) as error:
+        except Exception as error:  # a node that does not start in time is a bare Exception of Ray's
             raise _explained(error, address, local) from error
         yield cluster
 

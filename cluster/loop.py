@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -29,6 +30,7 @@ from cluster.queue import Queue
 WATCH_EVERY = 0.5  # seconds between two looks at an actor's progress
 AGAIN_EVERY = 2.0  # seconds between two tries at a worker whose line was cut
 GRACE = 5.0  # seconds that running work gets to end by itself after a first Ctrl-C
+GRACE_TERM = 1.5  # and after a SIGTERM: whoever sends one kills soon after it (`ray job stop` after 3 s)
 
 
 class Loop:
@@ -286,7 +288,8 @@ class Loop:
     def _stop_active(self) -> None:
         """First turn after a stop: ask running work to end, drop what has not begun. After the grace: end it."""
         if self.kill_at is None:
-            self.kill_at = time.monotonic() + GRACE
+            asked = min(GRACE, GRACE_TERM) if self.stop.signal == signal.SIGTERM else GRACE
+            self.kill_at = time.monotonic() + asked
             for job in list(self.queue.active):
                 if job.attempt is None:
                     self._drop(job)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from capture.manifest import now
+from capture.process import born
 
 KEPT = 50  # notes of ended sweeps
 
@@ -30,7 +31,7 @@ def noted(out: str, entries: Sequence[str]) -> Iterator[dict[str, Any]]:
     place = folder()
     content: dict[str, Any] = {
         "out": out, "entries": list(entries), "started": now(), "ended": None, "exit_code": None, "items": [],
-        "pid": os.getpid(), "born": _born(os.getpid()),
+        "pid": os.getpid(), "born": born(os.getpid()),
     }  # fmt: skip
     path = place / f"{content['started'].replace(':', '')}-{os.getpid()}.json"
     with contextlib.suppress(OSError):  # it is for convenience, and must not cost a sweep
@@ -51,7 +52,7 @@ def read_notes() -> list[dict[str, Any]]:
     for path in sorted(folder().glob("*.json")):
         with contextlib.suppress(OSError, ValueError):
             note = json.loads(path.read_text())
-            alive = note["ended"] is None and _born(note["pid"]) == note["born"]
+            alive = note["ended"] is None and born(note["pid"]) == note["born"]
             found.append(note | {"alive": alive})
     return found
 
@@ -65,11 +66,3 @@ def _write(path: Path, content: dict[str, Any]) -> None:
 def _forget_old(place: Path) -> None:
     for path in sorted(place.glob("*.json"))[:-KEPT]:
         path.unlink(missing_ok=True)
-
-
-def _born(pid: int) -> str | None:
-    """When a process began, as the kernel counts; None where it is gone. Tells a process from a later one of its number."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except (OSError, IndexError):
-        return None

@@ -15,8 +15,13 @@ from cluster.resources import refusal
 
 WITHIN = 600.0  # seconds that an entry waits for a place while nothing of its own sweep is at work
 WITHIN_GROWING = 3600.0  # the same where an autoscaler first has to rent, boot and set up a machine
+WITHOUT_NODES = 30.0  # seconds after which a Ray that has no node left, and cannot grow, is given up
 ASK_EVERY = 5.0  # seconds between two questions to the autoscaler about what waits
 WAITING_LONG = 15.0  # seconds without a place after which the screen says what an entry waits for
+
+NO_NODE = DeviceError(
+    "the Ray of this sweep has no node left: its processes were killed, or their machine ran out of memory; run again"
+)
 
 
 class Patience:
@@ -25,7 +30,7 @@ class Patience:
 
     def __init__(self, *, growing: bool, within: float | None, now: float) -> None:
         self.growing, self.within = growing, within or (WITHIN_GROWING if growing else WITHIN)
-        self.asked = self.worked = now
+        self.asked = self.worked = self.looked = self.lived = now
 
     def look(self, jobs: list[Job], now: float) -> tuple[list[tuple[Job, str]], list[tuple[Job, DeviceError]]]:
         """What to tell of which job, and which jobs to give up."""
@@ -34,6 +39,12 @@ class Patience:
             return [], []
         waiting = [job for job in jobs if job.crew is not None]
         told, given_up = [], [(job, error) for job in waiting if (error := self._late(job, now)) is not None]
+        if waiting and not self.growing and now > self.looked + ASK_EVERY:
+            self.looked = now
+            if live_nodes():
+                self.lived = now
+            elif now > max(self.lived, self.worked) + WITHOUT_NODES:
+                given_up += [(job, NO_NODE) for job in waiting]
         for job in waiting:
             if now > self._since(job) + WAITING_LONG and not job.waiting_told:
                 job.waiting_told = True

@@ -16,6 +16,7 @@ from capture.device import choose_device
 from capture.errors import CheckpointError, ConfigError, DeviceError, PairscopeError
 from capture.fields import near
 from capture.layout import RunDir
+from capture.manifest import settle_lost
 from capture.show import Show
 from capture.stop import Stop
 from cluster.connect import Cluster, connected, running_elsewhere
@@ -39,6 +40,7 @@ class Item:
     state: str = "planned"
     row: dict[str, Any] = field(default_factory=dict)
     bug: bool = False
+    broken: str | None = None  # what is wrong with the capture that is there
 
     def as_dict(self) -> dict[str, Any]:
         """One row of the summary, of `--json` and of `--dry-run`."""
@@ -121,8 +123,9 @@ def plan(
             # what is not in this machine's cache is downloaded, and judged, by the worker
             return Item(name, entry) if on_hub and isinstance(error, CheckpointError) else error
         item = Item(name, entry, resolved.capture, resolved.weight_bytes)
-        if not force and run.is_complete(name, resolved.capture):
-            item.state = "skipped"
+        if not force and run.marker(run.capture_path(name, resolved.capture)) is not None:
+            item.broken = run.damage(name, resolved.capture)
+            item.state = "planned" if item.broken else "skipped"
         return item
 
     with ThreadPoolExecutor(
@@ -177,6 +180,8 @@ def run_sweep(
         for item in items:
             if item.state == "failed":
                 show.event(item.name, f"failed: {item.row['error_class']}: {item.row['error']}")
+            elif item.broken:
+                show.event(item.name, f"{item.broken}; it is captured anew")
         todo = [i for i in items if i.state == "planned"]
         if todo and not stop.requested():
             skipped = sum(i.state == "skipped" for i in items)
@@ -188,6 +193,7 @@ def run_sweep(
         for item in todo:
             if item.state == "planned":
                 item.state = "not started"
+        settle_lost(run)
     if stop.requested() and any(i.state in ("interrupted", "not started") for i in items):
         code = stop.exit_code
     else:

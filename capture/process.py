@@ -1,0 +1,78 @@
+"""Which process left something behind, and whether it is still there: file names and rows carry the answer."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import socket
+import time
+import uuid
+from pathlib import Path
+
+STAGE = re.compile(r"^\.tmp-(?P<host>.+)-(?P<pid>\d+)-[^-]+$")  # a directory of capture/store.py
+TEMPORARY = re.compile(r"\.(?P<pid>\d+)-[0-9a-f]{8}@(?P<host>.+)\.tmp$")  # a file of RunDir.write_bytes
+LONG_AGO_S = 7 * 24 * 3600.0  # nobody can ask another machine: what it did not touch for so long is nobody's
+
+
+def me() -> str:
+    """This process, so that a later one can tell whether it still runs: `<host>/<pid>/<when it was born>`."""
+    return f"{socket.gethostname()}/{os.getpid()}/{born(os.getpid()) or ''}"
+
+
+def born(pid: int) -> str | None:
+    """When a process began, as the kernel counts; None where it is gone. Tells a process from a later one of its number."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return None
+
+
+def alive(pid: int) -> bool:
+    """Whether a process of this number runs on this machine."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def is_here(who: str) -> bool:
+    """Whether a process called as by `me` was one of this machine's."""
+    return who.rpartition("/")[0].rpartition("/")[0] == socket.gethostname()
+
+
+def runs(who: str) -> bool:
+    """Whether a process of this machine, called as by `me`, is still there."""
+    _, pid, when = who.rsplit("/", 2)
+    return pid.isdigit() and alive(int(pid)) and when in ("", born(int(pid)) or "")
+
+
+def temporary(path: str) -> str:
+    """A name beside `path` to write to before it is renamed; says whose it is."""
+    return f"{path}.{os.getpid()}-{uuid.uuid4().hex[:8]}@{socket.gethostname()}.tmp"
+
+
+def remove_leftovers(directory: Path) -> None:
+    """Remove what killed writers left in a directory: files and stages of dead processes of this machine, and of other
+    machines what was not touched for a week."""
+    try:
+        names = os.listdir(directory)
+    except OSError:
+        return
+    for name in names:
+        found = STAGE.search(name) or TEMPORARY.search(name)
+        if found is None:
+            continue
+        path = directory / name
+        try:
+            if found["host"] == socket.gethostname():
+                left = not alive(int(found["pid"]))
+            else:
+                left = time.time() - path.stat().st_mtime > LONG_AGO_S
+        except OSError:  # its writer was faster
+            continue
+        if left:
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
