@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install look audit coverage demo demo-smollm2 test slow rehearsal lint bench bench-docs bench-rivals bench-gpu bench-analysis bench-page docs images clean
+.PHONY: help install look audit coverage demo demo-smollm2 test slow faults reliability soak rehearsal lint bench bench-docs bench-rivals bench-gpu bench-analysis bench-page docs images clean
 
 help:  ## show this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | expand -t 16
@@ -47,6 +47,20 @@ test: $(STAMP)  ## all tests, but for the slow ones and those that need a GPU
 
 slow: $(STAMP)  ## the slow tests of the packages: spans over two Ray nodes, groups of four ranks (some minutes)
 	@$(BIN)/python -m pytest -m "slow and not gpu" tests/capture tests/cluster
+
+SHOWN_ELSEWHERE = tests/cluster/test_span_workers.py tests/cluster/test_rank_groups.py tests/cluster/test_cut_line.py \
+	tests/cluster/test_placing.py tests/cluster/test_store_s3.py tests/cluster/test_deliver.py tests/cluster/test_vast_chaos.py
+
+faults: $(STAMP)  ## the whole fault suite, with sweeps whose workers, driver and Ray are killed (some ten minutes)
+	@$(BIN)/python -m pytest tests/faults -n 2 --dist loadfile
+
+reliability: $(STAMP)  ## the same and what other tests show of faults; docs/reliability.md is made from what they saw
+	@PAIRSCOPE_RELIABILITY=.cache/reliability $(BIN)/python -m pytest tests/faults $(SHOWN_ELSEWHERE) -n 2 --dist loadfile \
+	    --deselect tests/faults/test_reliability.py
+	@$(BIN)/python tests/faults/reliability.py
+
+soak: $(STAMP)  ## an hour of tiny captures with faults every few seconds; MINUTES=5 or SEED=7 for another one
+	@PYTHONPATH=.:tests/faults $(BIN)/python tests/faults/soak.py --minutes $(or $(MINUTES),60) $(if $(SEED),--seed $(SEED))
 
 rehearsal: $(STAMP)  ## the whole cluster on this machine: a fake Vast, real sshd hosts, real Ray (root; half an hour)
 	@$(BIN)/python -m pytest tests/e2e

@@ -164,7 +164,7 @@ def _capture(
     path = run.capture_path(entry.name, resolved.capture)
     skipped = CaptureResult(entry.name, resolved.capture, path, "skipped", 0.0, 0, 0, "", "", "", 0, 0)
     before = run.marker(path)
-    if not force and run.is_complete(entry.name, resolved.capture):
+    if not force and before is not None:
         broken = run.damage(entry.name, resolved.capture)
         if broken is None:
             log.info("complete already: %s", path)

@@ -13,7 +13,7 @@ from capture.config_page import config_page
 from cluster.plan_page import hardware_page
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent / "tests" / "bench"))
+sys.path[:0] = [str(HERE.parent / "tests" / name) for name in ("bench", "faults")]
 
 
 def commands_page() -> str:
@@ -38,11 +38,19 @@ def benchmarks() -> str:
     return benchmarks_page()
 
 
+def reliability() -> str:
+    """The page of what the fault suite saw, from docs/reliability.json."""
+    from reliability import reliability_page
+
+    return reliability_page()
+
+
 PAGES = {
     "benchmarks.md": benchmarks,
     "commands.md": commands_page,
     "config.md": config_page,
     "hardware.md": hardware_page,
+    "reliability.md": reliability,
     "tables.md": tables_page,
 }
 

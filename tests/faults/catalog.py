@@ -1,0 +1,131 @@
+"""Every fault of the suite: where it strikes, what it is, how it is put in. The page docs/reliability.md has a row for each.
+
+A test of this folder names its fault and tells what it saw (conftest.py, `told`); `shown_by` names tests elsewhere instead.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Known:
+    where: str
+    what: str
+    how: str
+    shown_by: str = ""  # a test outside of this folder
+    sees: str = ""  # what the user sees, where the test does not tell it
+
+
+INJECTED = "in the worker, at the call of the product's own function"
+FAULTS: dict[str, Known] = {
+    # -- worker --------------------------------------------------------------------------------------------------------
+    **{
+        f"kill-{key}": Known("worker", f"SIGKILL {text}", INJECTED)
+        for key, text in {
+            "open": "while it opens the models",
+            "load": "while it reads a layer's weights",
+            "layer": "in a middle layer",
+            "lens": "in the lens",
+            "commit": "while it commits a span",
+            "write": "while it writes the tables",
+            "rename": "between two files that it puts in place",
+            "before-marker": "before the marker",
+            "after-marker": "after the marker",
+        }.items()
+    },
+    "stop": Known("worker", "SIGSTOP for two seconds", "in a middle layer; SIGCONT from a process beside it"),
+    "stop-minute": Known("worker", "SIGSTOP for a minute", "in a middle layer of a sweep; SIGCONT from a process beside it"),
+    "oom-layer": Known("worker", "device out of memory in a layer", "torch.OutOfMemoryError, raised in the layer"),
+    "oom-lens": Known("worker", "device out of memory in the lens", "torch.OutOfMemoryError, raised in the lens"),
+    "oom-host": Known("worker", "host out of memory", "MemoryError, raised while a layer is read"),
+    "cuda-poison": Known(
+        "worker", "CUDA error that poisons the process", "torch.AcceleratorError in a layer, and at every later call"
+    ),
+    "cuda-poison-sweep": Known("worker", "the same in a sweep", "torch.AcceleratorError in a layer of a Ray worker"),
+    "nan-weight": Known("worker", "NaN in a weight", "one number of a layer's weights, after it was read"),
+    "inf-state": Known("worker", "Inf in a hidden state", "one number of what a layer made"),
+    "prefetch": Known("worker", "exception in the thread that reads ahead", "RuntimeError, raised in the thread"),
+    # -- Ray -----------------------------------------------------------------------------------------------------------
+    "sweep-worker-killed": Known("Ray", "a sweep's worker killed in a layer", INJECTED),
+    "driver-killed": Known("Ray", "driver killed, and run again", "SIGKILL once a span is committed"),
+    "raylet-killed": Known("Ray", "raylet of a sweep's only node killed", "SIGKILL once a span is committed"),
+    "head-killed": Known("Ray", "head (GCS) killed, and run again on a new one", "SIGKILL once a span is committed"),
+    "job-stop": Known("Ray", "`ray job stop`", "SIGTERM to the driver, SIGKILL three seconds later, as Ray's job agent does"),
+    "node-lost": Known(
+        "Ray", "node lost, and with it the objects that it held", "its raylet is killed before anything was copied",
+        "tests/cluster/test_span_workers.py::test_what_was_lost_with_its_node_is_made_again",
+        "`LostError` or `WorkerDiedError`; trying again, layers first that were lost with their node",
+    ),
+    "span-worker-killed": Known(
+        "Ray", "worker of one of three spans killed", "SIGKILL behind its first layer, on two nodes",
+        "tests/cluster/test_span_workers.py::test_three_spans_on_two_nodes_with_a_worker_killed_give_the_tables_of_one_worker",
+        "`lost the worker on <node>`; trying again: only its own layers",
+    ),
+    "rank-killed": Known(
+        "Ray", "one rank of a tensor-parallel group killed", "SIGKILL once a span is committed",
+        "tests/cluster/test_rank_groups.py::test_a_rank_that_dies_takes_its_group_down_and_the_next_group_goes_on_after_the_last_span",
+        "`lost the worker on <node>`; trying again; no placement group is left",
+    ),
+    "line-cut": Known(
+        "Ray", "line between driver and worker cut for 40 s", "packets dropped between two nodes",
+        "tests/cluster/test_cut_line.py", "nothing: the work goes on, and its end is asked for when the line is back",
+    ),
+    "never-placed": Known(
+        "Ray", "placement never ready", "a request that the node has no room for while another holds it",
+        "tests/cluster/test_placing.py",
+        "`waiting for a place with 1 GPU`; after --place-within: `got no place within …; there is …`",
+    ),
+    # -- storage -------------------------------------------------------------------------------------------------------
+    "disk-full": Known("storage", "disk full while writing", "a file system of 256 KiB"),
+    "disk-full-again": Known("storage", "disk full at the tables' first bytes", "ENOSPC from the Parquet writer"),
+    "read-only": Known("storage", "disk turns read-only", "EROFS from every rename, from the middle of a walk on"),
+    "rename-fails": Known("storage", "rename fails", "EIO when a table is put in place"),
+    "fsync-fails": Known("storage", "fsync fails", "EIO when a table is made durable"),
+    "slow-disk": Known("storage", "slow disk", "half a second at every table and rename"),
+    "two-writers": Known("storage", "two sweeps on one output at once", "two processes, one capture"),
+    "clock-back": Known("storage", "clock set back by a day between two attempts", "the wall clock of one process"),
+    "table-truncated": Known("storage", "truncated Parquet file found on resume", "the file is cut in the middle"),
+    "table-flipped": Known("storage", "bit-flipped Parquet file found on resume", "one bit in the middle of the file"),
+    "span-truncated": Known("storage", "truncated span found on resume", "the file is cut in the middle"),
+    "span-flipped": Known("storage", "bit-flipped span found on resume", "one bit in the middle of the file"),
+    "forced-over": Known("storage", "--force killed while it replaces a complete capture", INJECTED),
+    "store-5xx": Known(
+        "storage", "object store says busy (5xx, 429), or breaks the line", "a local store that errs on order",
+        "tests/cluster/test_store_s3.py::test_a_store_that_says_busy_or_breaks_the_line_is_asked_again",
+        "nothing: the store is asked again",
+    ),
+    "store-down": Known(
+        "storage", "object store stays broken", "a local store that errs on order",
+        "tests/cluster/test_store_s3.py::test_a_store_that_stays_broken_is_one_error_and_leaves_no_marker",
+        "one `StoreError`; no marker is there",
+    ),
+    "store-end": Known(
+        "storage", "object store fails a capture at its end", "a local store that errs on order",
+        "tests/cluster/test_store_s3.py::test_a_capture_whose_store_fails_it_at_the_end_goes_on_where_it_was",
+        "`StoreError: cannot write …`; run again, it goes on behind the last span",
+    ),
+    "store-partial": Known(
+        "storage", "partial upload", "an upload of several parts that is cut",
+        "tests/cluster/test_store_s3.py::test_what_is_larger_than_a_part_is_there_whole_or_not_at_all",
+        "nothing of the object is there",
+    ),
+    "store-silent": Known(
+        "storage", "object store does not say what it has", "a local store that errs on order",
+        "tests/cluster/test_store_s3.py::test_a_store_that_does_not_say_whether_a_capture_is_complete_is_no_reason_to_make_it_again",
+        "`StoreError: cannot read …`; nothing is made again",
+    ),
+    "interleaved": Known("storage", "any interleaving of two writers, crashes and reruns", "drawn by hypothesis, at every system call of the store"),
+    # -- network -------------------------------------------------------------------------------------------------------
+    "flapping": Known(
+        "network", "the line to the head's disk flaps", "a third of all calls or answers are lost, twenty seeds",
+        "tests/cluster/test_deliver.py::test_a_line_that_is_cut_again_and_again_delivers_what_was_sent",
+        "nothing: what was not heard of is sent again",
+    ),
+    # -- Vast ----------------------------------------------------------------------------------------------------------
+    "vast": Known(
+        "Vast", "all of the provider's faults, randomly mixed: 28 kinds, and machines that vanish, are outbid, reboot",
+        "200 seeded lives of a cluster against the fake market, in virtual time", "tests/cluster/test_vast_chaos.py",
+        "no orphan, no machine rented twice, the bill what was needed and what the faults took",
+    ),
+}  # fmt: skip

@@ -1,0 +1,77 @@
+"""Fixtures of the fault suite: one tiny entry and its undisturbed capture, and the record that docs/reliability.md is made of."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))  # for processes that import these modules by name
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+RECORD = "PAIRSCOPE_RELIABILITY"  # a folder for what the tests saw
+
+
+@pytest.fixture(scope="session")
+def tiny_entries(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    from entries import RECIPES, make_entries
+
+    return make_entries(tmp_path_factory.mktemp("pairs"), RECIPES[:1])
+
+
+@pytest.fixture(scope="session")
+def entry(tiny_entries: Any) -> Any:
+    """An entry of four layers that commits each."""
+    return tiny_entries[0].model_copy(update={"name": "tiny"})
+
+
+@pytest.fixture(scope="session")
+def undisturbed(entry: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of its capture by a process that nothing happened to."""
+    import runner
+
+    out = tmp_path_factory.mktemp("undisturbed")
+    ended = runner.run(entry, out, said=out / "said")
+    assert ended.code == 0, ended.said
+    (found,) = out.glob("captures/*/*")
+    return found
+
+
+@pytest.fixture
+def told(request: pytest.FixtureRequest) -> Callable[..., None]:
+    """`told(key, sees=..., seconds=..., again=...)`: what a test saw of a fault of the catalog; kept if the test passes.
+
+    sees: what the user sees. seconds: from the fault to a complete capture. again: what was done again.
+    """
+    from catalog import FAULTS
+
+    def tell(key: str, *, sees: str, seconds: float | None = None, again: str = "") -> None:
+        assert key in FAULTS, key
+        row = {"fault": key, "sees": " ".join(sees.split()), "seconds": seconds and round(seconds, 1), "again": again}
+        request.node.user_properties.append(("fault", row))
+
+    return tell
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    folder = os.environ.get(RECORD)
+    if folder is None or report.when != "call" or not report.passed:
+        return
+    from catalog import FAULTS
+
+    rows = [row for name, row in report.user_properties if name == "fault"]
+    for key, known in FAULTS.items():
+        if known.shown_by and report.nodeid.startswith(known.shown_by):
+            rows.append(
+                {"fault": key, "sees": known.sees, "seconds": None, "again": "", "test": report.nodeid.split("[")[0]}
+            )
+    for row in rows:
+        row.setdefault("test", report.nodeid.split("[")[0])
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        (Path(folder) / f"{row['fault']}.json").write_text(json.dumps(row))

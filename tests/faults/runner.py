@@ -1,0 +1,103 @@
+"""Attempts in processes of their own, forked from one that has imported the engine: a second each instead of ten."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+import types
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import inject
+
+HERE = Path(__file__).parent
+STARTING = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Ended:
+    """code: what a shell would get, -9 for a killed process. said: what a terminal would show. seconds: wall clock."""
+
+    code: int
+    said: str
+    seconds: float
+
+
+def context() -> Any:
+    """A fork server that has the engine loaded; started with the first process."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    if str(HERE) not in sys.path:
+        sys.path.insert(0, str(HERE))
+    found = multiprocessing.get_context("forkserver")
+    found.set_forkserver_preload(["preload", "inject", "runner"])
+    return found
+
+
+def start(entry: Any, out: Path | str, *faults: inject.Fault, force: bool = False, said: Path) -> Any:
+    """Begin an attempt, as `pairscope capture` makes it, in a process of its own."""
+    process = context().Process(target=_capture, args=(entry.model_dump_json(), str(out), faults, force, str(said)))
+    with STARTING:  # a child would import this process's main module again, which may be pytest or the soak
+        main, sys.modules["__main__"] = sys.modules["__main__"], types.ModuleType("__main__")
+        try:
+            process.start()
+        finally:
+            sys.modules["__main__"] = main
+    return process
+
+
+def run(
+    entry: Any, out: Path | str, *faults: inject.Fault, force: bool = False, said: Path, within: float = 300
+) -> Ended:
+    """An attempt from its start to its end; it is killed, and an error here, where it does not end."""
+    began = time.monotonic()
+    process = start(entry, out, *faults, force=force, said=said)
+    process.join(within)
+    if process.exitcode is None:
+        process.kill()
+        process.join()
+        raise AssertionError(f"an attempt hung for {within} s: {[str(f) for f in faults]}\n{said.read_text()}")
+    return Ended(process.exitcode, said.read_text() if said.exists() else "", time.monotonic() - began)
+
+
+def _capture(entry: str, out: str, faults: Sequence[inject.Fault], force: bool, said: str) -> None:
+    """What capture/cli.py does, in a forked process, with its output in a file."""
+    os.setsid()
+    stream = open(said, "w", buffering=1)  # noqa: SIM115  for the life of the process
+    os.dup2(stream.fileno(), 1)
+    os.dup2(stream.fileno(), 2)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    import torch
+
+    from capture.attempt import check_output, complete_line, run_entry
+    from capture.config import Entry
+    from capture.errors import PairscopeError
+    from capture.layout import RunDir
+    from capture.show import Show
+    from capture.stop import Stop
+
+    torch.set_num_threads(1)
+    inject.install(*faults)
+    one = Entry.model_validate_json(entry)
+    try:
+        run_dir = RunDir(out)
+        check_output(run_dir)
+        with Show(stream=stream, live=False) as show, Stop(show.note) as stop:
+            row, outcome = run_entry(
+                one, run_dir, force=force, progress=show.progress, say=show.event, stop=stop.requested
+            )
+    except PairscopeError as error:
+        print(f"pairscope: {type(error).__name__}: {error}")
+        os._exit(error.exit_code)
+    if outcome.state == "complete":
+        print(f"{one.name}: {complete_line(row)}")
+    else:
+        print(f"pairscope: {one.name} {outcome.state}: {outcome.error}{' (a bug)' if outcome.bug else ''}")
+    stream.flush()
+    os._exit({"complete": 0, "interrupted": 130}.get(outcome.state, 1))

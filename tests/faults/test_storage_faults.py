@@ -1,0 +1,214 @@
+"""What a disk can do: be full, turn read-only, refuse a rename, be slow, hold other bytes than were written."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import inject
+import invariants
+import pytest
+import runner
+from inject import FOREVER, Fault
+
+from capture.layout import RunDir
+
+
+def last_row(out: Path) -> dict[str, Any]:
+    found: dict[str, Any] = RunDir(str(out)).manifest_rows()[-1]
+    return found
+
+
+def goes_on(entry: Any, out: Path, undisturbed: Path, said: Path, attempts: int) -> runner.Ended:
+    """Run once more, undisturbed: now all is there and right."""
+    again = runner.run(entry, out, said=said)
+    assert again.code == 0, again.said
+    assert invariants.wrong(out, as_undisturbed={"tiny": undisturbed}, attempts=attempts) == []
+    return again
+
+
+@pytest.mark.parametrize(
+    ("key", "faults", "why"),
+    [
+        ("disk-full-again", [Fault("row group", "ENOSPC", times=FOREVER)], "the disk is full"),
+        ("read-only", [Fault("replace", "EROFS", nth=6, times=FOREVER)], "read-only"),
+        ("rename-fails", [Fault("rename", "EIO", nth=3)], "Input/output error"),
+        ("fsync-fails", [Fault("fsync", "EIO", nth=14)], "Input/output error"),
+    ],
+)
+def test_what_cannot_be_written_is_told_in_one_line_and_taken_up_again(
+    key: str, faults: list[Fault], why: str, entry: Any, undisturbed: Path, told: Any, tmp_path: Path
+) -> None:
+    out, said = tmp_path / "out", tmp_path / "said"
+    ended = runner.run(entry, out, *faults, said=said)
+    assert ended.code == 1, ended.said
+    assert "Traceback" not in ended.said
+    assert "(a bug)" not in ended.said
+    line = next(line for line in ended.said.splitlines() if line.startswith("pairscope: tiny failed: "))
+    assert "StoreError: cannot write" in line
+    assert why in line
+    assert invariants.complete(out) == {}
+    again = goes_on(entry, out, undisturbed, said, attempts=2)
+    told(key, sees=f"`StoreError: cannot write '<file>': {why}. Choose another --out, or make room and run again`",
+         seconds=again.seconds, again="from the last span on")  # fmt: skip
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own with room for 256 KiB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    made = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(place)], capture_output=True, check=False
+    )
+    if made.returncode != 0:
+        pytest.skip("no right to mount a small file system")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def test_a_disk_that_is_full_loses_nothing_and_has_room_again_later(
+    entry: Any, undisturbed: Path, told: Any, tmp_path: Path, small_disk: Path
+) -> None:
+    out, said = small_disk / "out", tmp_path / "said"
+    out.mkdir()
+    ended = runner.run(entry, out, said=said)
+    assert ended.code == 1, ended.said
+    assert "the disk is full" in ended.said
+    assert "Traceback" not in ended.said
+    assert invariants.complete(out) == {}
+    subprocess.run(["mount", "-o", "remount,size=8m", str(small_disk)], check=True)
+    began = time.monotonic()
+    again = runner.run(entry, out, said=said)
+    assert again.code == 0, again.said
+    assert invariants.wrong(out, as_undisturbed={"tiny": undisturbed}) == []
+    told("disk-full", sees="`StoreError: cannot write '<file>': the disk is full. Choose another --out, or make room and run again`",
+         seconds=time.monotonic() - began, again="from the last span on")  # fmt: skip
+
+
+def test_a_slow_disk_is_waited_for(entry: Any, undisturbed: Path, told: Any, tmp_path: Path) -> None:
+    slow = [Fault(at, "slow", times=FOREVER, seconds=0.2) for at in ("table", "rename")]
+    ended = runner.run(entry, tmp_path / "out", *slow, said=tmp_path / "said")
+    assert ended.code == 0, ended.said
+    assert invariants.wrong(tmp_path / "out", as_undisturbed={"tiny": undisturbed}, attempts=1) == []
+    told("slow-disk", sees="nothing", seconds=ended.seconds, again="nothing")
+
+
+def test_two_at_work_on_one_capture_do_not_harm_each_other(
+    entry: Any, undisturbed: Path, told: Any, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    began = time.monotonic()
+    slow = Fault("rename", "slow", times=FOREVER, seconds=0.1)  # so that they meet where it matters
+    both = [runner.start(entry, out, slow, said=tmp_path / f"said{i}") for i in range(2)]
+    for one in both:
+        one.join(300)
+    said = [(tmp_path / f"said{i}").read_text() for i in range(2)]
+    assert [one.exitcode for one in both] == [0, 0], said
+    assert invariants.wrong(out, as_undisturbed={"tiny": undisturbed}, attempts=2) == []
+    told("two-writers", sees="both are complete", seconds=time.monotonic() - began, again="what both did")
+
+
+def test_a_clock_that_is_set_back_does_not_change_which_attempt_was_the_last(
+    entry: Any, undisturbed: Path, told: Any, tmp_path: Path
+) -> None:
+    from analysis.status import status_rows
+
+    out, said = tmp_path / "out", tmp_path / "said"
+    assert runner.run(entry, out, Fault("layer", "error", nth=8), said=said).code == 1
+    again = runner.run(entry, out, Fault("clock", "clock", seconds=-86400.0), said=said)
+    assert again.code == 0, again.said
+    assert invariants.wrong(out, as_undisturbed={"tiny": undisturbed}, attempts=2) == []
+    (row,) = status_rows(RunDir(str(out)))
+    assert row["state"] == "complete"
+    first, second = RunDir(str(out)).manifest_rows()
+    assert first["started"] < second["started"] <= second["finished"]
+    told(
+        "clock-back",
+        sees="nothing: `status` shows the last attempt",
+        seconds=again.seconds,
+        again="from the last span on",
+    )
+
+
+@pytest.mark.parametrize("how", ["truncated", "flipped"])
+@pytest.mark.parametrize("table", ["runs.parquet", "pairwise_topk-00000.parquet"])
+def test_a_table_that_was_damaged_later_is_found_and_made_again(
+    how: str, table: str, entry: Any, undisturbed: Path, told: Any, tmp_path: Path
+) -> None:
+    out, said = tmp_path / "out", tmp_path / "said"
+    assert runner.run(entry, out, said=said).code == 0
+    (file,) = out.glob(f"captures/*/*/{table}")
+    inject.damage(file, how)
+    again = goes_on(entry, out, undisturbed, said, attempts=2)
+    log = (out / last_row(out)["log"]).read_text()
+    sees = (
+        "a table is gone or has lost bytes" if how == "truncated" else f"{table}' holds other bytes than were written"
+    )
+    assert f"{sees}; capturing it anew" in log
+    told(
+        f"table-{how}",
+        sees=f"`{sees}; it is captured anew`".replace(table, "<table>"),
+        seconds=again.seconds,
+        again="the capture",
+    )
+
+
+@pytest.mark.parametrize("how", ["truncated", "flipped"])
+@pytest.mark.parametrize("name", ["span-1-1", "state-2"])
+def test_a_span_that_was_damaged_is_computed_again(
+    how: str, name: str, entry: Any, undisturbed: Path, told: Any, tmp_path: Path
+) -> None:
+    out, said = tmp_path / "out", tmp_path / "said"
+    assert runner.run(entry, out, Fault("table", "kill", nth=2), said=said).code == -9
+    (file,) = out.glob(f"captures/*/*/spans/{name}.safetensors")
+    inject.damage(file, how, 0.9)
+    again = goes_on(entry, out, undisturbed, said, attempts=2)
+    log = (out / last_row(out)["log"]).read_text()
+    assert f"{name}.safetensors'" in log
+    assert "its layers are computed again" in log
+    told(
+        f"span-{how}",
+        sees="the log says `its layers are computed again`",
+        seconds=again.seconds,
+        again="its layers and those behind it",
+    )
+
+
+def test_a_forced_capture_that_is_killed_never_leaves_a_marker_over_other_files(
+    entry: Any, undisturbed: Path, told: Any, tmp_path: Path
+) -> None:
+    out, said = tmp_path / "out", tmp_path / "said"
+    uncut = entry.model_copy(
+        update={"spans": entry.spans.model_copy(update={"layers": None})}
+    )  # one part a table, not four
+    assert runner.run(uncut, out, said=said).code == 0
+    assert runner.run(entry, out, Fault("rename", "kill", nth=4), force=True, said=said).code == -9
+    assert invariants.wrong(out, settled=False) == []
+    again = goes_on(entry, out, undisturbed, said, attempts=3)
+    told(
+        "forced-over",
+        sees="`status` says `missing`, until it is run again",
+        seconds=again.seconds,
+        again="from the last span on",
+    )
+
+
+def test_what_dead_writers_left_is_removed_and_what_live_ones_write_is_not(tmp_path: Path) -> None:
+    run = RunDir(str(tmp_path))
+    capture = tmp_path / "captures/pair=a/capture=b"
+    capture.mkdir(parents=True)
+    host = os.uname().nodename
+    dead, live = capture / f"x.999999-0123abcd@{host}.tmp", capture / f"x.{os.getpid()}-0123abcd@{host}.tmp"
+    elsewhere, long_ago = capture / "x.999999-0123abcd@other.tmp", capture / "y.999999-0123abcd@other.tmp"
+    stage = capture / f".tmp-{host}-999999-abcd"
+    for file in (dead, live, elsewhere, long_ago):
+        file.touch()
+    stage.mkdir()
+    os.utime(long_ago, (0, 0))
+    run.remove_leftovers()
+    assert sorted(p.name for p in capture.iterdir()) == sorted([live.name, elsewhere.name])
