@@ -129,33 +129,24 @@ class Collector:
             self.stage("layers")
 
     def _residuals(self, state: State, batch: Batch, rows: list[Tensor], at: tuple[int, Any]) -> None:
-        norms = [_numpy(statistics.norm(r)) for r in rows]
-        previous = None if state.previous is None else [batch.rows(s) for s in state.previous]
-        turned: dict[tuple[int, int], Any] = {}
+        previous = [] if state.previous is None else [batch.rows(s) for s in state.previous]
+        moved = [(state.previous_slot_of[p.name], state.slot_of[p.name]) for p in self.passes] if previous else []
+        sides = [(state.slot_of[c.base_run], state.slot_of[c.sft_run]) for c in self.comparisons]
+        turns = sorted(set(moved))
+        pairs = list(dict.fromkeys(s for s in sides if s[0] != s[1]))
+        found = statistics.residuals(rows, previous, turns, pairs)
+        norm, delta, turned = _numpy(found.norm), _numpy(found.norm_delta), _numpy(found.turned)
         for p, one in enumerate(self.passes):
-            slot = state.slot_of[one.name]
-            self.runs["norm"][p][at] = norms[slot]
-            if previous is None:
-                continue
-            key = (state.previous_slot_of[one.name], slot)
-            if key not in turned:
-                a, b = previous[key[0]], rows[slot]
-                turned[key] = (
-                    _numpy(statistics.norm(b) - statistics.norm(a)),
-                    _numpy(statistics.cosine_distance(a, b)),
-                )
-            self.runs["norm_delta"][p][at], self.runs["cosine_distance_prev"][p][at] = turned[key]
-        found: dict[tuple[int, int], Any] = {}
-        for c, comparison in enumerate(self.comparisons):
-            key = (state.slot_of[comparison.base_run], state.slot_of[comparison.sft_run])
-            if key not in found:
-                a, b = rows[key[0]], rows[key[1]]
-                same = key[0] == key[1]
-                found[key] = (
-                    (0.0, 0.0) if same
-                    else (_numpy(statistics.cosine_distance(a, b)), _numpy(statistics.norm_of_difference(a, b)))
-                )  # fmt: skip
-            self.pairwise["cosine_distance"][c][at], self.pairwise["norm_diff"][c][at] = found[key]
+            self.runs["norm"][p][at] = norm[state.slot_of[one.name]]
+            if previous:
+                turn = turns.index(moved[p])
+                self.runs["norm_delta"][p][at] = delta[turn]
+                self.runs["cosine_distance_prev"][p][at] = turned[turn]
+        distance, difference = _numpy(found.distance), _numpy(found.difference)
+        for c, side in enumerate(sides):
+            same = side[0] == side[1]
+            self.pairwise["cosine_distance"][c][at] = 0.0 if same else distance[pairs.index(side)]
+            self.pairwise["norm_diff"][c][at] = 0.0 if same else difference[pairs.index(side)]
 
     # -- the lens ------------------------------------------------------------------------------------------------------
 

@@ -30,6 +30,7 @@ FAR = 16.0  # rows with larger shifts of logits between slots take the plain way
 SUM_ERROR = 2e-7  # of a mean shift of 1, as the sums have it; found by trial against float64
 ENTROPY_ERROR = 4e-6  # nats: where an entropy may be off by more, its row takes the plain way
 KL_ERROR = 2e-4  # relative error of a KL from which on it is computed the plain way
+KL_FLOOR = 2e-10  # nats: what a smaller KL may be off by
 PLAIN_PIECES = 8  # a chunk's rows go the plain way in so many pieces, should all of them have to
 PLAIN_FAR = 60.0  # nats: beyond this shift exp() of the plain form may leave the range of float32
 
@@ -169,7 +170,7 @@ def _lossy(sums: Tensor) -> Tensor:
 
 
 def _unsure(sums: Tensor, found: Divergences, i: int, a: int, b: int) -> Tensor:
-    """Rows where the sums' own rounding may be more than KL_ERROR of the i-th pair's divergence, [R].
+    """Rows where the sums' own rounding may be more than KL_ERROR of the i-th pair's divergence and more than KL_FLOOR, [R].
 
     A sum of products with shifts x carries an error in proportion to x: to the mean of x under slot 0, and its spread.
     """
@@ -180,7 +181,7 @@ def _unsure(sums: Tensor, found: Divergences, i: int, a: int, b: int) -> Tensor:
             mean = sums[0, 1 + s] / z
             spread = ((sums[s, 1 + s]).abs() / z).sqrt()
             scale += mean.abs() + spread
-    return SUM_ERROR * scale > KL_ERROR * torch.minimum(found.ba[i], found.ab[i])
+    return SUM_ERROR * scale > KL_FLOOR + KL_ERROR * torch.minimum(found.ba[i], found.ab[i])
 
 
 def plain(

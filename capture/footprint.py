@@ -38,9 +38,9 @@ LENS_STATISTICS_CELLS = 400_000 * 64
 LENS_HEAD_CHUNK = 16384
 # [rows, V] float32 tensors alive at most in lens.lens_tile, beside the logits (a test measures them)
 LENS_TEMPORARIES = 40
-STATISTICS_CELLS = 1 << 21  # numbers of a state that the residual statistics work on at a time
-# float64 tensors of that size alive at most in statistics.cosine_distance
-STATISTICS_TEMPORARIES = 6
+STATISTICS_CELLS = 1 << 19  # numbers of a state that the residual statistics work on at a time
+# float64 tensors of that size alive at most in statistics.residuals: a direction for each pass, and besides those
+STATISTICS_TEMPORARIES = 3
 FP8_STRIP = 1 << 22  # elements of an FP8 weight that are multiplied with their scales at a time (capture/assemble.py)
 
 
@@ -325,7 +325,7 @@ def statistics_rows(vocab: int, tile_bytes: int, cells: int) -> int:
 def statistics_bytes(walk: Walk) -> int:
     """Norms, differences and cosines in float64, some rows of a batch at a time."""
     cells = min(walk.batch_tokens * walk.hidden, max(walk.hidden, STATISTICS_CELLS))
-    return cells * 8 * STATISTICS_TEMPORARIES
+    return cells * 8 * (walk.passes + STATISTICS_TEMPORARIES)
 
 
 def activations(walk: Walk, tile_bytes: int = LENS_TILE_BYTES) -> Activations:

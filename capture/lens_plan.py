@@ -52,8 +52,9 @@ class LensPlan:
         return max(1, self.rows * 3 // 4 if exact else self.rows)
 
     def refine_rows(self, rows: int, n_slots: int) -> int:
-        """Of a tile's rows, those whose shifts are products of their own at a time: these take more for each row."""
-        return max(1, rows * n_slots // (n_slots + 3))
+        """Of a tile's rows, those whose shifts are products of their own at a time: the plain way adds these up, which takes more
+        for each row; the kernel does not."""
+        return rows if self.kernel is not None else max(1, rows * n_slots // (n_slots + 3))
 
 
 def layers_at_once(n_tokens: int, n_layers: int) -> int:

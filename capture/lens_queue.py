@@ -28,6 +28,7 @@ from capture.logits import Logits, can_shift, sampled_logits, separate, shifted_
 log = logging.getLogger(__name__)
 
 SMALL_KL = 1e-4  # nats: below this, differences of float32 logits may cost a KL its third digit
+NEGLIGIBLE_KL = 1e-10  # nats: where both passes are as good as sure of one token; noise of 1e-6 in a logit adds 1e-12
 LIKELY_SMALL = 4 * SMALL_KL  # as seen on some of the vocabulary
 
 
@@ -142,7 +143,7 @@ class LensQueue:
             return self._shifted(rows, close.nonzero().flatten())
         far = (~close).nonzero().flatten()
         found = self._plain(_chosen(rows, far) if close.any() else rows)
-        small = torch.stack([(s.kl_ba < SMALL_KL) | (s.kl_ab < SMALL_KL) for s in found[1].values()]).any(0)
+        small = torch.stack([_small(kl) for s in found[1].values() for kl in (s.kl_ba, s.kl_ab)]).any(0)
         again = (small & finite[far]).nonzero().flatten()
         if len(again):
             _replace(found, again, self._shifted(rows, far[again]))
@@ -193,6 +194,10 @@ class LensQueue:
                 self.left_out_mass[owner] = max(self.left_out_mass[owner], float(mass))
             common.append(x[:, :n])
         return separate(common)
+
+
+def _small(kl: Tensor) -> Tensor:
+    return (kl < SMALL_KL) & (kl > NEGLIGIBLE_KL)
 
 
 def _together(parts: Sequence[Waiting]) -> Waiting:

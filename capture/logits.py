@@ -109,22 +109,18 @@ def can_shift(pair: Pair, heads: Sequence[Owner]) -> bool:
 
 def shifted_logits(pair: Pair, rows: Sequence[Tensor], heads: Sequence[Owner]) -> Logits:
     """As tile_logits, for slots whose logits hardly differ; only where `can_shift`, and for finite rows."""
-    owners = list(dict.fromkeys(heads))
-    first = {o: list(heads).index(o) for o in owners}
+    first = {owner: list(heads).index(owner) for owner in dict.fromkeys(heads)}
     tensors = [own_logits(pair.models[heads[0]], rows[0])]
     slots: list[tuple[int, ...]] = [(1,)] * len(rows)
-    for owner in owners:
-        others = [i for i, h in enumerate(heads) if h == owner and i != first[owner]]
-        lead = rows[first[owner]].float()
-        moved = [rows[i].float() - lead for i in others]
-        if owner != heads[0]:
-            moved.insert(0, lead - rows[0].float())
-        products = list(shift_of_rows(pair.models[owner], torch.cat(moved)).chunk(len(moved))) if moved else []
-        if owner != heads[0]:
-            cross = shift_of_heads(pair.models[heads[0]], pair.models[owner], rows[0])
-            tensors.append(cross.add_(products.pop(0)))
-            slots[first[owner]] = (1, len(tensors))
-        for i, product in zip(others, products, strict=True):
-            tensors.append(product)
-            slots[i] = (*slots[first[owner]], len(tensors))
+    for owner, lead in first.items():
+        if lead:
+            moved = rows[lead].float() - rows[0].float()
+            tensors.append(shift_of_heads(pair.models[heads[0]], pair.models[owner], rows[0], moved))
+            slots[lead] = (1, len(tensors))
+        others = [i for i, h in enumerate(heads) if h == owner and i != lead]
+        if others:
+            moved = torch.cat([rows[i].float() - rows[lead].float() for i in others])
+            for i, product in zip(others, shift_of_rows(pair.models[owner], moved).chunk(len(others)), strict=True):
+                tensors.append(product)
+                slots[i] = (*slots[lead], len(tensors))
     return Logits(tensors, slots)

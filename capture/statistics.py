@@ -6,7 +6,8 @@ at a time: every row is computed alone, and float64 copies of all would outweigh
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -23,6 +24,68 @@ def _in_pieces(statistic: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
     whole.__doc__ = statistic.__doc__
     return whole
+
+
+@dataclass(frozen=True)
+class Residuals:
+    """float64 [n, R] each: norm of every state; change of the norm and cosine distance for every turn from a previous state to a
+    state; cosine distance and norm of the difference for every pair of states."""
+
+    norm: Tensor
+    norm_delta: Tensor
+    turned: Tensor
+    distance: Tensor
+    difference: Tensor
+
+
+def residuals(
+    states: Sequence[Tensor],
+    previous: Sequence[Tensor],
+    turns: Sequence[tuple[int, int]],
+    pairs: Sequence[tuple[int, int]],
+) -> Residuals:
+    """All statistics of states [R, D] at once, as `norm`, `norm_of_difference` and `cosine_distance` have them one by one: norms
+    and directions are made once. turns: (index of a previous state, of a state), sorted; pairs: (a, b) of states."""
+    rows = max(1, STATISTICS_CELLS // states[0].shape[1])
+    parts = []
+    for start in range(0, states[0].shape[0], rows):
+        some = slice(start, start + rows)
+        now = [_direction(x[some].double()) for x in states]
+        delta, turned = [], []
+        before, at = None, -1
+        for a, b in turns:
+            if a != at or before is None:
+                before, at = _direction(previous[a][some].double()), a
+            delta.append(now[b][0] - before[0])
+            turned.append(_between(before, now[b]))
+        before = None
+        parts.append(
+            [
+                [n for n, _ in now],
+                delta,
+                turned,
+                [_between(now[a], now[b]) for a, b in pairs],
+                [torch.linalg.vector_norm(states[b][some].double().sub_(states[a][some]), dim=1) for a, b in pairs],
+            ]
+        )
+    none = states[0].new_empty(0, states[0].shape[0], dtype=torch.float64)
+    columns = [
+        torch.stack([torch.cat(pieces) for pieces in zip(*(p[i] for p in parts), strict=True)]) if parts[0][i] else none
+        for i in range(5)
+    ]
+    return Residuals(*columns)
+
+
+def _direction(x_RD: Tensor) -> tuple[Tensor, Tensor]:
+    """Norms [R], and x / |x| [R, D], zero where x is."""
+    size = torch.linalg.vector_norm(x_RD, dim=1)
+    return size, x_RD / size.where(size > 0, 1.0)[:, None]
+
+
+def _between(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> Tensor:
+    """The cosine distance of two directions, [R]."""
+    distance = torch.linalg.vector_norm(a[1] - b[1], dim=1).square() / 2
+    return torch.where((a[0] == 0) ^ (b[0] == 0), 1.0, distance)
 
 
 @_in_pieces
@@ -43,9 +106,4 @@ def cosine_distance(a_RD: Tensor, b_RD: Tensor) -> Tensor:
 
     A zero vector has no direction: its distance is 1 from any other vector and 0 from another zero vector.
     """
-    a, b = a_RD.double(), b_RD.double()
-    na, nb = (torch.linalg.vector_norm(x, dim=1, keepdim=True) for x in (a, b))
-    unit_a, unit_b = a / na.where(na > 0, 1.0), b / nb.where(nb > 0, 1.0)
-    distance = (unit_a - unit_b).square().sum(1) / 2
-    one_zero = (na[:, 0] == 0) ^ (nb[:, 0] == 0)
-    return torch.where(one_zero, 1.0, distance)
+    return _between(_direction(a_RD.double()), _direction(b_RD.double()))

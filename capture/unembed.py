@@ -144,18 +144,23 @@ def shift_of_rows(model: StreamedModel, rows_RD: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def shift_of_heads(base: StreamedModel, other: StreamedModel, rows_RD: Tensor) -> Tensor:
-    """rows (W_other - W_base)^T and the difference of the biases, [R, V] float32, a chunk of the vocabulary at a time."""
+def shift_of_heads(base: StreamedModel, other: StreamedModel, rows_RD: Tensor, moved_RD: Tensor) -> Tensor:
+    """From the logits of rows under base's head to those of rows + moved under the other's: rows (W_other - W_base)^T, the
+    difference of the biases, and moved W_other^T, [R, V] float32; a chunk of the vocabulary at a time."""
     _, wa, ba = base.head_shard()
     _, wb, bb = other.head_shard()
 
     def product(x: Tensor) -> Tensor:
-        x = x.float()
-        out = torch.empty(*x.shape[:-1], wa.shape[0], dtype=torch.float32, device=x.device)
+        rows = x.flatten(0, -2).float()
+        out = torch.empty(rows.shape[0], wa.shape[0], dtype=torch.float32, device=x.device)
         for part in _chunks(wa):
-            bias = None if ba is None or bb is None else bb[part].float() - ba[part].float()
-            out[..., part] = functional.linear(x, wb[part].float() - wa[part].float(), bias)
-        return out
+            change = wb[part].to(torch.float32, copy=True).sub_(wa[part])
+            torch.mm(rows, change.T, out=out[:, part])
+            del change  # one chunk in float32 at a time
+            out[:, part].addmm_(moved_RD.float(), wb[part].float().T)
+            if ba is not None and bb is not None:
+                out[:, part] += bb[part].float() - ba[part].float()
+        return out.unflatten(0, x.shape[:-1])
 
     with _precision(torch.float32):
         return _through(other, rows_RD, product)

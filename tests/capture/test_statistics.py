@@ -1,6 +1,7 @@
 import torch
 
-from capture.statistics import cosine_distance, norm, norm_of_difference
+from capture import statistics
+from capture.statistics import cosine_distance, norm, norm_of_difference, residuals
 
 GENERATOR = torch.Generator().manual_seed(0)
 A = torch.randn(6, 512, generator=GENERATOR)
@@ -32,3 +33,20 @@ def test_a_zero_vector_is_at_distance_one_from_others_and_zero_from_itself():
     zero = torch.zeros(1, 512)
     assert cosine_distance(zero, A[:1]).item() == 1
     assert cosine_distance(zero, zero).item() == 0
+
+
+def test_all_at_once_is_what_each_is_alone(monkeypatch):
+    states = [A, A + 0.1, torch.zeros_like(A)]
+    before = [A * 2, torch.zeros_like(A)]
+    turns, pairs = [(0, 0), (1, 1), (1, 2)], [(0, 1), (1, 2), (0, 0)]
+    monkeypatch.setattr(statistics, "STATISTICS_CELLS", 1024)  # two rows at a time
+    found = residuals(states, before, turns, pairs)
+    for i, x in enumerate(states):
+        assert torch.equal(found.norm[i], norm(x))
+    for i, (a, b) in enumerate(turns):
+        assert torch.equal(found.norm_delta[i], norm(states[b]) - norm(before[a]))
+        assert torch.equal(found.turned[i], cosine_distance(before[a], states[b]))
+    for i, (a, b) in enumerate(pairs):
+        assert torch.equal(found.distance[i], cosine_distance(states[a], states[b]))
+        assert torch.equal(found.difference[i], norm_of_difference(states[a], states[b]))
+    assert residuals([A], [], [], []).turned.shape == (0, 6)
