@@ -45,8 +45,8 @@ look:
 test: $(STAMP)  ## all tests, but for the slow ones and those that need a GPU
 	@$(BIN)/python -m pytest -m "not slow and not gpu" -n 2 --dist loadfile
 
-slow: $(STAMP)  ## the slow tests of the packages: spans over two Ray nodes, groups of four ranks (some minutes)
-	@$(BIN)/python -m pytest -m "slow and not gpu" tests/capture tests/cluster
+slow: $(STAMP)  ## the slow tests: spans over two Ray nodes, groups of four ranks, the bench of rivals (some minutes)
+	@$(BIN)/python -m pytest -m "slow and not gpu" tests/capture tests/cluster tests/bench
 
 SHOWN_ELSEWHERE = tests/cluster/test_span_workers.py tests/cluster/test_rank_groups.py tests/cluster/test_cut_line.py \
 	tests/cluster/test_placing.py tests/cluster/test_store_s3.py tests/cluster/test_deliver.py tests/cluster/test_vast_chaos.py
@@ -99,6 +99,9 @@ $(RIVALS)/.installed: $(STAMP)
 
 bench-rivals: $(RIVALS)/.installed  ## time a capture against other programs on the same pair (some 20 minutes, 7 GB of disk)
 	@$(RIVALS)/bin/python tests/bench/bench_rivals.py $(BENCH)
+
+bench-gpu: $(STAMP)  ## the same table on an NVIDIA GPU; BENCH="--device cpu" rehearses it without one
+	@$(BIN)/python tests/bench/bench_gpu.py $(BENCH)
 
 bench-docs: $(STAMP)  ## take all results of .cache/bench into docs/benchmarks.json, and make docs/benchmarks.md of it
 	@$(BIN)/python tests/bench/page.py

@@ -13,7 +13,8 @@ from typing import Any
 
 from measured import CACHE, ROOT
 
-sys.path.insert(0, str(ROOT / "tests" / "capture"))  # tiny and reference, imported where they are needed
+# tiny and reference, imported where they are needed; and ourselves, for an environment that this package is not installed in
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "capture")]
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 SMOL: dict[str, Any] = {  # the shape of SmolLM2-135M

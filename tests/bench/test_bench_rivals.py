@@ -20,6 +20,7 @@ def small(tmp_path_factory):
     return pairs.make_pair(tmp_path_factory.mktemp("rivals") / "pair", SHAPE)
 
 
+@pytest.mark.slow
 def test_all_parts_run_and_what_is_not_installed_is_named(small, capsys):
     bench = Bench("rivals", "make bench-rivals", threads=1)
     bench_rivals.run(bench, small, bench_rivals.PARTS, rounds=1, depths=(4,), n_tokens=8, shape=SHAPE)
