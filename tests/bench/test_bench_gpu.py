@@ -23,6 +23,7 @@ print(json.dumps(bench.result()))
 """
 
 
+@pytest.mark.slow  # a minute of a whole core
 def test_a_rehearsal_without_ray_and_duckdb_gives_all_figures(tmp_path):
     import json
 
