@@ -194,8 +194,9 @@ def our_statistics(rival: Rival, found: States, ids_T: Tensor, n_tokens: int, to
     and differences. Nothing is written."""
     from capture import statistics
     from capture.lens import lens_tile
+    from capture.lens_kernel import Kernel, load_kernel
     from capture.lens_plan import CELLS_IN_CACHE
-    from capture.logits import PlainLogits
+    from capture.logits import separate
     from capture.topk import Vocabulary
 
     base, sft = rival.models
@@ -203,14 +204,17 @@ def our_statistics(rival: Rival, found: States, ids_T: Tensor, n_tokens: int, to
     vocabulary = Vocabulary(n_tokens, top_k)
     next_T = torch.cat([ids_T[1:], torch.tensor([-1])])
     tracked = torch.tensor([5, 299])
+    compiled = load_kernel()  # as a capture would take it
+    kernel = compiled if isinstance(compiled, Kernel) else None
     done = []
     for layer, states_PTD in enumerate(found):
         rows = [
             _normed(m, x, last=layer == len(found) - 1) for m, x in zip((base, sft, base, sft), states_PTD, strict=True)
         ]
         a, b = (m.lm_head(torch.cat(two)).chunk(2) for m, two in ((base, rows[0::2]), (sft, rows[1::2])))
-        logits = PlainLogits([a[0], b[0], a[1], b[1]])
-        lens = lens_tile(logits, PAIRS, next_T, tracked, vocabulary, rows=max(1, CELLS_IN_CACHE // n_vocab))
+        logits = separate([a[0], b[0], a[1], b[1]])
+        rows_at_once = max(1, CELLS_IN_CACHE // n_vocab)
+        lens = lens_tile(logits, PAIRS, next_T, tracked, vocabulary, rows=rows_at_once, kernel=kernel)
         norms = [statistics.norm(x) for x in states_PTD]
         across = [(statistics.norm_of_difference(states_PTD[i], states_PTD[j]),
                    statistics.cosine_distance(states_PTD[i], states_PTD[j])) for i, j in PAIRS]  # fmt: skip

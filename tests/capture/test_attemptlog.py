@@ -21,6 +21,7 @@ def remote(tmp_path: Path) -> RunDir:
     run = RunDir(str(tmp_path))
     run.fs, run.root = fs.SubTreeFileSystem(str(tmp_path), fs.LocalFileSystem()), "bucket"
     assert not run.is_local
+    (tmp_path / "bucket" / "logs" / "a").mkdir(parents=True)  # a bucket needs none
     return run
 
 
