@@ -132,7 +132,7 @@ def destroy(ids: tuple[int, ...], cluster: str | None, yes: bool) -> None:
     if bool(ids) == bool(cluster):
         raise ConfigError("name either instance ids or --cluster; `pairscope vast nodes` lists both")
     client = _connect()
-    rented = {f.node.id: f for f in _rented(client)}
+    rented = {f.node.id: f for f in _rented(client, sure=bool(ids))}  # by id also what a listing leaves out
     unknown = [i for i in ids if str(i) not in rented]
     if unknown:
         raise ConfigError(f"instance {unknown[0]} is not one that pairscope rented; `pairscope vast nodes` lists those")
@@ -202,17 +202,29 @@ def _rented(client: Vast, *, sure: bool = False) -> list[Found]:
     """
     found = {node.id: node for node in listed(client)}
     undone: set[str] = set()
+    astray: set[str] = set()  # attempts
     if sure:
         for folder in sorted(cluster_folder("x").parent.glob("*/")):
             content = State(folder).read()
             undone |= {id_ for id_, row in content["destroyed"].items() if "gone" not in row}
+            astray |= {*content["abandoned"], *content["unknown"]}
             for id_ in {*content["seen"], *undone} - set(found):
                 node = look_up(client, id_)
                 if node is not None:
                     found[id_] = node
-    heads = [n.label.cluster for n in found.values() if n.label.kind == "head"]
-    said = "it was destroyed, and is still there"
-    return [Found(n, said if n.id in undone else why_orphan(n, heads, time.time())) for n in found.values()]
+    heads = [n.label.cluster for n in found.values() if n.label.kind == "head" and n.id not in undone]
+
+    def why(node: Node) -> str:
+        if node.id in undone:
+            return "it was destroyed, and is still there"
+        if node.label.attempt in astray:
+            return "the reply to the request that made it was lost, and nobody uses it"
+        reason = why_orphan(node, heads, time.time())
+        if not reason and node.label.kind == "head" and heads.count(node.label.cluster) > 1:
+            return f"its cluster has {heads.count(node.label.cluster)} heads; see which one Ray uses"
+        return reason
+
+    return [Found(n, why(n)) for n in found.values()]
 
 
 def _fleet(client: Vast, cluster: str) -> Fleet:

@@ -200,6 +200,8 @@ class Fleet:
             nodes = [*self.nodes.values(), *self.doomed.values()]
         live = [(self._since(content, node), node.dph) for node in nodes]
         asked = [i for i in content["intents"].values() if time.time() - i["since"] < OPEN_S]
+        seen = {node.label.attempt for node in nodes}
+        asked += [i for attempt, i in content["unknown"].items() if attempt not in seen]
         live += [(i["since"], i.get("dph", 0.0)) for i in asked]
         return add_up(live, content["gone"])
 
@@ -250,7 +252,8 @@ class Fleet:
         with self.state.edit() as content:
             for id_, node in found.items():
                 attempt = node.label.attempt
-                asked = (content["intents"].get(attempt) or content["abandoned"].get(attempt) or {}).get("since", now)
+                parts = (content[part].get(attempt) for part in ("intents", "unknown", "abandoned"))
+                asked = next((found["since"] for found in parts if found), now)
                 since = min(asked, node.row.get("start_date") or asked)
                 seen = content["seen"].setdefault(id_, {"since": since, "kind": node.label.kind})
                 seen["dph"] = node.dph

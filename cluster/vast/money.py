@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ class Caps:
         """The three limits of a provider block; all must be there, none has a default. Raises ConfigError."""
         for name in SETTINGS:
             value = provider.get(name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
                 raise ConfigError(
                     f"provider: '{name}' must be a number above 0, not {value!r}; it limits what a forgotten cluster can cost"
                 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
@@ -39,6 +40,15 @@ class Wish:
     download_gb: float = 50.0
 
 
+# What numbers make sense; 0 and up elsewhere. A bid below the lowest bid stops at once, and bills its disk.
+BOUNDS = {
+    "bid_over": (1.0, math.inf),
+    "disk_gb": (1.0, math.inf),
+    "hours": (0.01, math.inf),
+    "min_reliability": (0.0, 1.0),
+}
+
+
 def read_wish(values: Mapping[str, Any], where: str) -> Wish:
     """A Wish from plain values; ConfigError for keys and types that it does not have."""
     types = {f.name: f.type for f in fields(Wish)}
@@ -65,6 +75,11 @@ def read_wish(values: Mapping[str, Any], where: str) -> Wish:
             raise ConfigError(f"{where}: '{name}' is a number, not {value!r}")
         elif kind == "int" and (not isinstance(value, int) or value < 1):
             raise ConfigError(f"{where}: '{name}' is a whole number above 0, not {value!r}")
+        else:
+            low, high = BOUNDS.get(name, (0.0, math.inf))
+            if not low <= value <= high or value == math.inf:  # not so of nan, which would let any price pass
+                most = f" to {high:g}" if high < math.inf else " up"
+                raise ConfigError(f"{where}: '{name}' is a number from {low:g}{most}, not {value!r}")
     return Wish(**clean)
 
 

@@ -39,9 +39,11 @@ class Renter:
         """One new node, known to the fleet when this returns. env(k, offer) gives the container's environment.
 
         Raises NoOfferError, CapError, VastKeyError, VastBusyError; in each case nothing that was rented here is left, or it is
-        marked and destroyed as soon as the listing shows it.
+        marked: destroyed as soon as the listing shows it, or, where no listing answered, taken for the next such request.
         """
         where = f"node type '{type_}'"
+        if (left_over := self._settle(kind, type_)) is not None:
+            return left_over
         offers = find_offers(self.fleet.vast, wish, self.fleet.state.blocked_machines(), where)
         refusals: list[str] = []
         for offer in offers[:MOST_OFFERS]:
@@ -91,7 +93,14 @@ class Renter:
                 onstart_cmd=onstart, ssh=True, direct=True, bid_price=offer.bid,
             )  # fmt: skip
         except VastBusyError as error:
-            found = self._find(label) if error.done else None
+            try:
+                found = self._find(label) if error.done else None
+            except VastError as silent:
+                self._leave_open(label)
+                raise VastBusyError(
+                    f"whether offer {offer.id} was rented as {label} is not known: the reply was lost ({error}), and the listing "
+                    f"does not answer ({silent}). No other machine is rented until it does; run it again, or see `pairscope vast orphans`"
+                ) from error
             if found is None:
                 self._give_up(label, open_=error.done)
                 if not error.done:
@@ -124,7 +133,10 @@ class Renter:
             used = {n.label.k for n in [*self.fleet.nodes.values(), *self.fleet.doomed.values()]}
             used |= {v["k"] for v in content["destroyed"].values() if "gone" not in v}
             used |= {
-                v["k"] for part in ("intents", "abandoned") for v in content[part].values() if now - v["since"] < OPEN_S
+                v["k"]
+                for part in ("intents", "unknown", "abandoned")
+                for v in content[part].values()
+                if now - v["since"] < OPEN_S
             }
             k = HEAD if kind == "head" else next((k for k in range(HEAD + 1, MOST_NODES + 1) if k not in used), 0)
             if not k:
@@ -134,21 +146,60 @@ class Renter:
         return label
 
     def _find(self, label: Label) -> Node | None:
-        """The instance that a request of unknown outcome made, by its label; None if there is none for found_within_s."""
+        """The instance that a request of unknown outcome made, by its label; None if a listing shows none after found_within_s.
+
+        Raises VastError where the listing does not answer by then: the machine may be there.
+        """
         vast = self.fleet.vast
         waited, pause = 0.0, min(2.0, self.found_within_s / 4)
         while True:
+            silent: VastError | None = None
             try:
                 for node in self.fleet.listing().values():
                     if node.label.attempt == label.attempt:
                         logger.info("the reply was lost, but instance %s was rented", node.id)
                         return node
-            except VastBusyError as error:
+            except VastError as error:
                 logger.warning("looking for %s: %s", label, error)
+                silent = error
             if waited >= self.found_within_s:
+                if silent is not None:
+                    raise silent
                 return None
             vast.sleep(pause)
             waited += pause
+
+    def _leave_open(self, label: Label) -> None:
+        """Remember a request that may have made a machine, until a listing says so or not."""
+        with self.fleet.state.edit() as content:
+            intent = content["intents"].pop(label.attempt, {"k": label.k, "kind": label.kind, "since": time.time()})
+            content["unknown"][label.attempt] = intent | {"type": label.type}
+
+    def _settle(self, kind: str, type_: str) -> Node | None:
+        """Find out about requests that no listing had answered for: a machine of this kind and type that one made is taken now.
+
+        Raises VastError where the listing still does not answer: nothing may be rented before it does.
+        """
+        with self.lock:
+            if not self.fleet.state.read()["unknown"]:
+                return None
+            there = {node.label.attempt: node for node in self.fleet.listing().values()}
+            taken: Node | None = None
+            with self.fleet.state.edit() as content:
+                for attempt, intent in list(content["unknown"].items()):
+                    fits = (intent.get("kind"), intent.get("type")) == (kind, type_)
+                    if attempt in there and there[attempt].id in content["tags"]:  # Ray took it as it was listed
+                        del content["unknown"][attempt]
+                    elif attempt in there and fits and taken is None:
+                        taken = there[attempt]
+                        del content["unknown"][attempt]
+                    elif attempt not in there:
+                        content["abandoned"][attempt] = content["unknown"].pop(attempt)
+            if taken is not None:
+                logger.info("instance %s of an earlier request is taken, whose reply was lost", taken.id)
+                self.fleet.add(taken)
+                self.fleet.vast.attach_key(int(taken.id), self.key)
+            return taken
 
     def _give_up(self, label: Label, *, open_: bool) -> None:
         with self.fleet.state.edit() as content:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -66,7 +67,7 @@ class Settings:
                 raise ConfigError(f"provider: unknown key '{name}'; known are {', '.join([*CAPS, *OURS])}")
         for name in ("boot_minutes", "head_silence_minutes", "poll_seconds"):
             value = ours.get(name, 1)
-            if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
                 raise ConfigError(f"provider: '{name}' is a number above 0, not {value!r}")
         for name, example in (("offers", "{max_dph: 0.8}"), ("image_versions", '{python: "3.12"}')):
             if not isinstance(ours.get(name, {}), Mapping):

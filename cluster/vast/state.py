@@ -21,6 +21,7 @@ from capture.errors import StoreError
 EMPTY: dict[str, Any] = {
     "tags": {},  # instance id -> tags
     "intents": {},  # attempt -> {k, kind, since}: sent, outcome not known yet
+    "unknown": {},  # attempt -> {k, kind, type, since, dph}: sent, and no listing has answered since
     "abandoned": {},  # attempt -> {k, since}: to be destroyed if it ever shows up
     "destroyed": {},  # instance id -> {since, k}: must not come back
     "machines": {},  # machine id -> {reason, until}: not to be rented
@@ -71,7 +72,7 @@ class State:
     def begin_anew(self) -> None:
         """Forget a cluster that has ended, its spending included; keep what must not be used or come back."""
         with self.edit() as content:
-            for key in ("tags", "intents", "seen", "made"):
+            for key in ("tags", "intents", "unknown", "seen", "made"):
                 content[key] = {}
             content["gone"] = []
 

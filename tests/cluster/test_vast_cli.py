@@ -118,6 +118,30 @@ def test_orphans_are_told_with_their_reason_and_exit_code_1(fake: Fake) -> None:
     assert run("orphans").exit_code == 1
 
 
+def test_orphans_are_told_of_lost_replies_and_of_second_heads(fake: Fake, tmp_path: Path) -> None:
+    soon = str(int(time.time()) + 600)
+    heads = [rent(fake, f"ps/two/h/1/gpu/0000000{i}", PAIRSCOPE_DEADLINE=soon) for i in (1, 2)]
+    lost = [rent(fake, f"ps/two/w/{i}/gpu/0000000{i}", PAIRSCOPE_DEADLINE=soon) for i in (3, 4)]
+    with State(tmp_path / "clusters" / "two").edit() as content:
+        content["abandoned"] = {"00000003": {"k": 3, "since": 0}}
+        content["unknown"] = {"00000004": {"k": 4, "since": 0, "kind": "worker", "type": "gpu"}}
+    found = {r["id"]: r["orphan"] for r in rows("orphans")}
+    assert found == {
+        **{str(i): "its cluster has 2 heads; see which one Ray uses" for i in heads},
+        **{str(i): "the reply to the request that made it was lost, and nobody uses it" for i in lost},
+    }
+
+
+def test_what_orphans_names_can_be_destroyed_also_where_the_listing_leaves_it_out(fake: Fake, tmp_path: Path) -> None:
+    late = rent(fake, "ps/late/h/1/gpu/00000002", PAIRSCOPE_DEADLINE=str(int(time.time()) - 600))
+    with State(tmp_path / "clusters" / "late").edit() as content:
+        content["seen"] = {str(late): {"since": 0, "kind": "head"}}
+    fake.fault("list", "no_rows", times=5)
+    done = run("destroy", str(late), "--yes")
+    assert done.exit_code == 0, done.output
+    assert fake.live() == []
+
+
 def test_orphans_asks_for_each_machine_that_the_listing_leaves_out(fake: Fake, tmp_path: Path) -> None:
     """As the listing of a bad hour has it: nothing is listed at all."""
     head = rent(fake, "ps/demo/h/1/gpu/00000000", PAIRSCOPE_DEADLINE=str(int(time.time()) + 600))

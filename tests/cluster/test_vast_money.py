@@ -80,3 +80,11 @@ def test_a_cluster_whose_autoscaler_dies_costs_no_more_than_is_said(
         workers_alive = workers_alive and second - heard <= silence_s
     assert dollars <= bound * 1.001
     assert second <= 10 * 3600 + silence_s + 1
+
+
+@pytest.mark.parametrize("name", ["max_price_per_hour", "max_total_dollars", "max_hours"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 0, -1.0, True, "5"])
+def test_a_limit_is_a_number_that_limits(name: str, value: object) -> None:
+    limits = {"max_price_per_hour": 5, "max_total_dollars": 20, "max_hours": 10, name: value}
+    with pytest.raises(ConfigError, match=f"'{name}' must be a number above 0"):
+        Caps.read(limits)

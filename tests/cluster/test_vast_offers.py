@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 from fake_server import Fake, hasty, running_fake
 
+from capture.errors import ConfigError
 from cluster.vast.api import Vast
 from cluster.vast.errors import NoOfferError
-from cluster.vast.offers import Offer, Wish, find_offers
+from cluster.vast.offers import Offer, Wish, find_offers, read_wish
 
 pytest.importorskip("vastai", reason="the Vast SDK is not installed: pip install 'pairscope[vast]'")
 
@@ -147,3 +148,13 @@ def test_a_bid_is_above_the_lowest_and_is_what_counts_against_the_limit(search: 
     assert (offer.bid, offer.dph) == (pytest.approx(0.3), pytest.approx(0.31))
     with pytest.raises(NoOfferError, match=r"max_dph 0\.305"):
         search(replace(wish, max_dph=0.305), row)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("max_dph", float("nan")), ("max_dph", float("inf")), ("bid_over", 0.5), ("disk_gb", -5), ("hours", 0), ("download_gb", -1),
+     ("min_reliability", 2), ("min_reliability", float("nan"))],
+)  # fmt: skip
+def test_a_number_that_makes_no_sense_is_refused(name: str, value: float) -> None:
+    with pytest.raises(ConfigError, match=f"'{name}' is a number from"):
+        read_wish({"image": "x", name: value}, "node type 'gpu'")

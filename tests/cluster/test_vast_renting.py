@@ -12,7 +12,7 @@ import pytest
 from fake_server import Fake, hasty, running_fake, wait_for
 
 from cluster.vast.api import Vast
-from cluster.vast.errors import CapError, NoOfferError, NotGoneError, VastBusyError, VastKeyError
+from cluster.vast.errors import CapError, NoOfferError, NotGoneError, VastBusyError, VastError, VastKeyError
 from cluster.vast.fleet import Fleet, Node
 from cluster.vast.labels import parse
 from cluster.vast.money import Caps
@@ -78,12 +78,46 @@ def test_a_create_that_did_not_happen_takes_another_offer(fake: Fake, tmp_path: 
 def test_an_instance_that_turns_up_after_it_was_given_up_is_destroyed(fake: Fake, tmp_path: Path) -> None:
     renter = make(fake, tmp_path)
     fake.fault("create", "lost")
-    fake.fault("list", "503", times=1000)  # so that the lost one cannot be found
+    listing, blind = renter.fleet.listing, []
+    renter.fleet.listing = lambda: blind.append(1) or {}  # type: ignore[method-assign, func-returns-value]  # answers, late
     node = rent(renter)
+    assert blind
     assert len(fake.live()) == 2
-    fake.control("faults", [])
+    renter.fleet.listing = listing  # type: ignore[method-assign]
     assert set(renter.fleet.refresh()) == {node.id}
     assert [str(line["id"]) for line in fake.live()] == [node.id]
+
+
+@pytest.mark.parametrize("silence", ["503", "404"])
+def test_while_no_listing_answers_no_second_machine_is_rented(fake: Fake, tmp_path: Path, silence: str) -> None:
+    renter = make(fake, tmp_path, caps=Caps(1.0, 100, 100))
+    fake.fault("create", "503_done", times=20)
+    fake.fault("list", silence, times=1000)
+    for _ in range(2):
+        with pytest.raises(VastError, match=r"not known|listing|404|503"):
+            rent(renter)
+        assert len(fake.live()) == 1
+    assert renter.fleet.bill().rate > 0  # it is counted although nobody has seen it
+    fake.control("faults", [])
+    node = rent(renter)
+    assert [str(line["id"]) for line in fake.live()] == [node.id]
+    assert renter.fleet.state.read()["unknown"] == {}
+    ready(renter, node.id)
+    assert len(fake.live()) == 1
+    rent(renter)
+    assert len(fake.live()) == 2
+
+
+def test_a_request_that_made_nothing_is_forgotten_once_a_listing_answers(fake: Fake, tmp_path: Path) -> None:
+    renter = make(fake, tmp_path)
+    fake.fault("create", "503")
+    fake.fault("list", "503", times=1000)
+    with pytest.raises(VastBusyError, match="No other machine is rented until it does"):
+        rent(renter)
+    fake.control("faults", [])
+    node = rent(renter)
+    assert [str(line["id"]) for line in fake.live()] == [node.id]
+    assert renter.fleet.state.read()["unknown"] == {}
 
 
 def test_an_offer_that_somebody_else_got_first_ends_in_another_machine(fake: Fake, tmp_path: Path) -> None:
