@@ -41,6 +41,12 @@ def daemon() -> None:
 
 
 @mesh.command()
+def keep() -> None:
+    """Run the daemon, and run it again if it dies; ends when `down` ends it."""
+    mesh_daemon.keep(lambda: subprocess.Popen([sys.executable, "-m", "cluster.mesh", "daemon"]))
+
+
+@mesh.command()
 @click.option("--wait", default=120.0, show_default=True, help="Seconds to wait for the tunnels.")
 def up(wait: float) -> None:
     """Start the daemon and wait until the tunnels carry."""
@@ -49,7 +55,7 @@ def up(wait: float) -> None:
     if ask(k, "status", timeout=2) is None:
         with open(folder / "daemon.log", "ab") as log:
             subprocess.Popen(
-                [sys.executable, "-m", "cluster.mesh", "daemon"],
+                [sys.executable, "-m", "cluster.mesh", "keep"],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
             )  # fmt: skip
     until = time.monotonic() + wait

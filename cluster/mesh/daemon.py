@@ -16,15 +16,17 @@ import os
 import signal
 import socket
 import socketserver
+import subprocess
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from capture.errors import ConfigError
 from cluster.mesh.peers import POLLED, Mesh, read_deadline, read_mesh, restricted_line, write_deadline
 from cluster.mesh.ports import HEAD, STATUS, address, block
-from cluster.mesh.tunnel import Tunnel
+from cluster.mesh.tunnel import LONGEST_PAUSE_S, STEADY_S, Tunnel
 
 TICK_S = 0.3
 NOTE_EVERY_S = 3.0
@@ -57,7 +59,8 @@ class Daemon:
                 for tunnel in self.tunnels.values():
                     tunnel.tend()
                 if self.mesh.k == HEAD and time.monotonic() - keys_at > KEYS_EVERY_S:
-                    self.let_workers_in()
+                    with contextlib.suppress(OSError):  # as below
+                        self.let_workers_in()
                     keys_at = time.monotonic()
                 if time.monotonic() - noted_at > NOTE_EVERY_S:
                     self.note()
@@ -85,7 +88,8 @@ class Daemon:
         """Move this node's deadline to what the head said; silence, or a word that is no time, leaves it."""
         when = (reply or {}).get("deadline")
         if isinstance(when, int | float) and not isinstance(when, bool) and 0 < when < float("inf"):
-            write_deadline(self.folder, when)
+            with contextlib.suppress(OSError):  # the deadline of before stays
+                write_deadline(self.folder, when)
 
     def read(self) -> None:
         """Take up changed files: new tunnels, none for peers that left or moved."""
@@ -192,5 +196,17 @@ def run(folder: Path) -> None:
     daemon = Daemon(folder)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: daemon.ending.set())
-    (folder / "daemon.pid").write_text(str(os.getpid()))
+    with contextlib.suppress(OSError):
+        (folder / "daemon.pid").write_text(str(os.getpid()))
     daemon.run()
+
+
+def keep(start: Callable[[], subprocess.Popen[bytes]]) -> None:
+    """Start the daemon, and start it again whenever it ends without having been told to: its tunnels are the cluster's life."""
+    pause = 0.5
+    while True:
+        began = time.monotonic()
+        if start().wait() == 0:
+            return
+        pause = 0.5 if time.monotonic() - began > STEADY_S else min(2 * pause, LONGEST_PAUSE_S)
+        time.sleep(pause)

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import ctypes
 import random
+import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from cluster.mesh.peers import Peer
 
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # before any fork
+
 LONGEST_PAUSE_S = 2.0
 STEADY_S = 10.0  # a tunnel that held this long starts again without a growing pause
+
+
+def _end_with_parent() -> None:
+    """In a new ssh: end when the daemon does, however that ends; else its forwards would be in the next one's way."""
+    if _LIBC is not None:
+        _LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 class Tunnel:
@@ -37,7 +49,14 @@ class Tunnel:
             self.pause = 0.1 if now - self.started > STEADY_S else min(self.pause * 2, LONGEST_PAUSE_S)
             self.next_start = now + self.pause * random.uniform(0.5, 1.0)
         if self.process is None and now >= self.next_start:
-            self._start()
+            try:
+                self._start()
+            except (
+                OSError
+            ) as error:  # a full disk, no process to be had: the other tunnels go on, and this one tries again
+                self.last_error = str(error)
+                self.pause = min(self.pause * 2, LONGEST_PAUSE_S)
+                self.next_start = now + self.pause
 
     def stop(self) -> None:
         if self.process is not None:
@@ -81,11 +100,14 @@ class Tunnel:
             "Compression no",
             *(f"LocalForward {host}:{port} {host}:{port}" for host, port in self.forwards),
         ]
-        self.config.write_text("\n".join(lines) + "\n")
+        text = "\n".join(lines) + "\n"
+        if not self.config.exists() or self.config.read_text() != text:  # a full disk has room for what is there
+            self.config.write_text(text)
         with open(self.log, "wb") as log:
             self.process = subprocess.Popen(
-                ["ssh", "-N", "-F", str(self.config), peer.alias], stdin=subprocess.DEVNULL, stdout=log, stderr=log
-            )
+                ["ssh", "-N", "-F", str(self.config), peer.alias], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                preexec_fn=_end_with_parent,
+            )  # fmt: skip
         self.started = time.monotonic()
         self.starts += 1
 
