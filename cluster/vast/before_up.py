@@ -39,16 +39,17 @@ def ray_command() -> str | None:
     return context.command.name if ray else None
 
 
-def check(settings: Settings, caps: Caps, fleet: Fleet, heads: Sequence[Node]) -> None:
-    """All checks. Shows the price where a head is to be rented. Raises an error of ours that says what to do."""
+def check(settings: Settings, caps: Caps, fleet: Fleet, heads: Sequence[Node]) -> float | None:
+    """All checks. Shows the price where a head is to be rented, and returns it: dollars an hour. Raises an error of ours that says
+    what to do."""
     check_versions(settings.image_versions)
     if not heads:
-        quote(settings, caps, fleet)
-        return
+        return quote(settings, caps, fleet)
     check_head(fleet.cluster, heads)
     made = fleet.state.read()["made"]
     if made:
         check_unchanged(fleet.cluster, made, as_made(settings))
+    return None
 
 
 def check_versions(image: Mapping[str, str], constraints: Path | None = None) -> None:
@@ -141,8 +142,9 @@ def refuse_to_replace(node: Node) -> None:
     )
 
 
-def quote(settings: Settings, caps: Caps, fleet: Fleet) -> None:
-    """Show what the head would cost, the workers that may come, and the limits. Raises NoOfferError or CapError for the head."""
+def quote(settings: Settings, caps: Caps, fleet: Fleet) -> float:
+    """Show what the head would cost, the workers that may come, and the limits; the head's dollars an hour. Raises NoOfferError or
+    CapError for the head."""
     wish = settings.wish(settings.head_config, settings.head_type)
     where = f"node type '{settings.head_type}'"
     offer = find_offers(fleet.vast, wish, fleet.state.blocked_machines(), where)[0]
@@ -161,3 +163,4 @@ def quote(settings: Settings, caps: Caps, fleet: Fleet) -> None:
         "Limits: ${}/h for all nodes, ${} in all, {} hours; after that every node destroys itself.",
         f"{caps.max_price_per_hour:g}", f"{caps.max_total_dollars:g}", f"{caps.max_hours:g}",
     )  # fmt: skip
+    return offer.dph

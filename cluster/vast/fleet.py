@@ -256,6 +256,8 @@ class Fleet:
                 asked = next((found["since"] for found in parts if found), now)
                 since = min(asked, node.row.get("start_date") or asked)
                 seen = content["seen"].setdefault(id_, {"since": since, "kind": node.label.kind})
+                if not node.row.get("dph_total") and seen.get("dph"):  # a row that does not say is not free of charge
+                    node.row["dph_total"] = seen["dph"]
                 seen["dph"] = node.dph
                 if node.status == "running":
                     seen.pop("odd", None)

@@ -84,6 +84,7 @@ class VastNodeProvider(NodeProvider):
         self.addresses: dict[str, tuple[str, int]] = {}
         self.asked: set[str] = set()  # workers that told how fast they download
         self.checked = False
+        self.quoted: float | None = None  # dollars an hour of the head, as shown
 
     @staticmethod
     def bootstrap_config(cluster_config: dict[str, Any]) -> dict[str, Any]:
@@ -179,7 +180,10 @@ class VastNodeProvider(NodeProvider):
                 raise click.ClickException(
                     f"the mesh has {self.settings.slots} places (max_workers + 1), all are taken"
                 )
-            node = self.renter.rent(wish, kind, type_, env, start_script(self.settings.onstart))
+            quoted = self.quoted if kind == "head" else None
+            node = self.renter.rent(wish, kind, type_, env, start_script(self.settings.onstart), quoted=quoted)
+            if kind == "head":
+                cli_logger.print("Rented instance {} for ${}/h.", node.id, f"{node.dph:.3f}")
             self.set_node_tags(node.id, tags)
             made[node.id] = {"label": str(node.label)}
             if kind == "head":
@@ -241,7 +245,7 @@ class VastNodeProvider(NodeProvider):
         """What `ray up` looks at before it asks; without a head also the price of one."""
         # bootstrap_config looks at the name too, but Ray caches what that returned
         check_ours(self.cluster_name, self.folder, nodes.values())
-        before_up.check(self.settings, self.caps, self.fleet, heads)
+        self.quoted = before_up.check(self.settings, self.caps, self.fleet, heads)
         self.checked = True
 
     def _wait_ssh(self, node_id: str) -> tuple[str, int]:

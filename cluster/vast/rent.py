@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from cluster.mesh.ports import HEAD, MOST_NODES
-from cluster.vast.errors import NoOfferError, VastBusyError, VastError, VastRefusedError
+from cluster.vast.errors import CapError, HeadError, NoOfferError, VastBusyError, VastError, VastRefusedError
 from cluster.vast.fleet import OPEN_S, Fleet, Node
 from cluster.vast.labels import Label, new_attempt
 from cluster.vast.money import Caps
@@ -17,6 +17,7 @@ from cluster.vast.offers import Offer, Wish, find_offers
 
 logger = logging.getLogger(__name__)
 
+PRICE_MAY_RISE = 1.1  # between the price that was shown and the one that is paid
 MOST_OFFERS = 8  # tried one after the other before a launch is reported as failed
 
 
@@ -34,9 +35,11 @@ class Renter:
         self.in_hand: set[int] = set()  # offers that a thread of ours is asking for
 
     def rent(
-        self, wish: Wish, kind: str, type_: str, env: Callable[[int, Offer], Mapping[str, str]], onstart: str
-    ) -> Node:
-        """One new node, known to the fleet when this returns. env(k, offer) gives the container's environment.
+        self, wish: Wish, kind: str, type_: str, env: Callable[[int, Offer], Mapping[str, str]], onstart: str,
+        *, quoted: float | None = None,
+    ) -> Node:  # fmt: skip
+        """One new node, known to the fleet when this returns. env(k, offer) gives the container's environment. quoted: dollars an
+        hour that somebody was shown and agreed to; a machine for more than PRICE_MAY_RISE times that is not rented.
 
         Raises NoOfferError, CapError, VastKeyError, VastBusyError; in each case nothing that was rented here is left, or it is
         marked: destroyed as soon as the listing shows it, or, where no listing answered, taken for the next such request.
@@ -45,6 +48,13 @@ class Renter:
         if (left_over := self._settle(kind, type_)) is not None:
             return left_over
         offers = find_offers(self.fleet.vast, wish, self.fleet.state.blocked_machines(), where)
+        if quoted is not None:
+            if offers[0].dph > PRICE_MAY_RISE * quoted:
+                raise CapError(
+                    f"the price has risen: ${quoted:.3f}/h was shown, and the cheapest machine costs ${offers[0].dph:.3f}/h now. Nothing "
+                    "was rented; run `ray up` again to see the new price"
+                )
+            offers = [offer for offer in offers if offer.dph <= PRICE_MAY_RISE * quoted]
         refusals: list[str] = []
         for offer in offers[:MOST_OFFERS]:
             if not self._take(offer):
@@ -128,8 +138,15 @@ class Renter:
 
     def _reserve(self, kind: str, type_: str, dph: float) -> Label:
         """A label with the lowest free k: not that of a node, of one on its way out, or of a request whose outcome is open."""
+        if kind == "head":
+            self._refuse_second_head({n.id: n.label.kind for n in self.fleet.listing().values()})
         with self.fleet.state.edit() as content:
             now = time.time()
+            if kind == "head":  # under the lock that every `ray up` of this machine takes
+                others = {**content["intents"], **content["unknown"]}
+                asked = [a for a, v in others.items() if v["kind"] == "head" and now - v["since"] < OPEN_S]
+                seen = {id_: str(v.get("kind", "")) for id_, v in content["seen"].items()}
+                self._refuse_second_head(seen | {f"(request {a}, not answered yet)": "head" for a in asked})
             used = {n.label.k for n in [*self.fleet.nodes.values(), *self.fleet.doomed.values()]}
             used |= {v["k"] for v in content["destroyed"].values() if "gone" not in v}
             used |= {
@@ -144,6 +161,16 @@ class Renter:
             label = Label(self.fleet.cluster, kind, k, type_, new_attempt())
             content["intents"][label.attempt] = {"k": k, "kind": kind, "since": now, "dph": dph}
         return label
+
+    def _refuse_second_head(self, there: Mapping[str, str]) -> None:
+        """Raise HeadError where one of these, id -> kind, is a head that is not on its way out."""
+        going = self.fleet.state.read()["destroyed"]
+        heads = [id_ for id_, kind in there.items() if kind == "head" and id_ not in going]
+        if heads:
+            raise HeadError(
+                f"cluster '{self.fleet.cluster}' has a head already, or one is being rented: {', '.join(heads)}. Is another `ray up` at "
+                "work? Nothing was rented here; wait for it, or look with `pairscope vast nodes`"
+            )
 
     def _find(self, label: Label) -> Node | None:
         """The instance that a request of unknown outcome made, by its label; None if a listing shows none after found_within_s.

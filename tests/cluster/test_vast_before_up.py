@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -183,7 +184,9 @@ def test_a_head_that_was_outbid_is_named_with_what_to_do(running: str, fake: Fak
 
 def test_two_heads_are_told_and_not_chosen_from(running: str, fake: Fake, monkeypatch: Any) -> None:
     monkeypatch.setattr(before_up, "ray_command", lambda: None)
-    on_laptop().create_node(node_config(), HEAD_TAGS, 1)
+    vast = on_laptop().fleet.vast  # as another machine, with a state of its own, would
+    offer = vast.search({}, bid=False, disk_gb=20)[0]["id"]
+    vast.create(offer, image="x", disk=20, label="ps/pairscope/h/1/rtx4090/0badcafe")
     assert "has 2 heads" in refused(monkeypatch)
 
 
@@ -258,3 +261,34 @@ def test_a_config_that_ray_cached_before_the_keys_were_made_anew_is_still_ours(f
             laptop.terminate_nodes(laptop.non_terminated_nodes({}))
             laptop.cleanup_cluster_resources()
     assert len(fake.live()) == 1
+
+
+def test_a_head_is_not_rented_for_more_than_the_price_that_was_shown(fake: Fake, monkeypatch: Any) -> None:
+    laptop, shown = ray_up(monkeypatch)
+    assert "$0.441/h" in shown[0]
+    fake.control("offers", [{"dph_base": 5.0}])
+    with pytest.raises(click.ClickException, match=r"\$0\.441/h was shown, and the cheapest machine costs \$5\."):
+        laptop.create_node(node_config(), HEAD_TAGS, 1)
+    assert fake.live() == []
+    fake.control("offers", [{} for _ in range(6)])
+    laptop.create_node(node_config(), HEAD_TAGS, 1)
+    assert len(fake.live()) == 1
+    assert shown[-1].startswith("Rented instance ")
+
+
+def test_two_that_were_asked_at_once_rent_one_head(fake: Fake, monkeypatch: Any) -> None:
+    one, _ = ray_up(monkeypatch)
+    other, _ = ray_up(monkeypatch)  # both saw no head, both ask
+    one.create_node(node_config(), HEAD_TAGS, 1)
+    with pytest.raises(click.ClickException, match="has a head already, or one is being rented"):
+        other.create_node(node_config(), HEAD_TAGS, 1)
+    assert len(fake.live()) == 1
+
+
+def test_a_head_whose_request_is_not_answered_yet_is_not_rented_twice(fake: Fake, monkeypatch: Any) -> None:
+    one, _ = ray_up(monkeypatch)
+    with one.state.edit() as content:
+        content["intents"]["0badcafe"] = {"k": 1, "kind": "head", "since": time.time(), "dph": 0.4}
+    with pytest.raises(click.ClickException, match="request 0badcafe, not answered yet"):
+        one.create_node(node_config(), HEAD_TAGS, 1)
+    assert fake.live() == []

@@ -356,3 +356,19 @@ def test_a_key_that_cannot_be_attached_leaves_no_machine(fake: Fake, tmp_path: P
     with pytest.raises(VastBusyError):
         rent(make(fake, tmp_path))
     assert fake.live() == []
+
+
+def test_a_row_without_a_price_is_billed_as_before(fake: Fake, tmp_path: Path) -> None:
+    renter = make(fake, tmp_path)
+    node = rent(renter)
+    ready(renter, node.id)
+    before = renter.fleet.bill().rate
+    assert before > 0
+    listed = renter.fleet.vast.instances
+
+    def priceless() -> list[dict[str, object]]:
+        return [row | {"dph_total": None} for row in listed()]
+
+    renter.fleet.vast.instances = priceless  # type: ignore[method-assign, assignment]
+    renter.fleet.refresh()
+    assert renter.fleet.bill().rate == before
