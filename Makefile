@@ -48,22 +48,21 @@ test: $(STAMP)  ## all tests, but for the slow ones and those that need a GPU
 slow: $(STAMP)  ## the slow tests: spans over two Ray nodes, groups of four ranks, the bench of rivals (some minutes)
 	@$(BIN)/python -m pytest -m "slow and not gpu" tests/capture tests/cluster tests/bench
 
-SHOWN_ELSEWHERE = tests/cluster/test_span_workers.py tests/cluster/test_rank_groups.py tests/cluster/test_cut_line.py \
-	tests/cluster/test_placing.py tests/cluster/test_store_s3.py tests/cluster/test_deliver.py tests/cluster/test_vast_chaos.py
-
 faults: $(STAMP)  ## the whole fault suite, with sweeps whose workers, driver and Ray are killed (some ten minutes)
 	@$(BIN)/python -m pytest tests/faults -n 2 --dist loadfile
 
+# What a test saw of a fault is kept in .cache/reliability; docs/reliability.md is made of that.
+RECORDED = PAIRSCOPE_RELIABILITY=$(CURDIR)/.cache/reliability PYTHONPATH=tests/faults $(BIN)/python -m pytest -p recorder
+
 reliability: $(STAMP)  ## the same and what other tests show of faults; docs/reliability.md is made from what they saw
-	@PAIRSCOPE_RELIABILITY=.cache/reliability $(BIN)/python -m pytest tests/faults $(SHOWN_ELSEWHERE) -n 2 --dist loadfile \
-	    --deselect tests/faults/test_reliability.py
-	@$(BIN)/python tests/faults/reliability.py
+	@$(RECORDED) tests/faults $$($(BIN)/python tests/faults/reliability.py --shown-elsewhere) -n 2 --dist loadfile \
+	    --deselect tests/faults/test_reliability.py; failed=$$?; $(BIN)/python tests/faults/reliability.py; exit $$failed
 
 soak: $(STAMP)  ## an hour of tiny captures with faults every few seconds; MINUTES=5 or SEED=7 for another one
 	@PYTHONPATH=.:tests/faults $(BIN)/python tests/faults/soak.py --minutes $(or $(MINUTES),60) $(if $(SEED),--seed $(SEED))
 
 rehearsal: $(STAMP)  ## the whole cluster on this machine: a fake Vast, real sshd hosts, real Ray (root; half an hour)
-	@$(BIN)/python -m pytest tests/e2e
+	@$(RECORDED) tests/e2e
 
 lint: $(STAMP)  ## ruff and mypy
 	@$(BIN)/ruff check .

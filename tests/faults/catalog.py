@@ -1,6 +1,7 @@
 """Every fault of the suite: where it strikes, what it is, how it is put in. The page docs/reliability.md has a row for each.
 
-A test of this folder names its fault and tells what it saw (conftest.py, `told`); `shown_by` names tests elsewhere instead.
+A test of this folder names its fault and tells what it saw (conftest.py, `told`); `shown_by` names tests elsewhere instead, of
+which none may fail (recorder.py).
 """
 
 from __future__ import annotations
@@ -13,10 +14,13 @@ class Known:
     where: str
     what: str
     how: str
-    shown_by: str = ""  # a test outside of this folder
+    shown_by: tuple[str, ...] = ()  # tests outside of this folder
     sees: str = ""  # what the user sees, where the test does not tell it
+    again: str = ""  # and what is done again
 
 
+SPANS, GROUPS = "tests/cluster/test_span_workers.py", "tests/cluster/test_rank_groups.py"
+STORE, PLACING = "tests/cluster/test_store_s3.py", "tests/cluster/test_placing.py"
 INJECTED = "in the worker, at the call of the product's own function"
 FAULTS: dict[str, Known] = {
     # -- worker --------------------------------------------------------------------------------------------------------
@@ -54,26 +58,27 @@ FAULTS: dict[str, Known] = {
     "job-stop": Known("Ray", "`ray job stop`", "SIGTERM to the driver, SIGKILL three seconds later, as Ray's job agent does"),
     "node-lost": Known(
         "Ray", "node lost, and with it the objects that it held", "its raylet is killed before anything was copied",
-        "tests/cluster/test_span_workers.py::test_what_was_lost_with_its_node_is_made_again",
+        (f"{SPANS}::test_what_was_lost_with_its_node_is_made_again",),
         "`LostError` or `WorkerDiedError`; trying again, layers first that were lost with their node",
     ),
     "span-worker-killed": Known(
         "Ray", "worker of one of three spans killed", "SIGKILL behind its first layer, on two nodes",
-        "tests/cluster/test_span_workers.py::test_three_spans_on_two_nodes_with_a_worker_killed_give_the_tables_of_one_worker",
+        (f"{SPANS}::test_three_spans_on_two_nodes_with_a_worker_killed_give_the_tables_of_one_worker",),
         "`lost the worker on <node>`; trying again: only its own layers",
     ),
     "rank-killed": Known(
         "Ray", "one rank of a tensor-parallel group killed", "SIGKILL once a span is committed",
-        "tests/cluster/test_rank_groups.py::test_a_rank_that_dies_takes_its_group_down_and_the_next_group_goes_on_after_the_last_span",
+        (f"{GROUPS}::test_a_rank_that_dies_takes_its_group_down_and_the_next_group_goes_on_after_the_last_span",),
         "`lost the worker on <node>`; trying again; no placement group is left",
     ),
     "line-cut": Known(
-        "Ray", "line between driver and worker cut for 40 s", "packets dropped between two nodes",
-        "tests/cluster/test_cut_line.py", "nothing: the work goes on, and its end is asked for when the line is back",
+        "Ray", "line between driver and worker cut while the work's answer comes", "three times Ray says that the worker cannot be reached",
+        ("tests/cluster/test_cut_line.py::test_an_answer_that_was_cut_off_is_asked_for_again",),
+        "nothing: the work goes on, and its end is asked for when the line is back", "nothing",
     ),
     "never-placed": Known(
-        "Ray", "placement never ready", "a request that the node has no room for while another holds it",
-        "tests/cluster/test_placing.py",
+        "Ray", "placement never ready", "entries that wait for a place, on a clock of the test's own",
+        (f"{PLACING}::test_an_entry_is_given_up_when_its_time_is_over", f"{PLACING}::test_what_is_waited_for_is_told_once"),
         "`waiting for a place with 1 GPU`; after --place-within: `got no place within …; there is …`",
     ),
     # -- storage -------------------------------------------------------------------------------------------------------
@@ -92,40 +97,40 @@ FAULTS: dict[str, Known] = {
     "forced-over": Known("storage", "--force killed while it replaces a complete capture", INJECTED),
     "store-5xx": Known(
         "storage", "object store says busy (5xx, 429), or breaks the line", "a local store that errs on order",
-        "tests/cluster/test_store_s3.py::test_a_store_that_says_busy_or_breaks_the_line_is_asked_again",
+        (f"{STORE}::test_a_store_that_says_busy_or_breaks_the_line_is_asked_again",),
         "nothing: the store is asked again",
     ),
     "store-down": Known(
         "storage", "object store stays broken", "a local store that errs on order",
-        "tests/cluster/test_store_s3.py::test_a_store_that_stays_broken_is_one_error_and_leaves_no_marker",
+        (f"{STORE}::test_a_store_that_stays_broken_is_one_error_and_leaves_no_marker",),
         "one `StoreError`; no marker is there",
     ),
     "store-end": Known(
         "storage", "object store fails a capture at its end", "a local store that errs on order",
-        "tests/cluster/test_store_s3.py::test_a_capture_whose_store_fails_it_at_the_end_goes_on_where_it_was",
+        (f"{STORE}::test_a_capture_whose_store_fails_it_at_the_end_goes_on_where_it_was",),
         "`StoreError: cannot write …`; run again, it goes on behind the last span",
     ),
     "store-partial": Known(
         "storage", "partial upload", "an upload of several parts that is cut",
-        "tests/cluster/test_store_s3.py::test_what_is_larger_than_a_part_is_there_whole_or_not_at_all",
+        (f"{STORE}::test_what_is_larger_than_a_part_is_there_whole_or_not_at_all",),
         "nothing of the object is there",
     ),
     "store-silent": Known(
         "storage", "object store does not say what it has", "a local store that errs on order",
-        "tests/cluster/test_store_s3.py::test_a_store_that_does_not_say_whether_a_capture_is_complete_is_no_reason_to_make_it_again",
+        (f"{STORE}::test_a_capture_whose_store_fails_it_at_the_end_goes_on_where_it_was",),
         "`StoreError: cannot read …`; nothing is made again",
     ),
     "interleaved": Known("storage", "any interleaving of two writers, crashes and reruns", "drawn by hypothesis, at every system call of the store"),
     # -- network -------------------------------------------------------------------------------------------------------
     "flapping": Known(
         "network", "the line to the head's disk flaps", "a third of all calls or answers are lost, twenty seeds",
-        "tests/cluster/test_deliver.py::test_a_line_that_is_cut_again_and_again_delivers_what_was_sent",
+        ("tests/cluster/test_deliver.py::test_a_line_that_is_cut_again_and_again_delivers_what_was_sent",),
         "nothing: what was not heard of is sent again",
     ),
     # -- Vast ----------------------------------------------------------------------------------------------------------
     "vast": Known(
         "Vast", "all of the provider's faults, randomly mixed: 28 kinds, and machines that vanish, are outbid, reboot",
-        "200 seeded lives of a cluster against the fake market, in virtual time", "tests/cluster/test_vast_chaos.py",
+        "200 seeded lives of a cluster against the fake market, in virtual time", ("tests/cluster/test_vast_chaos.py::test_any_mixture_of_faults_leaves_no_machine_and_rents_none_twice",),
         "no orphan, no machine rented twice, the bill what was needed and what the faults took",
     ),
 }  # fmt: skip

@@ -1,8 +1,7 @@
-"""Fixtures of the fault suite: one tiny entry and its undisturbed capture, and the record that docs/reliability.md is made of."""
+"""Fixtures of the fault suite: one tiny entry and its undisturbed capture, and `told`, which docs/reliability.md is made of."""
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Callable
@@ -14,8 +13,6 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))  # for processes that import these modules by name
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
-
-RECORD = "PAIRSCOPE_RELIABILITY"  # a folder for what the tests saw
 
 
 @pytest.fixture(scope="session")
@@ -45,7 +42,7 @@ def undisturbed(entry: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def told(request: pytest.FixtureRequest) -> Callable[..., None]:
-    """`told(key, sees=..., seconds=..., again=...)`: what a test saw of a fault of the catalog; kept if the test passes.
+    """`told(key, sees=..., seconds=..., again=...)`: what a test saw of a fault of the catalog; kept by recorder.py if it passes.
 
     sees: what the user sees. seconds: from the fault to a complete capture. again: what was done again.
     """
@@ -57,21 +54,3 @@ def told(request: pytest.FixtureRequest) -> Callable[..., None]:
         request.node.user_properties.append(("fault", row))
 
     return tell
-
-
-def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    folder = os.environ.get(RECORD)
-    if folder is None or report.when != "call" or not report.passed:
-        return
-    from catalog import FAULTS
-
-    rows = [row for name, row in report.user_properties if name == "fault"]
-    for key, known in FAULTS.items():
-        if known.shown_by and report.nodeid.startswith(known.shown_by):
-            rows.append(
-                {"fault": key, "sees": known.sees, "seconds": None, "again": "", "test": report.nodeid.split("[")[0]}
-            )
-    for row in rows:
-        row.setdefault("test", report.nodeid.split("[")[0])
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        (Path(folder) / f"{row['fault']}.json").write_text(json.dumps(row))

@@ -1,5 +1,6 @@
 """docs/reliability.json and docs/reliability.md, from what the fault suite told: `python tests/faults/reliability.py` takes in
-the rows that tests left in .cache/reliability (conftest.py, `told`) and the summaries of soaks that lie there.
+the rows that tests left in .cache/reliability (recorder.py) and the summaries of soaks that lie there; with `--shown-elsewhere` it
+prints the tests outside of this folder that show a fault, but for the rehearsals, which are run apart.
 
 A row stays until its test tells another; a fault that leaves the catalog leaves the page.
 """
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -97,5 +99,12 @@ def machine() -> str:
     return f"{os.cpu_count()} cores ({platform.system()}, Python {platform.python_version()})"
 
 
+def shown_elsewhere() -> list[str]:
+    return [t for t in dict.fromkeys(t for known in FAULTS.values() for t in known.shown_by) if "/e2e/" not in t]
+
+
 if __name__ == "__main__":
-    main()
+    if "--shown-elsewhere" in sys.argv:
+        print(" ".join(shown_elsewhere()))
+    else:
+        main()
