@@ -7,7 +7,6 @@ import logging
 import os
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
@@ -67,22 +66,12 @@ def test_no_secret_is_left_by_a_capture_whether_it_works_or_not(
         "tokenizer_kwargs": {"token": planted.environment["model_kwargs"]},
     }  # fmt: skip
     (tmp_path / "c.yaml").write_text(json.dumps({"residual_compare": config}))
-    seen: list[str] = []
-    process = subprocess.Popen(
-        [sys.executable, "-c", DRIVER, str(tmp_path / "c.yaml"), str(tmp_path / "out")], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        env=os.environ | planted.environment | {"HF_HUB_OFFLINE": "1"}, cwd=Path(__file__).parents[2],
-    )  # fmt: skip
-    ended = threading.Event()
-
-    def watch() -> None:
-        while not ended.wait(0.5):
-            seen.extend(planted.in_arguments())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    said, _ = process.communicate(timeout=300)
-    ended.set()
-    watcher.join()
+    with planted.watched() as seen:
+        done = subprocess.run(
+            [sys.executable, "-c", DRIVER, str(tmp_path / "c.yaml"), str(tmp_path / "out")], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            env=os.environ | planted.environment | {"HF_HUB_OFFLINE": "1"}, cwd=Path(__file__).parents[2], timeout=300,
+        )  # fmt: skip
+    said = done.stdout
     assert ("'state': 'complete'" in said) == works, said
     assert planted.found([tmp_path / "out"], {"what was printed": said}) == []
     assert seen == []

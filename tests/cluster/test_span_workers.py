@@ -36,7 +36,9 @@ def on_two_nodes(out: Path, entry: Entry, work: str = REAL, *more: str) -> dict[
             env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
             cwd=ROOT, capture_output=True, text=True, timeout=400, check=False,
         )  # fmt: skip
-        if "timed out during startup" not in done.stderr:  # Ray gives its nodes 30 seconds, whatever else the machine does
+        if (
+            "timed out during startup" not in done.stderr
+        ):  # Ray gives its nodes 30 seconds, whatever else the machine does
             break
     assert done.returncode == 0, done.stdout + done.stderr
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])

@@ -52,6 +52,7 @@ class Desk:
         self.market = market
         self.faults: list[dict[str, Any]] = []
         self.calls: list[str] = []
+        self.requests: list[Any] = []  # method, path, query and body of each, without the key in its header
         self.guard = threading.Lock()
         self.made_keys: dict[int, dict[str, Any]] = {}
         self.next_key = 70_001
@@ -60,6 +61,7 @@ class Desk:
         """Status and body of the reply to one request. NoReply where there is none."""
         if path.startswith("/control/"):
             return 200, json.dumps(self.control(path, body)).encode()
+        self.requests.append([method, path, query, body])
         for verb, pattern, call, right in ROUTES:
             match = re.fullmatch(pattern, path)
             if verb == method and match:
@@ -237,6 +239,8 @@ class Desk:
         if what == "calls":
             calls, self.calls = self.calls, []
             return calls
+        if what == "requests":
+            return self.requests
         if what == "keys":
             return list(self.made_keys.values())
         if what == "forget_keys":

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Iterable, Mapping
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -55,8 +57,26 @@ class Planted:
                 continue  # it has ended
         return places
 
+    @contextmanager
+    def watched(self, every: float = 0.5) -> Iterator[list[str]]:
+        """While the block runs, what `in_arguments` finds comes into the list: processes that start and end meanwhile count."""
+        seen: list[str] = []
+        ended = threading.Event()
+
+        def watch() -> None:
+            while not ended.wait(every):
+                seen.extend(self.in_arguments())
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        try:
+            yield seen
+        finally:
+            ended.set()
+            watcher.join()
+
     def _in(self, data: bytes, place: str) -> list[str]:
-        return [f"{name} in {place}" for name, value in self.environment.items() if value.encode() in data]
+        return [f"{name} in {place}" for name, value in list(self.environment.items()) if value.encode() in data]
 
     def _in_file(self, path: Path) -> list[str]:
         found: set[str] = set()

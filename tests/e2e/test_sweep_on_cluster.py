@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import secrets_stage
 import yaml
 from fake_server import wait_for
 from rehearsal import ROOT, Rehearsal
@@ -84,22 +85,25 @@ def check_home(home: Path, n: int) -> list[dict[str, Any]]:
 
 
 def test_a_sweep_is_submitted_collected_and_torn_down(stage: Rehearsal) -> None:
-    stage.write_yaml(max_workers=0)
-    stage.ray("up", "-y")
+    planted = secrets_stage.plant(stage, max_workers=0)
     home = stage.folder / "results"
-    collector = collecting(stage, home, "--teardown")
-    try:
-        with submitted(stage, write_sweep(stage, 2)) as (run, log):
-            assert ended(run, log, 240) == 0, log.read_text()[-3000:]
-        said, _ = collector.communicate(timeout=90)
-    finally:
-        collector.kill()
+    with planted.watched() as seen:
+        up = stage.ray("up", "-y")
+        secrets_stage.learn(stage, planted)
+        collector = collecting(stage, home, "--teardown")
+        try:
+            with submitted(stage, write_sweep(stage, 2)) as (run, log):
+                assert ended(run, log, 240) == 0, log.read_text()[-3000:]
+            said, _ = collector.communicate(timeout=90)
+        finally:
+            collector.kill()
     assert collector.returncode == 0, said
     assert "2 of 2 complete" in log.read_text()
     assert "pair0: at home" in said
     assert "no instance labelled" in said
     check_home(home, 2)
     assert stage.fake.live() == []
+    secrets_stage.check(stage, planted, seen, up=up, collect=said)
 
 
 def head_out(stage: Rehearsal, head: int) -> Path:
