@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import errno
 import glob
+import hashlib
 import json
 import logging
+import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,7 @@ log = logging.getLogger(__name__)
 GIB = 1 << 30
 # Beside the weights: config, tokenizer and chat template files of the top directory, never original/ or onnx/.
 SMALL_FILES = (".json", ".txt", ".model", ".tiktoken", ".jinja")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 Read = Callable[[str], bytes]
 Want = Callable[[Mapping[str, int], Read], list[str]]
@@ -136,10 +140,13 @@ def _snapshot(
             return _cached(repo, revision, known_file, f"the hub cannot be reached ({_one_line(error)})")
         look(info)
         sizes = _needed(repo, info, token, want)
-        _check_disk(repo, info.sha, sizes)
+        missing = _missing(repo, info.sha, sizes)
+        _check_disk(repo, missing, sizes)
         # By the branch's name, not by its commit: only then does the cache know the branch when the network is gone.
         patterns = [glob.escape(n) for n in sizes]
-        return Path(hub.snapshot_download(repo, revision=revision, token=token, allow_patterns=patterns))
+        path = Path(hub.snapshot_download(repo, revision=revision, token=token, allow_patterns=patterns))
+        _check_hashes(repo, path, missing)
+        return path
     except (OSError, HTTPError, EntryNotFoundError, HFValidationError) as error:
         raise hub_error(repo, revision, error) from error
 
@@ -193,11 +200,32 @@ def free_bytes() -> int:
     return shutil.disk_usage(next(d for d in (cache, *cache.parents) if d.exists())).free
 
 
-def _check_disk(repo: str, commit: str, sizes: Mapping[str, int]) -> None:
+def _check_hashes(repo: str, snapshot: Path, names: Sequence[str]) -> None:
+    """Raise, and take them out of the cache, if large files that have just come hold other bytes than the hub's: the library
+    looks at their sizes only. In the cache such a file is called by the SHA-256 that the hub gives it."""
+    large = {n: (snapshot / n).resolve() for n in names if _SHA256.fullmatch((snapshot / n).resolve().name)}
+    with ThreadPoolExecutor(4, thread_name_prefix="hash") as threads:
+        found = dict(zip(large, threads.map(_sha256, large.values()), strict=True))
+    wrong = [n for n, blob in large.items() if found[n] != blob.name]
+    for name in wrong:
+        large[name].unlink(missing_ok=True)
+        (snapshot / name).unlink(missing_ok=True)
+    if wrong:
+        raise CheckpointError(
+            f"'{repo}', '{wrong[0]}': the bytes that came are not those of the hub: their hash is {found[wrong[0]]}, not "
+            f"{large[wrong[0]].name}; the file was taken out of the cache. Run again"
+        )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _check_disk(repo: str, missing: Sequence[str], sizes: Mapping[str, int]) -> None:
     """Raise if what is still to be downloaded does not fit the disk."""
     from huggingface_hub import constants
 
-    missing = _missing(repo, commit, sizes)
     need, free, cache = sum(sizes[n] for n in missing), free_bytes(), constants.HF_HUB_CACHE
     if need > free:
         raise CheckpointError(

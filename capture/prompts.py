@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from capture.errors import CheckpointError, PromptError, UnsupportedModelError
 from capture.fields import near
+from capture.identity import tokenizer_hash
 from capture.variants import make_variant
 
 if TYPE_CHECKING:
@@ -109,6 +111,38 @@ def tokenize(entry: Entry, tokenizer: Any) -> Prompts:
     used = sorted({i for p in items for i in p.ids})
     special = frozenset(tokenizer.all_special_ids) & frozenset(used)
     return Prompts(tuple(items), trimmed_to, {i: token_text(tokenizer, i) for i in used}, special)
+
+
+def other_ids(entry: Entry, prompts: Prompts, owner: str, directory: str, declared: str) -> str | None:
+    """What to warn of where a model's own tokenizer makes other ids of a prompt than the declared one, whose ids the model gets:
+    a text, or None where it makes the same, is the same (by its files), is not there, or cannot be loaded.
+
+    owner: base or sft; directory: the model's files; declared: the hash of the declared tokenizer's files.
+    """
+    names = {p.name for p in Path(directory).iterdir()}
+    if not names & {"tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt"}:
+        return None
+    if tokenizer_hash(directory) == declared:
+        return None
+    try:
+        asked = {
+            k: v for k, v in entry.tokenizer_kwargs.items() if k != "trust_remote_code"
+        }  # that was for another's code
+        own = load_tokenizer(entry.model_copy(update={"tokenizer_kwargs": asked}), directory)
+        for prompt in prompts.items:
+            ids = tuple(own(prompt.text, add_special_tokens=entry.add_special_tokens)["input_ids"])[: len(prompt.ids)]
+            if ids == prompt.ids:
+                continue
+            at = next((i for i, (a, b) in enumerate(zip(ids, prompt.ids, strict=False)) if a != b), len(ids))
+            mine = f"{ids[at]} ({token_text(own, ids[at])!r})" if at < len(ids) else "the end"
+            return (
+                f"the {owner} model's own tokenizer makes other ids of prompt {prompt.prompt_idx} ({prompt.source}), from token "
+                f"{at} on: {mine} there, {prompt.ids[at]} ({prompts.tokens.get(prompt.ids[at], '')!r}) by '{entry.tokenizer}', "
+                "which both models get. Where an id is not the same word to both, their numbers do not compare"
+            )
+    except Exception as error:  # of any kind: this is a second look, and not what the capture needs
+        log.info("the %s model's own tokenizer was not compared: %s", owner, " ".join(str(error).split())[:300])
+    return None
 
 
 def _half_pair(text: str) -> int | None:

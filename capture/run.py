@@ -19,7 +19,7 @@ from capture.files import ModelFiles, resolve_model, resolve_tokenizer
 from capture.identity import capture_id, tokenizer_hash
 from capture.layout import RunDir
 from capture.progress import Progress
-from capture.prompts import load_tokenizer, tokenize
+from capture.prompts import load_tokenizer, other_ids, tokenize
 from capture.quantize import asked_for
 from capture.ranks import Ranks
 from capture.relay import Handover, Relay
@@ -172,6 +172,9 @@ def _capture(
         log.warning("%s; capturing it anew", broken)
     choice = guarded or choose_device(entry)
     prompts = tokenize(entry, load_tokenizer(entry, resolved.tokenizer_dir))
+    for owner, model in (("base", resolved.base), ("sft", resolved.sft)):
+        if warning := other_ids(entry, prompts, owner, model.path, resolved.tokenizer_hash):
+            log.warning(warning)
     from capture.work import Work  # torch and transformers, from here on
 
     work = Work(

@@ -235,7 +235,7 @@ class Settings(Frozen):
         default="cache",
         description="how weights come that are on the hub and not in its cache here. stream: a layer is fetched while the one "
         "before computes, and nothing is written to disk. cache: the same, and what passes is checked against the hub's hashes "
-        "and kept in its cache. download: all of it is downloaded first; so are, with cache, weights for tensor_parallel and "
+        "and kept in its cache. download: all of it is downloaded and checked first; so are, with cache, weights for tensor_parallel and "
         "quantized ones. All give the same numbers",
     )
     batching: Batching = Field(default=Batching(), description="how prompts are batched")

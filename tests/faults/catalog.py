@@ -121,6 +121,28 @@ FAULTS: dict[str, Known] = {
         "`StoreError: cannot read …`; nothing is made again",
     ),
     "interleaved": Known("storage", "any interleaving of two writers, crashes and reruns", "drawn by hypothesis, at every system call of the store"),
+    # -- models --------------------------------------------------------------------------------------------------------
+    **{
+        f"hub-{key}": Known("models", f"hub says {text}", "a local hub that errs on order, asked by the real client")
+        for key, text in {
+            "401": "401: no login", "403": "403: gated", "404": "404: no such model", "429": "429: too many requests",
+            "5xx": "500, 502, 503 for good",
+        }.items()
+    },
+    "hub-gone": Known("models", "hub cannot be reached, and the cache has the model", "nobody listens at its address"),
+    "hub-disk": Known("models", "disk too small for a model", "a disk that says so"),
+    "download-cut": Known("models", "download cut for good, and begun again", "a local hub that closes the line in the middle"),
+    "download-flaps": Known("models", "download cut now and then", "a local hub that closes the line three times"),
+    "shard-truncated": Known("models", "shard in the cache truncated", "the file is cut"),
+    "shard-wrong": Known("models", "shard downloaded with other bytes", "a local hub that sends as many other bytes"),
+    "shard-wrong-stream": Known(
+        "models", "shard with other bytes that is read straight from the hub", "one bit of what came",
+        ("tests/capture/test_remote.py::test_wrong_bytes_end_the_capture_and_leave_nothing",),
+        "`CheckpointError: …: the bytes that came are not those of the hub …`; nothing of the capture or the file is kept", "the capture",
+    ),
+    "shard-changed": Known("models", "local shard changed between two runs", "one bit in the file"),
+    "tokenizer-other": Known("models", "base and sft with tokenizers that differ", "two tokens of the base's own changed places"),
+    "tokenizer-larger": Known("models", "tokenizer larger than the models' embeddings", "a prompt with a token that no row is for"),
     # -- network -------------------------------------------------------------------------------------------------------
     "flapping": Known(
         "network", "the line to the head's disk flaps", "a third of all calls or answers are lost, twenty seeds",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections import namedtuple
 from collections.abc import Iterator
@@ -51,27 +52,54 @@ def refused(**options: Any) -> str:
 
 
 @pytest.mark.parametrize(
-    ("status", "says"),
+    ("key", "status", "says"),
     [
-        (401, "org/model"),
-        (403, "org/model"),
-        (404, "org/model"),
-        (429, "429"),
-        (500, "500"),
-        (502, "502"),
-        (503, "503"),
+        ("hub-401", 401, "org/model"),
+        ("hub-403", 403, "org/model"),
+        ("hub-404", 404, "org/model"),
+        ("hub-429", 429, "429"),
+        ("hub-5xx", 500, "500"),
+        ("hub-5xx", 502, "502"),
+        ("hub-5xx", 503, "503"),
     ],
 )
 def test_a_hub_that_refuses_is_one_line_with_the_status_and_later_all_is_well(
-    hub: LocalHub, status: int, says: str
+    hub: LocalHub, key: str, status: int, says: str, told: Any
 ) -> None:
     hub.faults = [Fault("status", where="hub", status=status, times=100)]
-    assert says in refused()
+    said = refused()
+    assert says in said
     hub.faults = []
     assert resolve_model("org/model").weights == SHARDS
+    told(key, sees=f"`CheckpointError: {shown(said)}`", again="nothing: no work had begun")
 
 
-def test_after_a_download_that_was_cut_for_good_only_what_is_missing_comes(hub: LocalHub, repo: Path) -> None:
+def shown(said: str) -> str:
+    """What was said, as the page shows it: without addresses of the test's own, and not all of a long one."""
+    short = re.sub(r"https?://127\.0\.0\.1:\d+\S*", "<address>", said)
+    return short if len(short) < 200 else short[:200] + "…"
+
+
+def test_a_shard_that_came_with_other_bytes_is_not_kept_and_comes_again(
+    hub: LocalHub, repo: Path, tmp_path: Path, told: Any
+) -> None:
+    hub.faults = [Fault("wrong", part=SHARDS[1])]
+    said = refused()
+    assert f"'{SHARDS[1]}': the bytes that came are not those of the hub" in said
+    assert "Run again" in said
+    blobs = {p.name for p in (tmp_path / "cache").glob("models--org--model/blobs/*")}
+    assert hub.sha256(repo / SHARDS[0]) in blobs
+    assert hub.sha256(repo / SHARDS[1]) not in blobs
+    files = resolve_model("org/model")
+    assert len(hub.seen("content", SHARDS[0])) == 1, "what was right is kept"
+    assert (Path(files.path) / SHARDS[1]).read_bytes() == (repo / SHARDS[1]).read_bytes()
+    seen = "`CheckpointError: '<repo>', '<shard>': the bytes that came are not those of the hub … Run again`"
+    told("shard-wrong", sees=seen, again="the file is downloaded")
+
+
+def test_after_a_download_that_was_cut_for_good_only_what_is_missing_comes(
+    hub: LocalHub, repo: Path, told: Any
+) -> None:
     hub.faults = [Fault("cut", part=SHARDS[1], after=700_000, times=100)]
     assert "run again, files that are whole are not fetched again" in refused()
     hub.faults = []
@@ -79,10 +107,15 @@ def test_after_a_download_that_was_cut_for_good_only_what_is_missing_comes(hub: 
     assert len(hub.seen("content", SHARDS[0])) == 1
     for shard in SHARDS:
         assert (Path(files.path) / shard).read_bytes() == (repo / shard).read_bytes()
+    told(
+        "download-cut",
+        sees="`CheckpointError: downloading '<repo>' failed …; run again, files that are whole are not fetched again`",
+        again="files that were not whole are downloaded",
+    )
 
 
 def test_a_download_cut_now_and_then_is_whole_in_the_end(
-    hub: LocalHub, repo: Path, monkeypatch: pytest.MonkeyPatch
+    hub: LocalHub, repo: Path, monkeypatch: pytest.MonkeyPatch, told: Any
 ) -> None:
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1 << 16)  # 10 MiB are put down at a time
     hub.faults = [Fault("cut", part="model-0000", after=300_000, times=3)]
@@ -91,34 +124,42 @@ def test_a_download_cut_now_and_then_is_whole_in_the_end(
     assert len(asked) == 2 + 3
     assert sum(r is not None and r[0] > 0 for r in asked) == 3  # what had come was not asked for again
     assert (Path(files.path) / SHARDS[0]).read_bytes() == (repo / SHARDS[0]).read_bytes()
+    told("download-flaps", sees="nothing", again="nothing: what had come is not asked for again")
 
 
 def test_a_disk_too_small_is_said_before_a_byte_of_weights_comes(
-    hub: LocalHub, monkeypatch: pytest.MonkeyPatch
+    hub: LocalHub, monkeypatch: pytest.MonkeyPatch, told: Any
 ) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(ours.shutil, "disk_usage", lambda path: usage(2_000_000, 0, 2_000_000))
     assert "GiB more on disk" in refused()
     assert hub.seen("content", "model-0000") == []
+    told(
+        "hub-disk",
+        sees="`CheckpointError: '<repo>' needs … GiB more on disk, … free; make room, or set HF_HOME to a larger disk`",
+        again="nothing: no work had begun",
+    )
 
 
 @pytest.mark.parametrize("left", [0, 5, 900_000])
-def test_a_shard_cut_in_the_cache_is_named_before_work_starts(hub: LocalHub, left: int) -> None:
+def test_a_shard_cut_in_the_cache_is_named_before_work_starts(hub: LocalHub, left: int, told: Any) -> None:
     files = resolve_model("org/model")
     shard = Path(files.path) / SHARDS[1]
     with shard.resolve().open("r+b") as stream:
         stream.truncate(left)
     text = refused()
     assert SHARDS[1] in text
+    told("shard-truncated", sees="one `CheckpointError` that names the file", again="nothing: no work had begun")
 
 
 def test_a_hub_that_is_gone_leaves_what_is_in_the_cache(
-    hub: LocalHub, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    hub: LocalHub, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, told: Any
 ) -> None:
     known = resolve_model("org/model")
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
     assert resolve_model("org/model") == known
     assert "cannot be reached" in caplog.text
+    told("hub-gone", sees="the log warns `the hub cannot be reached …; trying the cache`", again="nothing")
 
 
 def test_an_index_that_leads_out_of_the_directory_is_refused(repo: Path, tmp_path: Path) -> None:
