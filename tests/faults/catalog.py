@@ -155,4 +155,18 @@ FAULTS: dict[str, Known] = {
         "200 seeded lives of a cluster against the fake market, in virtual time", ("tests/cluster/test_vast_chaos.py::test_any_mixture_of_faults_leaves_no_machine_and_rents_none_twice",),
         "no orphan, no machine rented twice, the bill what was needed and what the faults took",
     ),
+    # -- people --------------------------------------------------------------------------------------------------------
+    "ctrl-c": Known("people", "Ctrl-C twice", "SIGINT twice to a capture that hears nothing of the first"),
+    "ctrl-c-sweep": Known(
+        "people", "the same in a sweep", "SIGINT twice to a sweep whose worker hears nothing",
+        ("tests/cluster/test_stop.py::test_a_second_ctrl_c_stops_at_once",),
+        "exit code 130 at once; `status` says `interrupted`; no worker is left", "from the last spans on",
+    ),
+    "terminal-closed": Known("people", "terminal closed", "SIGHUP, and a terminal that takes no more lines"),
+    "asleep": Known("people", "laptop asleep in a capture", "SIGSTOP and SIGCONT to all its processes, three times"),
+    "asleep-collect": Known("people", "laptop asleep while it collects", "the same, while the sweep goes on and ends"),
+    "asleep-driver": Known("people", "driver of a sweep asleep for a minute", "SIGSTOP and SIGCONT to it alone, once a span is committed"),
+    "asleep-sweep": Known("people", "laptop asleep in a sweep for a minute", "the same to the driver, its Ray and its workers"),
+    "wrong-directory": Known("people", "wrong directory given to a reader", "somebody's photos, a file, no such place"),
+    "config-edited": Known("people", "config edited between two runs of one output", "one more prompt"),
 }  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import shutil
 import signal
 import subprocess
 import sys
@@ -40,6 +41,7 @@ def config(model: Any, tmp_path: Path) -> Path:
     return path
 
 
+ID = "0123456789abcdef"
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
@@ -65,7 +67,7 @@ def begun(out: Path) -> bool:
     return any(out.glob("logs/*/*.log"))
 
 
-def test_a_closed_terminal_stops_cleanly_and_the_next_call_completes(config: Path, tmp_path: Path) -> None:
+def test_a_closed_terminal_stops_cleanly_and_the_next_call_completes(config: Path, told: Any, tmp_path: Path) -> None:
     out = tmp_path / "out"
     ours, theirs = pty.openpty()
     process = subprocess.Popen(
@@ -80,9 +82,12 @@ def test_a_closed_terminal_stops_cleanly_and_the_next_call_completes(config: Pat
     (row,) = rows(out)
     # where the signal came behind the last layer, the capture is whole
     assert (code, row["state"]) in ((129, "interrupted"), (0, "complete")), (code, row)
+    began = time.monotonic()
     again = pairscope("capture", config, "--out", out)
     assert again.returncode == 0, again.stderr
     assert rows(out)[-1]["state"] == "complete"
+    told("terminal-closed", sees="`status` says `interrupted`; exit code 129. Under nohup: nothing", again="from the last span on",
+         seconds=time.monotonic() - began)  # fmt: skip
 
 
 def test_under_nohup_a_closed_terminal_is_nothing(config: Path, tmp_path: Path) -> None:
@@ -97,7 +102,7 @@ def test_under_nohup_a_closed_terminal_is_nothing(config: Path, tmp_path: Path) 
     assert [row["state"] for row in rows(out)] == ["complete"]
 
 
-def test_a_laptop_that_sleeps_in_the_middle_completes_when_it_wakes(config: Path, tmp_path: Path) -> None:
+def test_a_laptop_that_sleeps_in_the_middle_completes_when_it_wakes(config: Path, told: Any, tmp_path: Path) -> None:
     out = tmp_path / "out"
     process = subprocess.Popen(
         [sys.executable, "-m", "pairscope", "capture", str(config), "--out", str(out)], stdout=subprocess.DEVNULL,
@@ -112,6 +117,90 @@ def test_a_laptop_that_sleeps_in_the_middle_completes_when_it_wakes(config: Path
     _, said = process.communicate(timeout=120)
     assert process.returncode == 0, said
     assert [row["state"] for row in rows(out)] == ["complete"]
+    told("asleep", sees="progress stands still meanwhile", again="nothing")
+
+
+COLLECT = """
+import sys
+from pathlib import Path
+sys.path[:0] = [{tests!r}]
+import far
+from capture.layout import RunDir
+from capture.show import Show
+from capture.stop import Stop
+from cluster.collect_follow import Follow
+from cluster.collect_source import HeadSource, Link
+folder = Path(sys.argv[1])
+follow = Follow(HeadSource(lambda: Link((str(folder / "far/ssh"),), "root@far")), None, RunDir(str(folder / "home")),
+                Show(live=False), Stop(), every=0.2, once=False, tear_down=None)
+sys.exit(follow.run())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("rsync"), reason="rsync is not installed")
+def test_a_laptop_that_sleeps_while_it_collects_has_all_at_home_when_it_wakes(told: Any, tmp_path: Path) -> None:
+    tests = Path(__file__).parents[1] / "cluster"
+    sys.path.append(str(tests))
+    from far import Far
+
+    from capture.layout import RunDir
+
+    far = Far(tmp_path / "far")
+    far.capture("one")
+    far.note(alive=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", COLLECT.format(tests=str(tests)), str(tmp_path)], stderr=subprocess.PIPE, text=True,
+        env=ENVIRONMENT, start_new_session=True,
+    )  # fmt: skip
+    try:
+        until(lambda: (tmp_path / "home").exists())
+        for pause in (0.1, 0.4, 1.0):  # before, in and after a transfer
+            os.killpg(process.pid, signal.SIGSTOP)
+            time.sleep(1.0)
+            os.killpg(process.pid, signal.SIGCONT)
+            time.sleep(pause)
+        os.killpg(process.pid, signal.SIGSTOP)
+        far.capture("two")  # the sweep goes on, and ends, while nobody looks
+        far.note(("one", "complete", ID), ("two", "complete", ID))
+        time.sleep(1.0)
+        woken = time.monotonic()
+        os.killpg(process.pid, signal.SIGCONT)
+        _, said = process.communicate(timeout=120)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0, said
+    assert sorted(c.pair for c in RunDir(str(tmp_path / "home")).captures()) == ["one", "two"]
+    told("asleep-collect", sees="nothing", again="nothing", seconds=time.monotonic() - woken)
+
+
+@pytest.mark.slow
+def test_ctrl_c_twice_ends_at_once_and_the_next_call_goes_on(
+    entry: Any, undisturbed: Path, told: Any, tmp_path: Path
+) -> None:
+    import invariants
+    import runner
+    from inject import Fault
+
+    out, said, there = tmp_path / "out", tmp_path / "said", tmp_path / "there"
+    process = runner.start(entry, out, Fault("layer", "slow", nth=20, seconds=600, once=str(there)), said=said)
+    try:
+        until(there.exists)  # deaf for ten minutes
+        os.kill(process.pid, signal.SIGINT)
+        until(lambda: "Once more to stop at once" in said.read_text())
+        os.kill(process.pid, signal.SIGINT)
+        process.join(120)
+        assert process.exitcode == 130, said.read_text()
+    finally:
+        if process.exitcode is None:
+            process.kill()
+    assert [row["state"] for row in rows(out)] == ["interrupted"]
+    again = runner.run(entry, out, said=said)
+    assert again.code == 0, again.said
+    assert invariants.wrong(out, as_undisturbed={"tiny": undisturbed}, attempts=2) == []
+    told("ctrl-c", sees="`stopping; … Once more to stop at once`, then it ends with exit code 130; `status` says `interrupted`",
+         again="from the last span on", seconds=again.seconds)  # fmt: skip
 
 
 VERBS = (
@@ -126,7 +215,7 @@ VERBS = (
 
 
 @pytest.mark.parametrize("verb", VERBS, ids=lambda v: v[0])
-def test_a_wrong_directory_is_said_and_nothing_is_written_there(verb: list[str], tmp_path: Path) -> None:
+def test_a_wrong_directory_is_said_and_nothing_is_written_there(verb: list[str], told: Any, tmp_path: Path) -> None:
     from click.testing import CliRunner
 
     from capture.errors import PairscopeError
@@ -139,9 +228,15 @@ def test_a_wrong_directory_is_said_and_nothing_is_written_there(verb: list[str],
         asked = CliRunner().invoke(cli, [verb[0], str(tmp_path / wrong), *verb[1:]])
         assert isinstance(asked.exception, PairscopeError), (wrong, asked.exception, asked.output)
         assert asked.exception.exit_code == 2
-        assert wrong in str(asked.exception)
+        said = str(asked.exception)
+        assert wrong in said
         assert sorted(tmp_path.rglob("*")) == before
     assert not Path("page.html").exists()
+    told(
+        "wrong-directory",
+        sees=f"`{said.replace(str(tmp_path), '')}`; exit code 2, nothing is written there",
+        again="nothing",
+    )
 
 
 def test_an_output_that_is_a_file_is_said_before_any_work(config: Path, tmp_path: Path) -> None:
@@ -163,7 +258,7 @@ def here(*args: object) -> Any:
 
 
 def test_a_config_changed_between_two_runs_makes_a_capture_beside_the_first_and_both_can_be_told_apart(
-    config: Path, model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: Path, model: Any, told: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
     elsewhere.mkdir()
@@ -183,3 +278,8 @@ def test_a_config_changed_between_two_runs_makes_a_capture_beside_the_first_and_
     assert counted.stdout.splitlines()[1:] == [f"{ids[0]},1", f"{ids[1]},2"]
     unclear = here("grid", out, "--metric", "norm_diff")
     assert f"capture {ids[1]}, the newest of 2 of this pair" in unclear.stdout
+    told(
+        "config-edited",
+        sees="a capture beside the first; readers say `capture <id>, the newest of 2 of this pair`",
+        again="nothing",
+    )

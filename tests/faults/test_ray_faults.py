@@ -99,6 +99,28 @@ def test_a_worker_that_stands_still_for_a_minute_goes_on(
     told("stop-minute", sees="progress stands still for a minute", seconds=time.monotonic() - began, again="nothing")
 
 
+@pytest.mark.parametrize("key", ["asleep-driver", "asleep-sweep"])
+def test_a_laptop_that_sleeps_for_a_minute_in_a_sweep_costs_nobody_an_attempt(
+    key: str, entry: Any, undisturbed: Path, told: Any, tmp_path: Path
+) -> None:
+    out, said = tmp_path / "out", tmp_path / "said"
+    with sweeping(entries(entry), out, said, {"tiny": [SLOW], "other": [SLOW]}) as sweep:
+        until(a_span_is_there(out), sweep)
+        asleep = [sweep.process.pid, *(invariants.tagged(sweep.tag) if key == "asleep-sweep" else [])]
+        for signal_ in (signal.SIGSTOP, signal.SIGCONT):
+            for pid in asleep:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal_)
+            time.sleep(60.0 if signal_ == signal.SIGSTOP else 0.0)
+        woken = time.monotonic()
+        assert sweep.wait() == 0, said.read_text()
+        took = time.monotonic() - woken
+        sweep.until_nothing_is_left()
+    assert states(out) == [("complete", ""), ("complete", "")]
+    assert invariants.wrong(out, as_undisturbed=dict.fromkeys(TWO, undisturbed), attempts=2) == []
+    told(key, sees="progress stands still for a minute", seconds=took, again="nothing")
+
+
 def test_a_killed_driver_leaves_no_process_and_the_next_sweep_goes_on(
     entry: Any, undisturbed: Path, told: Any, tmp_path: Path
 ) -> None:
