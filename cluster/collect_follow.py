@@ -73,6 +73,11 @@ def sweep_of(look: Look) -> dict[str, Any] | None:
 def why_not_down(look: Look, home: RunDir, collector: Collector) -> list[str]:
     """Why the cluster must not be taken down although its last sweep is at home; empty if it may."""
     reasons = [f"a sweep into '{s.get('out')}' runs" for s in look.sweeps if s.get("alive")]
+    reasons += [
+        f"'{place}' on the head cannot be read ({why}), so nobody knows what of it is not at home; mend it or remove it there, or end "
+        "the cluster by hand with `ray down`"
+        for place, why in look.unread.items()
+    ]
     for out, captures in look.others.items():
         missing = [c for c in captures if home.marker(home.capture_path(str(c[0]), str(c[1]))) is None]
         if missing:

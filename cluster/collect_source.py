@@ -50,8 +50,8 @@ class Found:
 @dataclass(frozen=True)
 class Look:
     """What there is now. out: the run directory over there. sweeps: the notes of cluster/note.py, oldest first. rows: of the
-    manifest. logs: paths below `out`. others: run directories of other sweeps and the [pair, capture] that are complete in each. error: why `out` cannot
-    be read."""
+    manifest. logs: paths below `out`. others: run directories of other sweeps and the [pair, capture] that are complete in each.
+    unread: what else lies there and cannot be read, with the reason. error: why `out` cannot be read."""
 
     out: str | None
     sweeps: list[dict[str, Any]] = field(default_factory=list)
@@ -59,6 +59,7 @@ class Look:
     rows: list[dict[str, Any]] = field(default_factory=list)
     logs: list[str] = field(default_factory=list)
     others: dict[str, list[list[str]]] = field(default_factory=dict)
+    unread: dict[str, str] = field(default_factory=dict)
     error: str | None = None
 
 
@@ -135,7 +136,8 @@ def as_look(found: dict[str, Any]) -> Look:
     captures = [Found(c["pair"], c["capture"], c["marker"]) for c in found["captures"]]
     rows, sweeps = ([r for r in found[key] if isinstance(r, dict)] for key in ("rows", "sweeps"))
     names = [str(name) for name in found["logs"]]
-    return Look(found["out"], sweeps, captures, rows, names, dict(found["others"]), found["error"])
+    unread = {str(k): str(v) for k, v in found["unread"].items()} if "unread" in found else {}
+    return Look(found["out"], sweeps, captures, rows, names, dict(found["others"]), unread, found["error"])
 
 
 class StoreSource:
@@ -154,7 +156,11 @@ class StoreSource:
             if not isinstance(cause, OSError):  # such as one of another schema version
                 raise
             raise _refused_or_away(f"cannot read '{self.run.out}'", cause) from error
-        return Look(self.run.out, asked.sweeps, captures, rows, names, asked.others)
+        others, unread = dict(asked.others), dict(asked.unread)
+        if asked.out not in (None, self.run.out):  # the last sweep's, on the head's disk
+            others[asked.out] = [[c.pair, c.capture] for c in asked.captures]
+            unread |= {asked.out: asked.error} if asked.error else {}
+        return Look(self.run.out, asked.sweeps, captures, rows, names, others, unread)
 
     def fetch(self, base: str, names: Sequence[str], into: Path, tick: Tick) -> None:
         for name in names:

@@ -46,15 +46,22 @@ def noted(out: str, entries: Sequence[str]) -> Iterator[dict[str, Any]]:
             _write(path, content)
 
 
-def read_notes() -> list[dict[str, Any]]:
-    """All notes, oldest first. `alive` is true where the process that wrote it still runs."""
-    found = []
+def read_notes() -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """All notes, oldest first, and those that cannot be read, as path -> why. `alive` is true where the process that wrote it
+    still runs."""
+    found, unread = [], {}
     for path in sorted(folder().glob("*.json")):
-        with contextlib.suppress(OSError, ValueError):
+        try:
             note = json.loads(path.read_text())
             alive = note["ended"] is None and born(note["pid"]) == note["born"]
+            if not isinstance(note["out"], str):
+                raise TypeError(f"'out' is {note['out']!r}")
             found.append(note | {"alive": alive})
-    return found
+        except FileNotFoundError:  # an old one, forgotten meanwhile
+            continue
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            unread[str(path)] = f"{type(error).__name__}: {error}"
+    return found, unread
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:

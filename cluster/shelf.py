@@ -19,13 +19,15 @@ PREFIX = "pairscope-shelf "
 def shelf(out: str | None) -> dict[str, Any]:
     """The sweeps that were noted; of the run directory `out` (by default the last sweep's) all that is complete, and the manifest.
 
-    others: run directories of other sweeps, with how many captures are complete in each. error: in words, where `out` cannot
-    be read. A run directory in an object store is only named: whoever asks can look there himself.
+    others: run directories of other sweeps, with the captures that are complete in each. unread: notes and such directories that
+    cannot be read, with the reason. error: in words, where `out` cannot be read. A run directory in an object store is only named:
+    whoever asks can look there himself.
     """
-    notes = read_notes()
+    notes, unread = read_notes()
     out = out or (notes[-1]["out"] if notes else None)
     found: dict[str, Any] = {
-        "sweeps": notes, "out": out, "captures": [], "rows": [], "logs": [], "others": {}, "error": None
+        "sweeps": notes, "out": out, "captures": [], "rows": [], "logs": [], "others": {}, "unread": unread,
+        "error": None,
     }  # fmt: skip
     if out is not None and "://" not in out:
         try:
@@ -37,7 +39,10 @@ def shelf(out: str | None) -> dict[str, Any]:
             found["error"] = str(error)
     for other in {n["out"] for n in notes} - {out}:
         if "://" not in other:
-            found["others"][other] = [[c.pair, c.capture] for c in _captures(other)]
+            try:
+                found["others"][other] = [[c.pair, c.capture] for c in RunDir(other).captures()]
+            except (PairscopeError, OSError) as error:
+                unread[other] = str(error)
     return found
 
 
@@ -45,13 +50,6 @@ def logs(run: RunDir) -> list[str]:
     """All logs, as paths below the run directory; an attempt may have several, one for each of its workers."""
     folders = run.list_dir(f"{run.root}/logs")
     return [f"logs/{d.base_name}/{f.base_name}" for d in folders for f in run.list_dir(d.path)]
-
-
-def _captures(out: str) -> list[Any]:
-    try:
-        return list(RunDir(out).captures())
-    except (PairscopeError, OSError):
-        return []
 
 
 if __name__ == "__main__":

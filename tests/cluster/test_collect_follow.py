@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import shutil
 import signal
@@ -130,6 +131,17 @@ def _of_another_sweep(far: Far) -> None:
     far.note(("one", "complete", ID), n=1)
 
 
+def _of_another_version(far: Far) -> None:
+    _of_another_sweep(far)
+    (marker,) = (far.folder / "home" / "other").glob("captures/*/*/_COMPLETE")
+    marker.write_text(json.dumps(json.loads(marker.read_text()) | {"schema_version": 99}))
+
+
+def _a_note_is_broken(far: Far) -> None:
+    far.note(("one", "complete", ID), n=1)
+    (far.folder / "home" / ".pairscope" / "sweeps" / "2026-0.json").write_text("{}")
+
+
 def _another_runs(far: Far) -> None:
     far.note(alive=True, out="/somewhere", n=0)
     far.note(("one", "complete", ID), n=1)
@@ -148,6 +160,8 @@ def _another_runs(far: Far) -> None:
         ),
         (_damaged_on_the_head, "two (0123456789abcdef) is not at home: as fetched, prompts.parquet has"),
         (_of_another_sweep, "holds 1 complete capture that are not at home; collect with --remote-out"),
+        (_of_another_version, "other' on the head cannot be read ("),
+        (_a_note_is_broken, "2026-0.json' on the head cannot be read (KeyError: 'ended'), so nobody knows"),
         (_another_runs, "a sweep into '/somewhere' runs"),
     ],
 )
@@ -160,6 +174,24 @@ def test_a_cluster_that_is_still_needed_stays_up_and_it_is_said_why(
     assert (run(), run.down) == (1, 0)
     assert reason in run.said
     assert [c.pair for c in RunDir(str(tmp_path / "home")).captures()] == ["one"]
+
+
+@pytest.mark.usefixtures("near")
+@pytest.mark.parametrize("broken", [False, True])
+def test_results_in_a_store_do_not_hide_what_the_last_sweep_left_on_the_heads_disk(
+    far: Far, tmp_path: Path, broken: bool
+) -> None:
+    marker = far.capture("two") / "_COMPLETE"
+    last, far.run = far.run, RunDir(str(tmp_path / "store"))
+    far.capture("one")
+    uri = f"file://{far.run.root}"
+    far.note(("one", "complete", ID), out=uri, n=0)
+    far.note(("two", "complete", ID), out=last.root, n=1)
+    if broken:
+        marker.write_text(json.dumps(json.loads(marker.read_text()) | {"schema_version": 99}))
+    run = Run(far, tmp_path / "home", teardown=True, remote_out=uri)
+    assert (run(), run.down) == (1, 0)
+    assert f"'{last.root}' on the head " + ("cannot be read" if broken else "holds 1 complete capture") in run.said
 
 
 @pytest.mark.usefixtures("near")
