@@ -76,7 +76,7 @@ class Vast:
         if isinstance(reply, dict) and reply.get("success") is False:
             raise VastRefusedError(f"Vast did not rent offer {offer}: {_message(reply)}", status=200)
         if not isinstance(reply, dict) or not isinstance(reply.get("new_contract"), int):
-            raise VastBusyError(f"create instance: a reply without a contract: {str(reply)[:200]}")
+            raise VastBusyError(f"create instance: a reply without a contract: {_shape(reply)}")
         return int(reply["new_contract"])
 
     def instances(self) -> list[dict[str, Any]]:
@@ -115,13 +115,15 @@ class Vast:
                 return None
             raise
 
-    def destroy(self, number: int) -> None:
-        """Ask for an instance's end; one that is not there is no error. Whether it is gone must be looked up."""
+    def destroy(self, number: int) -> bool:
+        """Ask for an instance's end; False where Vast knows no such one, which is no error. Whether it is gone must be looked up."""
         try:
             self._call("destroy instance", lambda: self.sdk.destroy_instance(number))
         except VastRefusedError as error:
             if error.status != 404:
                 raise
+            return False
+        return True
 
     def attach_key(self, number: int, public_key: str) -> None:
         """Let an ssh public key into an instance; Vast keeps it there."""
@@ -195,21 +197,28 @@ def _explain(what: str, error: Exception) -> Exception:
 
 
 def _message(reply: Any) -> str:
-    if not isinstance(reply, dict):
-        return str(reply)[:200]
-    parts = [str(reply[k]) for k in ("error", "msg") if reply.get(k)]
-    return ": ".join(parts)[:300] or str(reply)[:200]
+    parts = [str(reply[k]) for k in ("error", "msg") if reply.get(k)] if isinstance(reply, dict) else []
+    return ": ".join(parts)[:300] or _shape(reply)
+
+
+def _shape(reply: Any) -> str:
+    """What kind of reply it is, without what it says: that may hold keys and tokens, of Vast's or of the request."""
+    if isinstance(reply, dict):
+        return f"an object of {', '.join(map(str, reply))[:120] or 'nothing'}"
+    if isinstance(reply, list):
+        return f"a list of {len(reply)}"
+    return "nothing" if reply is None else f"a {type(reply).__name__}"
 
 
 def _rows(value: Any, what: str) -> list[dict[str, Any]]:
     if not isinstance(value, list) or not all(isinstance(r, dict) and isinstance(r.get("id"), int) for r in value):
-        raise VastBusyError(f"{what}: a reply that is no list of rows with ids: {str(value)[:120]}")
+        raise VastBusyError(f"{what}: a reply that is no list of rows with ids: {_shape(value)}")
     return value
 
 
 def _listing(reply: Any) -> dict[str, Any]:
     """A page of the listing, or ValueError: `{}` and half a page must not read as `nothing is rented`."""
     if not isinstance(reply, dict) or "instances" not in reply:
-        raise ValueError(f"a listing without instances: {str(reply)[:120]}")
+        raise ValueError(f"a listing without instances: {_shape(reply)}")
     _rows(reply["instances"], "list instances")
     return reply

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import click
 
-from capture.errors import ConfigError
+from capture.errors import ConfigError, StoreError
 from capture.printable import escape
 from cluster.vast import headkey
 from cluster.vast.api import Vast
@@ -34,7 +36,7 @@ def vast() -> None:
 @vast.command()
 @click.argument("config", default="ray_cluster.yaml")
 @click.option("--type", "type_", metavar="NAME", help="Node type of CONFIG.  [default: the head's]")
-@click.option("--limit", default=10, show_default=True, help="How many.")
+@click.option("--limit", type=click.IntRange(min=1), default=10, show_default=True, help="How many.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object an offer.")
 def offers(config: str, type_: str | None, limit: int, as_json: bool) -> None:
     """Show the offers that fit a node type of CONFIG, cheapest work first.
@@ -142,6 +144,8 @@ def destroy(ids: tuple[int, ...], cluster: str | None, yes: bool) -> None:
         clusters |= dict.fromkeys(_fleet(client, cluster).remaining(), cluster)
     if not clusters:
         click.echo("nothing to destroy")
+        if cluster:  # it ended by itself
+            headkey.end(client, cluster, State(cluster_folder(cluster)))
         return
     _show([f.row() for f in wanted], False)
     unlisted = [id_ for id_ in clusters if id_ not in rented]
@@ -155,15 +159,15 @@ def destroy(ids: tuple[int, ...], cluster: str | None, yes: bool) -> None:
         if id_ in rented:
             fleet.add(rented[id_].node)
         try:
-            fleet.destroy(id_, "pairscope vast destroy")
+            there = fleet.destroy(id_, "pairscope vast destroy")
         except VastError as error:
             left[id_] = error
             click.echo(f"{id_} is not gone", err=True)
         else:
-            click.echo(f"{id_} is gone")
+            click.echo(f"{id_} is gone" if there else f"{id_} was not there: Vast knows no such instance")
     raise_for(left)
     if cluster:
-        headkey.forget(client, cluster, State(cluster_folder(cluster)))
+        headkey.end(client, cluster, State(cluster_folder(cluster)))
 
 
 @dataclass(frozen=True)
@@ -183,11 +187,14 @@ class Found:
         }  # fmt: skip
 
 
-def why_orphan(node: Node, heads: Iterable[str], now: float) -> str:
-    """In words; empty for a node that a cluster still looks after. heads: clusters with a head that is listed."""
-    deadline = node.env.get("PAIRSCOPE_DEADLINE", "")
-    if deadline.isdigit() and now > int(deadline):
-        return f"{(now - int(deadline)) / 60:.0f} minutes past its deadline"
+def why_orphan(node: Node, heads: Iterable[str], now: float, moved: float | None = None) -> str:
+    """In words; empty for a node that a cluster still looks after. heads: clusters with a head that is listed. moved: its cluster's
+    deadline as the last `ray up` from this machine set it; a node keeps the one that it was made with in its environment.
+    """
+    made_with = node.env.get("PAIRSCOPE_DEADLINE", "")
+    deadline = float(made_with) if moved is None and made_with.isdecimal() else moved
+    if deadline is not None and now > deadline:
+        return f"{(now - deadline) / 60:.0f} minutes past its deadline"
     if node.status in ("stopped", "exited", "offline"):
         return f"{node.status}: does nothing, bills its disk"
     if node.label.kind == "worker" and node.label.cluster not in set(heads):
@@ -204,7 +211,7 @@ def _rented(client: Vast, *, sure: bool = False) -> list[Found]:
     undone: set[str] = set()
     astray: set[str] = set()  # attempts
     if sure:
-        for folder in sorted(cluster_folder("x").parent.glob("*/")):
+        for folder in _folders():
             content = State(folder).read()
             undone |= {id_ for id_, row in content["destroyed"].items() if "gone" not in row}
             astray |= {*content["abandoned"], *content["unknown"]}
@@ -212,6 +219,12 @@ def _rented(client: Vast, *, sure: bool = False) -> list[Found]:
                 node = look_up(client, id_)
                 if node is not None:
                     found[id_] = node
+    moved: dict[str, float] = {}
+    for folder in _folders():
+        with contextlib.suppress(StoreError):  # then what the nodes were made with is all there is
+            deadline = State(folder).read()["deadline"]
+            if deadline:
+                moved[folder.name] = float(deadline["at"])
     heads = [n.label.cluster for n in found.values() if n.label.kind == "head" and n.id not in undone]
 
     def why(node: Node) -> str:
@@ -219,12 +232,16 @@ def _rented(client: Vast, *, sure: bool = False) -> list[Found]:
             return "it was destroyed, and is still there"
         if node.label.attempt in astray:
             return "the reply to the request that made it was lost, and nobody uses it"
-        reason = why_orphan(node, heads, time.time())
+        reason = why_orphan(node, heads, time.time(), moved.get(node.label.cluster))
         if not reason and node.label.kind == "head" and heads.count(node.label.cluster) > 1:
             return f"its cluster has {heads.count(node.label.cluster)} heads; see which one Ray uses"
         return reason
 
     return [Found(n, why(n)) for n in found.values()]
+
+
+def _folders() -> list[Path]:
+    return sorted(cluster_folder("x").parent.glob("*/"))
 
 
 def _fleet(client: Vast, cluster: str) -> Fleet:

@@ -24,8 +24,7 @@ from cluster.vast.state import State
 
 logger = logging.getLogger(__name__)
 
-LOST_AFTER_S = {"stopped": 0.0}  # outbid is final; the others get LOST_GRACE_S
-LOST_GRACE_S = 120.0
+LOST_GRACE_S = 120.0  # for one that Vast says has exited or is offline, in which it may still come back
 GREETING_S = 3.0
 SLOW_BOOT = 0.5  # of the time a boot may take: kept, but that machine is not rented again
 NEW_S = 20.0  # Vast may not know at once what it has just rented out
@@ -205,20 +204,24 @@ class Fleet:
         live += [(i["since"], i.get("dph", 0.0)) for i in asked]
         return add_up(live, content["gone"])
 
-    def destroy(self, id_: str, reason: str, *, tries: int = 6, pause_s: float = 2.0) -> None:
-        """Destroy an instance and see that it is gone, asking again where Vast forgot. NotGoneError where it stays."""
+    def destroy(self, id_: str, reason: str, *, tries: int = 6, pause_s: float = 2.0) -> bool:
+        """Destroy an instance and see that it is gone, asking again where Vast forgot. NotGoneError where it stays.
+
+        False where Vast never knew of it here: it was gone before, or there was none.
+        """
         with self.lock:
             node = self.nodes.get(id_)
         k = node.label.k if node else 0
         with self.state.edit() as content:
             content["destroyed"].setdefault(id_, {"since": time.time(), "k": k, "reason": reason})
         logger.info("destroying instance %s: %s", id_, reason)
+        known = False
         for attempt in range(tries):
-            self.vast.destroy(int(id_))
+            known |= self.vast.destroy(int(id_))
             with contextlib.suppress(VastBusyError):
                 if self.vast.instance(int(id_)) is None:
                     self._forget(id_)
-                    return
+                    return known
             if attempt + 1 < tries:
                 self.vast.sleep(pause_s * (attempt + 1))
         raise NotGoneError(
@@ -253,9 +256,11 @@ class Fleet:
             for id_, node in found.items():
                 attempt = node.label.attempt
                 parts = (content[part].get(attempt) for part in ("intents", "unknown", "abandoned"))
-                asked = next((found["since"] for found in parts if found), now)
+                request = next((found for found in parts if found), None)
+                asked = request["since"] if request else now
                 since = min(asked, node.row.get("start_date") or asked)
-                seen = content["seen"].setdefault(id_, {"since": since, "kind": node.label.kind})
+                fresh = {"since": since, "kind": node.label.kind, "asked_here": request is not None}
+                seen = content["seen"].setdefault(id_, fresh)
                 if not node.row.get("dph_total") and seen.get("dph"):  # a row that does not say is not free of charge
                     node.row["dph_total"] = seen["dph"]
                 seen["dph"] = node.dph
@@ -263,6 +268,10 @@ class Fleet:
                     seen.pop("odd", None)
                 else:
                     seen.setdefault("odd", now)
+                if node.status in ("exited", "offline"):
+                    seen.setdefault("lost", now)
+                else:
+                    seen.pop("lost", None)
                 content["intents"].pop(node.label.attempt, None)
 
     def _since(self, content: dict[str, Any], node: Node) -> float:
@@ -292,14 +301,18 @@ class Fleet:
         if node.label.attempt in content["abandoned"]:
             return "again: its renting had been given up"
         seen = content["seen"].get(node.id, {})
-        if node.label.kind == "head" and seen.get("ready") and node.status != "running":
-            # results may lie on its disk: that is for a person to decide
-            logger.warning("the head, instance %s, is %s; `ray down` destroys it", node.id, node.status)
+        answers = node.status == "running" and (node.id in self.greeted or self._answers(node))
+        # one that was ready, or of which this machine's books do not tell that it never was, may have results on its disk
+        keep = node.label.kind == "head" and (seen.get("ready") or not seen.get("asked_here"))
+        if keep and not answers:  # that is for a person to decide
+            logger.warning(
+                "the head, instance %s, is %s and does not answer; `ray down` destroys it", node.id, node.status
+            )
             return None
-        odd_s = now - seen.get("odd", now)
-        if odd_s >= LOST_AFTER_S.get(node.status, float("inf")):
+        silent = now - seen.get("lost", now) >= LOST_GRACE_S and not (node.ssh and greets(node.ssh))
+        if node.status == "stopped" or silent:  # outbid is final
             return f"lost: {node.status}"
-        if node.status == "running" and (node.id in self.greeted or self._answers(node)):
+        if answers:
             if not seen.get("ready"):
                 with self.state.edit() as changed:
                     changed["seen"].setdefault(node.id, {})["ready"] = True
@@ -308,7 +321,7 @@ class Fleet:
                     self.state.block_machine(node.machine, f"it took {took_s / 60:.1f} minutes to boot")
             return None
         # one that was ready once and is rebooting, say, gets the time of a boot from then on
-        waited_s = odd_s if seen.get("ready") else now - seen.get("since", now)
+        waited_s = now - (seen.get("odd", now) if seen.get("ready") else seen.get("since", now))
         if waited_s > self.boot_s:
             return f"not ready for {waited_s:.0f} s ({node.status})"
         return None

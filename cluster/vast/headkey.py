@@ -79,6 +79,13 @@ def forget(vast: Vast, cluster: str, state: State) -> None:
                 content["head_key"] = {}
 
 
+def end(vast: Vast, cluster: str, state: State) -> None:
+    """After the cluster's last instance is shown to be gone: no key of it is left, and the next of its name begins with empty books."""
+    forget(vast, cluster, state)
+    state.begin_anew()
+    keys.remove(state.folder)
+
+
 def _works(path: Path, vast: Vast) -> bool:
     """Whether Vast knows the key in this file."""
     try:

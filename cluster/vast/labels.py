@@ -15,6 +15,7 @@ from capture.errors import ConfigError
 PREFIX = "ps"
 LONGEST = 60
 KINDS = {"head": "h", "worker": "w"}
+K = re.compile(r"[1-9][0-9]?", re.ASCII)
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
@@ -40,7 +41,7 @@ def parse(text: str | None) -> Label | None:
     """The label as we wrote it; None for one that is not ours."""
     parts = (text or "").split("/")
     kinds = {short: kind for kind, short in KINDS.items()}
-    if len(parts) != 6 or parts[0] != PREFIX or parts[2] not in kinds or not parts[3].isdigit():
+    if len(parts) != 6 or parts[0] != PREFIX or parts[2] not in kinds or not K.fullmatch(parts[3]):
         return None
     return Label(parts[1], kinds[parts[2]], int(parts[3]), parts[4], parts[5])
 

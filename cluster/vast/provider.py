@@ -189,6 +189,7 @@ class VastNodeProvider(NodeProvider):
             if kind == "head":
                 with self.state.edit() as content:
                     content["made"] = before_up.as_made(self.settings)
+                    content["deadline"] = {}  # it has the one that it was made with
         return made
 
     @_plainly
@@ -221,9 +222,7 @@ class VastNodeProvider(NodeProvider):
             self.fleet.destroy_all(self.fleet.remaining(), "left after ray down")
         except PairscopeError as error:
             raise SystemExit(f"{type(error).__name__}: {error}. Keys and state are kept: `ray down` again") from error
-        headkey.forget(self.vast, self.cluster_name, self.state)
-        self.state.begin_anew()
-        keys.remove(self.folder)
+        headkey.end(self.vast, self.cluster_name, self.state)
         cli_logger.print("Vast lists no instance labelled for the cluster {}.", self.cluster_name)
 
     def get_command_runner(
@@ -267,7 +266,10 @@ class VastNodeProvider(NodeProvider):
         slots = self.settings.slots
         if node.label.kind == "head":
             # until the autoscaler there says otherwise: what other nodes cost by then is in its books
-            return nodefiles.for_head(node, slots, self.state, self.caps.deadline(self.fleet.bill(), node.dph))
+            deadline = self.caps.deadline(self.fleet.bill(), node.dph)
+            with self.state.edit() as content:
+                content["deadline"] = {"at": deadline}
+            return nodefiles.for_head(node, slots, self.state, deadline)
         head = next((n for n in self.fleet.refresh().values() if n.label.kind == "head"), None)
         return nodefiles.for_worker(node, head, slots, self.settings.user)
 

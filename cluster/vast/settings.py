@@ -24,6 +24,7 @@ from cluster.vast.state import cluster_folder
 # Ray's own keys, and those that bootstrap and for_head add
 FROM_RAY = {"type", "module", "_config_cache_path", "disable_node_updaters", "use_internal_ips"}
 OURS = ("offers", "boot_minutes", "head_silence_minutes", "poll_seconds", "onstart", "image_versions")
+ROOT = "root"
 KNOWN_API_KEY = "~/.config/vastai/vast_api_key"  # where the SDK looks
 HUB_LOGIN = "~/.cache/huggingface/token"  # where `hf auth login` puts it; mounted by those who need it
 
@@ -45,7 +46,7 @@ class Settings:
     onstart: str = ""
     image_versions: Mapping[str, str] = field(default_factory=dict)
     api_url: str | None = None
-    user: str = "root"
+    user: str = ROOT
     on_head: bool = False
     slots: int = 2
     public_key: str = ""
@@ -104,6 +105,11 @@ def check_shape(config: Mapping[str, Any]) -> None:
                 f"node type '{name}': 'node_config' is a mapping such as {{gpus: [RTX 4090], num_gpus: 1}}, not "
                 f"{node_type.get('node_config')!r}; {{}} takes all from provider: offers"
             )
+    for name in Settings.__dataclass_fields__:
+        if name in config["provider"] and name not in OURS:
+            raise ConfigError(
+                f"provider: '{name}' is filled in by pairscope and cannot be given; known are {', '.join([*CAPS, *OURS])}"
+            )
     head = config.get("head_node_type")
     if not isinstance(head, str) or head not in types:
         raise ConfigError(f"head_node_type {head!r} is none of its node types, which are {', '.join(types) or 'none'}")
@@ -126,11 +132,15 @@ def bootstrap(config: dict[str, Any]) -> dict[str, Any]:
             raise ConfigError(
                 f"node type '{name}': resources say {have} GPU, node_config num_gpus says {wish.num_gpus}"
             )
+        for key in ("min_workers", "max_workers"):
+            _check_count(node_type.get(key, 0), f"node type '{name}': '{key}'")
+    _check_count(config.get("max_workers", 0), "'max_workers'")
     slots = config.get("max_workers", 0) + 1
     if slots > MOST_NODES:
         raise ConfigError(f"max_workers {slots - 1}: the mesh has room for {MOST_NODES - 1} workers")
     head = config["head_node_type"]
-    provider |= {"slots": slots, "head_type": head, "head_config": types[head]["node_config"]}
+    user = ssh_user(config.get("auth") or {}, settings.api_url)
+    provider |= {"slots": slots, "head_type": head, "head_config": types[head]["node_config"], "user": user}
     most = {name: min(t.get("max_workers", slots - 1), slots - 1) for name, t in types.items()}
     provider["may_grow"] = {
         name: {"most": n, "node_config": types[name]["node_config"]} for name, n in most.items() if n
@@ -142,8 +152,8 @@ def bootstrap(config: dict[str, Any]) -> dict[str, Any]:
     check_name(config["cluster_name"], folder, vast)
     keys.make_missing(folder)
     config["auth"] = {
-        "ssh_user": settings.user,
-        **config.get("auth", {}),
+        **(config.get("auth") or {}),
+        "ssh_user": user,
         "ssh_private_key": str(folder / keys.SSH_KEY),
     }
     config["file_mounts"] = {
@@ -154,6 +164,24 @@ def bootstrap(config: dict[str, Any]) -> dict[str, Any]:
         KNOWN_API_KEY: str(folder / keys.API_KEY),
     }
     return config
+
+
+def _check_count(value: Any, what: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ConfigError(f"{what} is a whole number from 0 up, not {value!r}")
+
+
+def ssh_user(auth: Mapping[str, Any], api_url: str | None) -> str:
+    """Who logs in to the nodes, also through the mesh. ConfigError for another than root at Vast's own machines: its images let in
+    nobody else, and the switch that ends a node, which they start as root, would look for its deadline in another home."""
+    user = auth.get("ssh_user", ROOT)
+    if not isinstance(user, str) or not user:
+        raise ConfigError(f"auth: 'ssh_user' is a name, not {user!r}")
+    if user != ROOT and api_url is None:
+        raise ConfigError(
+            f"auth: 'ssh_user' is {user!r}: Vast's machines let in {ROOT} only; write {ROOT}, or leave it out"
+        )
+    return user
 
 
 def check_name(cluster: str, folder: Path, vast: Vast) -> None:

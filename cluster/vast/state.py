@@ -27,6 +27,7 @@ EMPTY: dict[str, Any] = {
     "machines": {},  # machine id -> {reason, until}: not to be rented
     "seen": {},  # instance id -> {since, dph, kind}: first sight and price
     "head_key": {},  # {id}: the API key that was made for the head
+    "deadline": {},  # {at}: when the head was last told to be gone, by `ray up`
     "made": {},  # what the head was made with, see before_up.as_made
     "gone": [],  # {id, kind, dph, since, until}: what was paid for and is no more
 }
@@ -72,7 +73,7 @@ class State:
     def begin_anew(self) -> None:
         """Forget a cluster that has ended, its spending included; keep what must not be used or come back."""
         with self.edit() as content:
-            for key in ("tags", "intents", "unknown", "seen", "made"):
+            for key in ("tags", "intents", "unknown", "seen", "made", "deadline"):
                 content[key] = {}
             content["gone"] = []
 

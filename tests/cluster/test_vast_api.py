@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
+import types
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from fake_server import Fake, hasty, running_fake
 
 from cluster.vast.api import Vast
-from cluster.vast.errors import VastBusyError, VastKeyError, VastRefusedError
+from cluster.vast.errors import VastBusyError, VastError, VastKeyError, VastRefusedError
 
 pytest.importorskip("vastai", reason="the Vast SDK is not installed: pip install 'pairscope[vast]'")
 
@@ -108,9 +111,33 @@ def test_no_key_at_all_says_where_to_get_one(tmp_path: object, monkeypatch: pyte
 def test_an_instance_that_is_not_there_is_none_and_its_destroy_no_error(fake: Fake) -> None:
     vast = client(fake)
     assert vast.instance(4711) is None
-    vast.destroy(4711)
+    assert vast.destroy(4711) is False
+    assert vast.destroy(rent(vast, 1)[0]) is True
 
 
 def test_an_offer_is_priced_with_the_disk_asked_for(fake: Fake) -> None:
     small, large = (client(fake).search({}, bid=False, disk_gb=gb)[0]["dph_total"] for gb in (10, 410))
     assert large - small == pytest.approx(400 * 0.15 / 730)
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        {"success": True, "instance_api_key": "hush"},
+        {"success": False, "instance_api_key": "hush"},
+        {"success": True, "new_contract": "hush"},
+        [{"jupyter_token": "hush"}],
+        "hush",
+    ],
+)
+def test_an_error_tells_the_shape_of_a_reply_and_not_what_it_holds(fake: Fake, reply: Any) -> None:
+    vast = client(fake)
+    sdk = types.SimpleNamespace(
+        create_instance=lambda *_, **__: reply, show_instances_v1=lambda _: reply, search_offers=lambda *_, **__: reply
+    )
+    vast.sdk = sdk
+    for ask in (lambda: vast.create(1, image="x"), vast.instances, lambda: vast.search({}, bid=False, disk_gb=1)):
+        with pytest.raises(VastError) as caught:
+            ask()
+        assert "hush" not in str(caught.value)
+        assert re.search(r"an object of |a list of |a str|\bnot rent|cannot be read", str(caught.value))

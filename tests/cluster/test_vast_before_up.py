@@ -9,10 +9,12 @@ from typing import Any
 
 import click
 import pytest
+from click.testing import CliRunner
 from fake_server import Fake, running_fake, wait_for
 from provider_stage import HEAD_TAGS, config, laptop_home, node_config, on_laptop, ray_up
 
 from cluster.vast import before_up
+from cluster.vast.cli import vast as command
 from cluster.vast.errors import VersionError
 from cluster.vast.locked import versions
 
@@ -292,3 +294,38 @@ def test_a_head_whose_request_is_not_answered_yet_is_not_rented_twice(fake: Fake
     with pytest.raises(click.ClickException, match="request 0badcafe, not answered yet"):
         one.create_node(node_config(), HEAD_TAGS, 1)
     assert fake.live() == []
+
+
+def test_a_head_whose_limits_were_raised_is_no_orphan(fake: Fake, monkeypatch: Any) -> None:
+    laptop, _ = ray_up(monkeypatch, config(max_hours=1e-4))
+    laptop.create_node(node_config(), HEAD_TAGS, 1)
+    (head,) = wait_for(lambda: [h for h in laptop.non_terminated_nodes({}) if laptop.is_running(h)])
+    time.sleep(1.5)
+    told = CliRunner().invoke(command, ["orphans"], catch_exceptions=False)
+    assert (told.exit_code, "past its deadline" in told.output) == (1, True)
+    on_laptop(config(max_hours=12)).fleet.refresh()
+    raised, _ = ray_up(monkeypatch, config(max_hours=12))
+    raised._files(head)  # what `ray up` writes to the head
+    told = CliRunner().invoke(command, ["orphans"], catch_exceptions=False)
+    assert (told.exit_code, told.output) == (0, "no orphans\n")
+    assert "past its deadline" not in CliRunner().invoke(command, ["nodes"], catch_exceptions=False).output
+
+
+def test_a_cluster_that_was_destroyed_by_hand_leaves_no_spending_to_the_next_of_its_name(
+    running: str, fake: Fake, monkeypatch: Any
+) -> None:
+    laptop = on_laptop_knowing(running)
+    with laptop.state.edit() as content:
+        content["gone"].append({"id": "1", "kind": "head", "dph": 1.0, "since": 0.0, "until": 39 * 3600.0})
+        content["seen"][running]["since"] -= 3 * 3600
+    done = CliRunner().invoke(command, ["destroy", "--cluster", "pairscope", "--yes"], catch_exceptions=False)
+    assert f"{running} is gone" in done.output
+    after = on_laptop()
+    assert after.fleet.bill().dollars == 0
+    assert after.state.read()["made"] == {}
+    assert fake.control("keys") == []
+    with after.state.edit() as content:  # one that ended itself
+        content["gone"].append({"id": "1", "kind": "head", "dph": 1.0, "since": 0.0, "until": 39 * 3600.0})
+    done = CliRunner().invoke(command, ["destroy", "--cluster", "pairscope", "--yes"], catch_exceptions=False)
+    assert "nothing to destroy" in done.output
+    assert on_laptop().fleet.bill().dollars == 0

@@ -18,6 +18,7 @@ from capture.errors import ConfigError
 from cluster.vast.api import Vast
 from cluster.vast.cli import vast as command
 from cluster.vast.errors import NotGoneError, VastBusyError
+from cluster.vast.labels import parse
 from cluster.vast.state import State
 
 pytest.importorskip("vastai", reason="the Vast SDK is not installed: pip install 'pairscope[vast]'")
@@ -216,3 +217,20 @@ def test_destroy_refuses_what_is_not_ours_and_asks_before_it_acts(fake: Fake) ->
     ours = rent(fake, "ps/demo/h/1/gpu/00000000")
     assert CliRunner().invoke(command, ["destroy", str(ours)], input="n\n").exit_code == 1
     assert len(fake.live()) == 2
+
+
+def test_what_vast_never_knew_of_is_not_called_gone(fake: Fake, monkeypatch: Any) -> None:
+    ours = rent(fake, "ps/demo/h/1/gpu/00000000")
+    monkeypatch.setattr("cluster.vast.cli._show", lambda *_: fake.control(f"vanish/{ours}"))
+    assert run("destroy", str(ours), "--yes").output == f"{ours} was not there: Vast knows no such instance\n"
+
+
+@pytest.mark.parametrize("limit", ["0", "-1"])
+def test_a_limit_of_no_offers_is_refused(fake: Fake, limit: str) -> None:
+    done = run("offers", str(ROOT / "ray_cluster.yaml"), "--limit", limit)
+    assert (done.exit_code, "Invalid value for '--limit'" in done.output) == (2, True)
+
+
+@pytest.mark.parametrize("k", ["\u00b2", "0", "-1", "001", "100", "9" * 5000, "\u0661"])
+def test_a_label_with_a_number_that_is_none_is_not_ours(k: str) -> None:
+    assert parse(f"ps/demo/w/{k}/gpu/00000000") is None

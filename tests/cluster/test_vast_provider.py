@@ -15,10 +15,12 @@ import pytest
 from fake_server import Fake, running_fake, wait_for
 from provider_stage import HEAD_TAGS, WORKER_TAGS, config, laptop_home, node_config, on_head, on_laptop
 
+from capture.errors import ConfigError
 from cluster.mesh.daemon import UNWATCHED_S
 from cluster.mesh.peers import POLLED, mesh_folder
 from cluster.vast import deadman
 from cluster.vast.errors import NotGoneError, VastBusyError
+from cluster.vast.settings import ssh_user
 
 pytest.importorskip("vastai", reason="the Vast SDK is not installed: pip install 'pairscope[vast]'")
 
@@ -361,6 +363,23 @@ def test_the_autoscaler_tells_the_head_at_each_poll_when_to_be_gone_should_it_be
         ({"cluster_name": "a name"}, "cannot be part of a Vast label"),
         ({"cluster_name": "a" * 40}, "characters too long"),
         ({"max_workers": 60}, "room for 47 workers"),
+        ({"max_workers": -1}, "'max_workers' is a whole number from 0 up, not -1"),
+        ({"max_workers": True}, "'max_workers' is a whole number from 0 up, not True"),
+        *(
+            ({"provider": {name: value}}, f"provider: '{name}' is filled in by pairscope and cannot be given")
+            for name, value in {
+                "on_head": True,
+                "slots": 40,
+                "owner": "0" * 12,
+                "public_key": "ssh-ed25519 A",
+                "user": "me",
+                "head_type": "h200",
+                "head_config": {},
+                "may_grow": {},
+                "api_url": "http://127.0.0.1:9",
+            }.items()
+        ),
+        ({"auth": {"ssh_user": ""}}, "auth: 'ssh_user' is a name"),
         ({"provider": {"offers": "hi"}}, "provider: 'offers' is a mapping"),
         ({"provider": {"offers": None}}, "provider: 'offers' is a mapping"),
         ({"provider": {"image_versions": "3.12"}}, "provider: 'image_versions' is a mapping"),
@@ -382,6 +401,7 @@ def test_a_wrong_config_is_an_error_before_anything_is_rented(fake: Fake, change
 @pytest.mark.parametrize(
     ("wish", "message"),
     [
+        ({"on_head": True}, "unknown key 'on_head'"),
         ({"gpu": ["RTX 4090"]}, "unknown key 'gpu'"),
         ({"disk_gb": "200"}, "'disk_gb' is a number"),
         ({"num_gpus": 2}, "resources say 1 GPU"),
@@ -394,3 +414,20 @@ def test_a_wrong_node_type_is_an_error_that_names_it(fake: Fake, wish: dict[str,
     content["available_node_types"]["rtx4090"]["node_config"] |= wish
     with pytest.raises(click.ClickException, match=f"rtx4090.*{message}"):
         on_laptop(content)
+
+
+@pytest.mark.parametrize("key", ["min_workers", "max_workers"])
+def test_a_node_type_with_less_than_no_workers_is_an_error_that_names_it(fake: Fake, key: str) -> None:
+    content = config()
+    content["available_node_types"]["rtx4090"][key] = -1
+    with pytest.raises(click.ClickException, match=f"node type 'rtx4090': '{key}' is a whole number from 0 up, not -1"):
+        on_laptop(content)
+
+
+def test_whoever_logs_in_logs_in_through_the_mesh_too_and_at_vasts_own_machines_that_is_root(fake: Fake) -> None:
+    laptop = on_laptop(config() | {"auth": {"ssh_user": "me"}})
+    assert laptop.settings.user == "me"
+    assert laptop.bootstrap_config(config() | {"auth": {"ssh_user": "me"}})["auth"]["ssh_user"] == "me"
+    with pytest.raises(ConfigError, match="'ssh_user' is 'me': Vast's machines let in root only"):
+        ssh_user({"ssh_user": "me"}, None)
+    assert ssh_user({"ssh_user": "root"}, None) == ssh_user({}, None) == "root"
