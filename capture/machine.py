@@ -19,6 +19,7 @@ from capture.device import _host_memory as host_memory
 GIB = 1024**3
 MIB = 1024**2
 MESH_SILENT_S = 15.0  # its daemon writes every three
+SWITCH_SILENT_S = 120.0  # it looks every 20 s
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,18 @@ def gpu_lines() -> list[str]:
 
 def checks() -> list[Check]:
     """Everything `pairscope doctor` shows, in order."""
-    return [_python(), *_packages(), *_gpus(), _memory(), _disk(), _hf_login(), _vast_key(), *_tools(), *_mesh()]
+    return [
+        _python(),
+        *_packages(),
+        *_gpus(),
+        _memory(),
+        _disk(),
+        _hf_login(),
+        _vast_key(),
+        *_tools(),
+        *_switch(),
+        *_mesh(),
+    ]
 
 
 def _python() -> Check:
@@ -167,6 +179,21 @@ def _tools() -> list[Check]:
         where = shutil.which(tool, path=path)
         lines.append(Check(tool, where is not None, where or "not found", what))
     return lines
+
+
+def _switch() -> list[Check]:
+    """On a node of a rented cluster: whether the switch works that ends the machine at its limits."""
+    folder = Path(os.environ.get("PAIRSCOPE_HOME") or Path.home() / ".pairscope")
+    if not (folder / "mesh" / "node.json").exists():
+        return []
+    remedy = "this machine may not end by itself now: see at home that `ray down` or `pairscope vast destroy` ends it"
+    try:
+        silent = time.time() - (folder / "deadman.beat").stat().st_mtime
+    except OSError:
+        return [Check("dead-man's switch", False, "it does not run", remedy)]
+    if silent > SWITCH_SILENT_S:
+        return [Check("dead-man's switch", False, f"it has not looked for {silent:.0f} s", remedy)]
+    return [Check("dead-man's switch", True, f"looked {max(silent, 0.0):.0f} s ago")]
 
 
 def _mesh() -> list[Check]:

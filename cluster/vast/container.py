@@ -38,10 +38,11 @@ def start_script(first: str = "") -> str:
     script = "\n".join(
         [
             "touch ~/.no_auto_tmux",
-            "mkdir -p ~/.pairscope",
+            "mkdir -p ~/.pairscope && rm -f ~/.pairscope/deadman.beat",
             f"echo {packed} | base64 -d | gunzip > ~/.pairscope/deadman.py",
-            # python3 of the image, whatever it is: nothing is installed yet
-            "nohup python3 ~/.pairscope/deadman.py > ~/.pairscope/deadman.log 2>&1 < /dev/null &",
+            # python3 of the image, whatever it is: nothing is installed yet. Again and again: whatever kills it, as a kernel that
+            # is out of memory does, must not leave a machine without it
+            "nohup sh -c 'while :; do python3 ~/.pairscope/deadman.py; sleep 5; done' > ~/.pairscope/deadman.log 2>&1 < /dev/null &",
             *([first] if first else []),
         ]
     )

@@ -7,6 +7,9 @@ CONTAINER_API_KEY, which can end this instance and nothing else.
 
 Environment: PAIRSCOPE_DEADLINE (seconds since 1970), PAIRSCOPE_SILENCE_S (0: never) and PAIRSCOPE_HEAD (host:port of the head's
 mesh; empty on the head), PAIRSCOPE_API. A later deadline may be written to ~/.pairscope/deadline.
+
+The start script starts it again whenever it dies. Each look leaves a beat in ~/.pairscope/deadman.beat: for `pairscope doctor`, and
+for the switch that comes after this one, so that a head's silence is counted on.
 """
 
 import contextlib
@@ -41,6 +44,20 @@ def head_speaks() -> bool:
     return False
 
 
+def beat(heard: float) -> None:
+    """Leave word that the switch works, and when the head was heard, by the clock that does not jump."""
+    with contextlib.suppress(Exception), open(os.path.expanduser("~/.pairscope/deadman.beat"), "w") as note:
+        note.write(str(heard))
+
+
+def heard_before() -> float:
+    """When the switch before this one heard the head; now, where there was none since the container started."""
+    now = time.monotonic()
+    with contextlib.suppress(Exception), open(os.path.expanduser("~/.pairscope/deadman.beat")) as note:
+        return min(float(note.read()), now)
+    return now
+
+
 def end() -> None:
     """Ask Vast to destroy this instance."""
     instance = os.environ.get("CONTAINER_ID") or os.environ["VAST_CONTAINERLABEL"].removeprefix("C.")
@@ -57,14 +74,16 @@ def end() -> None:
 def watch() -> None:
     """Check until it is time, then ask for the end until it comes."""
     silence = float(os.environ.get("PAIRSCOPE_SILENCE_S", "0"))
-    heard = time.monotonic()
+    heard = heard_before()
     while time.time() < deadline():
         if head_speaks():
             heard = time.monotonic()
+        beat(heard)
         if silence and time.monotonic() - heard > silence:
             break
         time.sleep(EVERY_S)
     while True:
+        beat(heard)
         try:
             end()
         except Exception as error:

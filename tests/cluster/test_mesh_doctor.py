@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def rows() -> dict[str, dict[str, Any]]:
     lines = CliRunner().invoke(doctor, ["--json"], catch_exceptions=False).output.splitlines()
     found = [json.loads(line) for line in lines]
-    return {row["check"]: row for row in found if "mesh" in row["check"] or "tunnel" in row["check"]}
+    return {row["check"]: row for row in found if any(word in row["check"] for word in ("mesh", "tunnel", "switch"))}
 
 
 def test_a_machine_that_is_no_node_shows_no_mesh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -40,6 +41,18 @@ def test_a_machine_that_is_no_node_shows_no_mesh(tmp_path: Path, monkeypatch: py
 def test_a_node_without_a_daemon_is_told_how_to_start_it(folder: Path) -> None:
     assert rows()["mesh"]["found"] == "its daemon is not running"
     assert "cluster.mesh up" in rows()["mesh"]["remedy"]
+
+
+def test_the_switch_that_ends_a_node_is_shown_with_its_last_look(folder: Path) -> None:
+    name = "dead-man's switch"
+    assert (rows()[name]["ok"], rows()[name]["found"]) == (False, "it does not run")
+    assert "ray down" in rows()[name]["remedy"]
+    beat = folder.parent / "deadman.beat"
+    beat.touch()
+    assert rows()[name]["ok"]
+    os.utime(beat, (0, time.time() - 500))
+    assert not rows()[name]["ok"]
+    assert rows()[name]["found"].startswith("it has not looked for ")
 
 
 def test_each_tunnel_is_shown_with_its_state(folder: Path) -> None:
@@ -62,8 +75,10 @@ def test_a_daemon_that_hangs_or_a_file_that_is_broken_is_no_healthy_mesh(folder:
     Daemon(folder).note()
     status = json.loads((folder / "status.json").read_text())
     (folder / "status.json").write_text(json.dumps(status | {"at": time.time() - 90}))
-    assert rows()["mesh"] == {"check": "mesh", "ok": False, "found": "its daemon has been silent for 90 s",
-                              "remedy": "start it: cd ~/pairscope && python3 -m cluster.mesh up"}  # fmt: skip
+    found = rows()["mesh"]
+    assert not found["ok"]
+    assert found["found"].startswith("its daemon has been silent for ")
+    assert found["remedy"] == "start it: cd ~/pairscope && python3 -m cluster.mesh up"
     (folder / "status.json").write_text("{")
     assert "cannot be read" in rows()["mesh"]["found"]
 

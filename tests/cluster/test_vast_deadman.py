@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -41,17 +42,34 @@ def node(fake: Fake, tmp_path: Path, *, deadline: float, silence_s: float = 0, h
     key = next(line["key"] for line in fake.live() if line["id"] == id_)
     env = environment(2, api=fake.url, deadline=int(deadline), silence_s=silence_s, owner="", launch="", request="")
     env |= {"PAIRSCOPE_HEAD": head, "CONTAINER_ID": str(id_), "CONTAINER_API_KEY": key, "PAIRSCOPE_CHECK_S": "0.1"}
-    (tmp_path / "script").write_text(
-        start_script().replace("nohup python3", f"exec {sys.executable}").removesuffix("&")
-    )
+    text = start_script()
+    assert "python3 " in text
+    assert "sleep 5" in text
+    (tmp_path / "script").write_text(text.replace("python3 ", f"{sys.executable} ").replace("sleep 5", "sleep 0.1"))
     process = subprocess.Popen(
-        ["bash", str(tmp_path / "script")], env={"PATH": os.environ["PATH"], "HOME": str(tmp_path)} | env
+        ["bash", str(tmp_path / "script")],
+        env={"PATH": os.environ["PATH"], "HOME": str(tmp_path)} | env,
+        start_new_session=True,
     )
+    (tmp_path / "session").write_text(str(process.pid))
     try:
         yield id_
     finally:
-        process.kill()
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+
+
+def switches(tmp_path: Path) -> list[int]:
+    """The switches of a node that run now."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            words = (path / "cmdline").read_bytes().split(b"\0")
+            ours = os.getpgid(int(path.name)) == int((tmp_path / "session").read_text())
+            if ours and words[0] == sys.executable.encode() and words[1].endswith(b"deadman.py"):
+                found.append(int(path.name))
+    return found
 
 
 def ended_by(fake: Fake, id_: int) -> str | None:
@@ -63,6 +81,53 @@ def test_a_node_destroys_itself_when_its_deadline_has_passed(fake: Fake, tmp_pat
         time.sleep(0.5)
         assert ended_by(fake, id_) == ""
         assert wait_for(lambda: ended_by(fake, id_)) == "itself"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="it looks into /proc")
+def test_a_switch_that_is_killed_is_there_again_and_does_its_work(fake: Fake, tmp_path: Path) -> None:
+    with node(fake, tmp_path, deadline=time.time() + 3600) as id_:
+        before: set[int] = set()
+        for _ in range(3):
+            (pid,) = wait_for(lambda: [p for p in switches(tmp_path) if p not in before], 60)
+            before.add(pid)
+            os.kill(pid, signal.SIGKILL)
+        assert ended_by(fake, id_) == ""
+        (tmp_path / ".pairscope" / "deadline").write_text(f"{time.time() - 1}\n")
+        assert wait_for(lambda: ended_by(fake, id_), 60) == "itself"
+
+
+def test_a_switch_that_comes_after_another_counts_the_heads_silence_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("PAIRSCOPE_DEADLINE", str(time.time() + 3600))
+    monkeypatch.setenv("PAIRSCOPE_SILENCE_S", "60")
+    monkeypatch.setenv("PAIRSCOPE_HEAD", "nowhere")
+    monkeypatch.setattr(deadman.time, "sleep", _slept)
+    monkeypatch.setattr(deadman, "end", _ended)
+    (tmp_path / ".pairscope").mkdir()
+    for said in (None, "", "soon", str(time.monotonic() - 50), str(time.monotonic() + 50)):
+        if said is not None:
+            (tmp_path / ".pairscope" / "deadman.beat").write_text(said)
+        with pytest.raises(_Slept):
+            deadman.watch()
+    (tmp_path / ".pairscope" / "deadman.beat").write_text(str(time.monotonic() - 61))
+    with pytest.raises(_Ended):
+        deadman.watch()
+
+
+class _Slept(BaseException): ...
+
+
+class _Ended(BaseException): ...
+
+
+def _slept(seconds: float) -> None:
+    raise _Slept
+
+
+def _ended() -> None:
+    raise _Ended
 
 
 def test_it_asks_again_where_the_first_destroy_was_ignored_or_failed(fake: Fake, tmp_path: Path) -> None:

@@ -84,7 +84,9 @@ def test_one_machine_is_rented_runs_a_job_and_is_gone(any_stage: Rehearsal) -> N
         out = stage.run("ray", "job", "submit", "--address", address, *job(stage, ONE))
     assert "ran on 127.0.1.1" in out
     assert "1.0/1.0 GPU" in stage.ray("exec", "RAY_AUTH_MODE=token ray status").replace("0.0/1.0", "1.0/1.0")
-    assert "node 1 of at most 4" in stage.ray("exec", "pairscope doctor")
+    told = stage.ray("exec", "pairscope doctor")
+    assert "node 1 of at most 4" in told
+    assert "looked " in next(line for line in told.splitlines() if "dead-man's switch" in line)
     (head,) = stage.instances()
     mode, key = stage.on(head, "stat -c %a ~/.config/vastai/vast_api_key && cat ~/.config/vastai/vast_api_key").split()
     (made,) = stage.fake.control("keys")
