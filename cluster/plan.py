@@ -12,7 +12,7 @@ from cluster.offers import Offer, Tflops
 from cluster.plan_asked import as_asked
 from cluster.plan_hub import has_token
 from cluster.plan_models import Models
-from cluster.plan_options import HOURS_PER_MONTH, Option, cost_order, options, split_order, time_order
+from cluster.plan_options import DISK_MARGIN_GB, HOURS_PER_MONTH, Option, cost_order, options, split_order, time_order
 from cluster.plan_sizes import ModelSizes
 from cluster.plan_work import Work, token_counts, work_of
 from cluster.schedule import Job, Schedule, schedule
@@ -195,8 +195,9 @@ def plan_sweeps(entries: Sequence[EntryPlan], nodes: int, boot_hours: float) -> 
                     0.0 if offer.here else boot_hours,
                     offer.usd_per_hour,
                     offer.usd_per_gb_month / HOURS_PER_MONTH,
-                    choice.disk_gb,
+                    choice.disk_gb - DISK_MARGIN_GB,
                     traffic,
+                    DISK_MARGIN_GB,
                 )
             )
     most = 1 if here else min(nodes, len(jobs))

@@ -71,8 +71,9 @@ def plan(
             click.echo(json.dumps(row, ensure_ascii=False))
     else:
         from cluster.plan_text import console, show
+        from cluster.plan_yaml import cluster_lines
 
-        show(made, console(), verbose=verbose or bool(entries))
+        show(made, console(), verbose=verbose or bool(entries), cluster=cluster_lines(made))
     for entry in made.failed:
         click.echo(f"pairscope: {entry.name} cannot be planned: {entry.error}", err=True)
     if made.failed:

@@ -26,8 +26,8 @@ def console() -> Console:
     return Console(width=None if sys.stdout.isatty() else WIDTH, markup=False, highlight=False)
 
 
-def show(plan: Plan, out: Console, *, verbose: bool) -> None:
-    """Print a whole plan."""
+def show(plan: Plan, out: Console, *, verbose: bool, cluster: Sequence[str] = ()) -> None:
+    """Print a whole plan. cluster: lines that say what it asks of the cluster's YAML."""
     good = [e for e in plan.entries if not e.error]
     if good:
         out.print(_overview(good))
@@ -48,6 +48,8 @@ def show(plan: Plan, out: Console, *, verbose: bool) -> None:
     if plan.sweeps:
         out.print()
         out.print(_sweeps(plan.sweeps))
+        for line in cluster:
+            out.print(line)
     if plan.assumptions:
         out.print("\nassumed:")
         for line in plan.assumptions:

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Job:
-    """One entry: hours on a machine of `kind`, at usd_per_hour; disk_gb of it stay on the machine; usd_fixed: traffic.
-    boot_hours: until a new machine of the kind is up, paid for."""
+    """One entry: hours on a machine of `kind`, at usd_per_hour; disk_gb of it stay on the machine, beside spare_gb that any entry
+    there needs once; usd_fixed: traffic. boot_hours: until a new machine of the kind is up, paid for."""
 
     name: str
     kind: str
@@ -19,6 +19,7 @@ class Job:
     usd_per_gb_hour: float
     disk_gb: float
     usd_fixed: float
+    spare_gb: float = 0.0
 
 
 @dataclass
@@ -33,7 +34,7 @@ class Machine:
     @property
     def disk_gb(self) -> float:
         """Nothing is deleted between entries, so the disk holds all of them."""
-        return sum(j.disk_gb for j in self.jobs)
+        return max((j.spare_gb for j in self.jobs), default=0.0) + sum(j.disk_gb for j in self.jobs)
 
     @property
     def usd(self) -> float:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from cluster.schedule import Job, schedule
@@ -47,6 +49,12 @@ def test_no_more_machines_than_asked_run_at_a_time():
 def test_a_full_disk_takes_another_machine():
     found = schedule([job("a", 2, disk=60), job("b", 1, disk=60)], 1, max_disk_gb=100)
     assert [m.disk_gb for m in found.machines] == [60, 60]
+
+
+def test_what_any_entry_needs_beside_its_checkpoints_is_there_once_a_machine():
+    jobs = [replace(job(name, hours), spare_gb=30.0) for name, hours in (("a", 1), ("b", 2))]
+    assert [m.disk_gb for m in schedule(jobs, 1).machines] == [30 + 20]
+    assert [m.disk_gb for m in schedule(jobs, 2).machines] == [30 + 10, 30 + 10]
 
 
 def test_nothing_to_do_takes_no_time():
