@@ -31,7 +31,11 @@ def cluster_lines(plan: Plan, path: Path = FILE) -> list[str]:
             told = "its head_node_type" if name == head else f"to be its head_node_type, which is {head}"
             disk = max(m.disk_gb for one in plan.sweeps for m in one.machines if m.kind == title)
             have = float(wanted[name].get("disk_gb", 0))
-            room = f"disk_gb {have:g} holds all of it" if have >= disk else f"set disk_gb: {disk:.0f} there, it is {have:g}"
+            room = (
+                f"disk_gb {have:g} holds all of it"
+                if have >= disk
+                else f"set disk_gb: {disk:.0f} there, it is {have:g}"
+            )
             lines.append(f"{title} is node type {name} of {path} ({told}); {room}")
         return lines
     except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError):

@@ -62,7 +62,9 @@ def test_what_must_be_changed_is_said(prod: Plan, tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize("text", [None, "", "- a", "available_node_types: 5", "provider: [", "{provider: {}, head_node_type: 1}"])
+@pytest.mark.parametrize(
+    "text", [None, "", "- a", "available_node_types: 5", "provider: [", "{provider: {}, head_node_type: 1}"]
+)
 def test_where_there_is_no_cluster_to_speak_of_nothing_is_said(prod: Plan, tmp_path: Path, text: str | None) -> None:
     file = tmp_path / "x.yaml"
     if text is not None:
