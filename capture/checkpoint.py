@@ -178,6 +178,7 @@ class StreamedModel:
             g: [] for g in (EMBEDDING, HEAD, REST, *(("layer", i) for i in range(self.n_layers)))
         }
         self._meta: dict[str, torch.Tensor] = {}
+        self._holders: dict[str, tuple[dict[str, Any], bool]] = {}
         saved = self.model.state_dict().keys()
         named = (
             *self.model.named_parameters(remove_duplicate=False),
@@ -333,8 +334,7 @@ class StreamedModel:
         return self._as_weight(name, borrowed.wrapped(tensor, meta))
 
     def _as_weight(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        owner, _, leaf = name.rpartition(".")
-        is_parameter = leaf in self.model.get_submodule(owner)._parameters
+        is_parameter = self._held_in(name)[1]
         return nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor
 
     def opened(self, file: str, key: str) -> CountedSlice:
@@ -361,21 +361,23 @@ class StreamedModel:
         tensors = {id(t): t for t in map(self._get, self._tensors[group]) if not t.is_meta}
         return sum(nbytes_of(t) for t in tensors.values())
 
+    def _held_in(self, name: str) -> tuple[dict[str, Any], bool]:
+        """The dict of its module that a weight is kept in, and whether that is the one of parameters. Found once: the way through
+        the modules takes as long as all else that loading a mapped tensor does."""
+        if name not in self._holders:
+            owner, _, leaf = name.rpartition(".")
+            module = self.model.get_submodule(owner)
+            is_parameter = leaf in module._parameters
+            self._holders[name] = (module._parameters if is_parameter else module._buffers), is_parameter
+        return self._holders[name]
+
     def _get(self, name: str) -> torch.Tensor:
-        owner, _, leaf = name.rpartition(".")
-        module = self.model.get_submodule(owner)
-        tensor = module._parameters.get(leaf)
-        found = tensor if tensor is not None else module._buffers.get(leaf)
+        found: torch.Tensor | None = self._held_in(name)[0].get(name.rpartition(".")[2])
         assert found is not None, name
         return found
 
     def _set(self, name: str, tensor: torch.Tensor) -> None:
-        owner, _, leaf = name.rpartition(".")
-        module = self.model.get_submodule(owner)
-        if leaf in module._parameters:
-            module._parameters[leaf] = tensor
-        else:
-            module._buffers[leaf] = tensor
+        self._held_in(name)[0][name.rpartition(".")[2]] = tensor
 
     def _apply_ties(self, group: Any) -> None:
         """Let a tied weight be the very same Parameter as its source."""

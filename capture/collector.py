@@ -134,7 +134,7 @@ class Collector:
         sides = [(state.slot_of[c.base_run], state.slot_of[c.sft_run]) for c in self.comparisons]
         turns = sorted(set(moved))
         pairs = list(dict.fromkeys(s for s in sides if s[0] != s[1]))
-        found = statistics.residuals(rows, previous, turns, pairs)
+        found = statistics.residuals(rows, previous, turns, pairs, self.lens.kernel)
         norm, delta, turned = _numpy(found.norm), _numpy(found.norm_delta), _numpy(found.turned)
         for p, one in enumerate(self.passes):
             self.runs["norm"][p][at] = norm[state.slot_of[one.name]]

@@ -220,6 +220,12 @@ def _slot(x_RV: Tensor, largest_R: Tensor, group: Group) -> tuple[Tensor, Tensor
     return z.log() - mean_t, z.log() + largest_R.double(), p
 
 
+def mean_shift(a_RV: Tensor, b_RV: Tensor, lse_a_R: Tensor, lse_b_R: Tensor, group: Group) -> Tensor:
+    """sum over V of max(p_a, p_b) |log p_b - log p_a|, [R] float64, from logits and their log-sum-exp."""
+    log_a, log_b = a_RV - lse_a_R.float()[:, None], b_RV - lse_b_R.float()[:, None]
+    return group.sum(torch.maximum(log_a, log_b).exp_().mul_((log_b - log_a).abs_()).sum(1).double())
+
+
 def kl_both(shift_RV: Tensor, c_R: Tensor, pa_RV: Tensor, pb_RV: Tensor, group: Group) -> tuple[Tensor, Tensor]:
     """KL(b || a) and KL(a || b) [R] float64 from the logit shift x_b - x_a; exact zeros for equal slots, never negative.
 

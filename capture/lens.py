@@ -14,10 +14,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from capture.divergence import Divergences, Space, divergences, plain
+from capture.divergence import Divergences, Space, divergences, mean_shift, plain
 from capture.lens_kernel import Kernel
 from capture.logits import Logits
 from capture.topk import BLOCK, Search, TopK, Vocabulary, search, top_k
+
+SMALL_KL = 1e-4  # nats: below this, differences of float32 logits may cost a KL its third digit
+NEGLIGIBLE_KL = 1e-10  # nats: where both passes are as good as sure of one token; noise of 1e-6 in a logit adds 1e-12
+LOSSY = 100.0  # `apart` over a KL, where noise of 1e-6 in the logits may cost it its fourth digit
 
 
 @dataclass
@@ -34,10 +38,12 @@ class SlotStats:
 
 @dataclass
 class PairStats:
-    """Of one ordered pair of slots (a, b): KL(b || a), KL(a || b) [R] float64; shifts x_b - x_a up and down."""
+    """Of one ordered pair of slots (a, b): KL(b || a), KL(a || b) [R] float64; shifts x_b - x_a up and down. lossy [R]: where
+    the rounding of logits costs a KL digits (`lossy`)."""
 
     kl_ba: Tensor
     kl_ab: Tensor
+    lossy: Tensor
     increased: TopK
     decreased: TopK
 
@@ -80,8 +86,10 @@ def _by_kernel(
     kernel: Kernel, logits: Logits, pairs: Sequence[tuple[int, int]], next_R: Tensor, tracked_N: Tensor, v: Vocabulary,
 ) -> Statistics:  # fmt: skip
     found = kernel.tile(logits, pairs, v.n, v.k)
+    d = found.divergences
+    lossy = _lossy(found.apart, d.ba, d.ab)
     statistics = _statistics(
-        logits, found.divergences, found.slots, pairs, found.increased, found.decreased, next_R, tracked_N, v
+        logits, d, lossy, found.slots, pairs, found.increased, found.decreased, next_R, tracked_N, v
     )
     for row in (~found.finite).nonzero().flatten().tolist():  # rare: an overflow is told by what is not finite
         some = slice(row, row + 1)
@@ -105,12 +113,18 @@ def _rows(
     found = top_k(searches, v)
     maxima = v.group.max(torch.stack([_largest(one, s) for one, s in zip(x, searches, strict=False)]))
     d = plain(x, maxima, pairs, v.group, shifts) if exact else divergences(x, maxima, pairs, v.group, space)
+    lossy = torch.zeros_like(d.ba, dtype=torch.bool)
+    for i, (a, b) in enumerate([] if exact else pairs):
+        some = _small(d.ba[i], d.ab[i]).nonzero().flatten()
+        if len(some):
+            apart = mean_shift(x[a][some], x[b][some], d.logsumexp[a, some], d.logsumexp[b, some], v.group)
+            lossy[i, some] = _lossy(apart, d.ba[i, some], d.ab[i, some])
     lists = found[len(x) :]
-    return _statistics(logits, d, found[: len(x)], pairs, lists[::2], lists[1::2], next_R, tracked_N, v)
+    return _statistics(logits, d, lossy, found[: len(x)], pairs, lists[::2], lists[1::2], next_R, tracked_N, v)
 
 
 def _statistics(
-    logits: Logits, d: Divergences, top: Sequence[TopK], pairs: Sequence[tuple[int, int]], increased: Sequence[TopK],
+    logits: Logits, d: Divergences, lossy: Tensor, top: Sequence[TopK], pairs: Sequence[tuple[int, int]], increased: Sequence[TopK],
     decreased: Sequence[TopK], next_R: Tensor, tracked_N: Tensor, v: Vocabulary,
 ) -> Statistics:  # fmt: skip
     slots = []
@@ -119,7 +133,19 @@ def _statistics(
         next_logprob = torch.where(next_R >= 0, next_logit - d.logsumexp[s], torch.nan)
         tracked = logits.pick(s, lambda x: v.pick(x, tracked_N))
         slots.append(SlotStats(d.entropy[s], d.logsumexp[s], next_logprob, tracked, top[s]))
-    return slots, {pair: PairStats(d.ba[i], d.ab[i], increased[i], decreased[i]) for i, pair in enumerate(pairs)}
+    return slots, {
+        pair: PairStats(d.ba[i], d.ab[i], lossy[i], increased[i], decreased[i]) for i, pair in enumerate(pairs)
+    }
+
+
+def _small(*kls: Tensor) -> Tensor:
+    return torch.stack([(kl < SMALL_KL) & (kl > NEGLIGIBLE_KL) for kl in kls]).any(0)
+
+
+def _lossy(apart: Tensor, ba: Tensor, ab: Tensor) -> Tensor:
+    """Where the rounding of logits costs a KL digits: noise e in each changes KL(b || a) by e times the mean of |d - KL| at most,
+    d = log p_b - log p_a. Where both passes are sure of one token and d is large elsewhere, a KL may be small and exact."""
+    return torch.stack([_small(kl) & (apart > LOSSY * kl) for kl in (ba, ab)]).any(0)
 
 
 def _largest(x_RV: Tensor, found: Search) -> Tensor:

@@ -19,7 +19,9 @@ constexpr int LANES = 8;
 constexpr int LANES = 4;
 #endif
 constexpr int BLOCK = 512;         // floats that are added up in float32 before float64 takes over; what one step works on
-constexpr int GROUP = 4 * LANES;   // floats that are compared with a list's last value at once
+constexpr double SURE = 40;        // sum (p_a + p_b) |d| over a KL, up to which plain sums have the KL to 1e-5
+constexpr double SURE_KL = 3e-3;   // nats; and down to which
+constexpr int MOST_LISTED = 256;    // longer lists are made without a guess at their last entry
 constexpr float NOTHING = -1e30f;  // stands behind the last logit of a row: its exp() is 0
 
 typedef float vf __attribute__((vector_size(4 * LANES)));
@@ -29,7 +31,16 @@ typedef double vd __attribute__((vector_size(8 * LANES)));
 inline vf all(float x) { return vf{} + x; }
 inline vf read(const float* p) { vf v; std::memcpy(&v, p, sizeof v); return v; }
 inline void write(float* p, vf v) { std::memcpy(p, &v, sizeof v); }
+#if defined(__AVX512F__)
+inline vf larger(vf a, vf b) { return (vf)_mm512_max_ps((__m512)a, (__m512)b); }
+inline vf smaller(vf a, vf b) { return (vf)_mm512_min_ps((__m512)a, (__m512)b); }
+#elif defined(__AVX__)
+inline vf larger(vf a, vf b) { return (vf)_mm256_max_ps((__m256)a, (__m256)b); }
+inline vf smaller(vf a, vf b) { return (vf)_mm256_min_ps((__m256)a, (__m256)b); }
+#else
 inline vf larger(vf a, vf b) { return a > b ? a : b; }
+inline vf smaller(vf a, vf b) { return a < b ? a : b; }
+#endif
 inline vf size_of(vf x) { return (vf)((vi)x & 0x7fffffff); }
 inline vd wide(vf x) { return __builtin_convertvector(x, vd); }
 
@@ -40,9 +51,13 @@ inline double sum(vd x) {
 }
 
 inline float largest(vf x) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_ps((__m512)x);
+#else
     float m = x[0];
     for (int i = 1; i < LANES; i++) m = x[i] > m ? x[i] : m;
     return m;
+#endif
 }
 
 // Which lanes are above a limit, a bit each.
@@ -85,6 +100,18 @@ struct List {
 
     void start(float* v, int64_t* i, int size) { values = v; ids = i; k = size; n = 0; last = -__builtin_inff(); }
 
+    // Entries below the k-th largest of the largest of n blocks are not among the k largest. `space`: k floats.
+    void expect(const float* largest_of, int n, float* space) {
+        if (n < k) return;
+        List least;
+        int64_t places[MOST_LISTED];
+        if (k > MOST_LISTED) return;
+        least.start(space, places, k);
+        for (int i = 0; i < n; i++)
+            if (largest_of[i] > least.last || least.n < k) least.take(largest_of[i], i);
+        last = __builtin_nextafterf(least.last, -__builtin_inff());
+    }
+
     void take(float x, int64_t id) {
         int at = n < k ? n++ : k - 1;
         while (at > 0 && values[at - 1] < x) {
@@ -96,33 +123,65 @@ struct List {
         ids[at] = id;
         if (n == k) last = values[k - 1];
     }
-
-    // Entries first..first+count of a row. sign: -1 where the smallest are wanted; values are then kept negated.
-    void look(const float* x, int count, int64_t first, float sign) {
-        int i = 0;
-        for (; i < count && n < k; i++) take(x[i] * sign, first + i);
-        for (; i < count && i % GROUP; i++)
-            if (x[i] * sign > last) take(x[i] * sign, first + i);
-        for (; i + GROUP <= count; i += GROUP) {
-            vf v[4], m;
-            for (int j = 0; j < 4; j++) v[j] = read(x + i + j * LANES) * sign;
-            m = larger(larger(v[0], v[1]), larger(v[2], v[3]));
-            if (!above(m, last)) continue;
-            for (int j = 0; j < 4; j++)
-                for (unsigned bits = above(v[j], last); bits; bits &= bits - 1) {
-                    int lane = __builtin_ctz(bits);
-                    if (v[j][lane] > last) take(v[j][lane], first + i + j * LANES + lane);
-                }
-        }
-        for (; i < count; i++)
-            if (x[i] * sign > last) take(x[i] * sign, first + i);
-    }
 };
+
+// Where a row's entries come from: memory, or the difference of two rows that are there.
+struct Read {
+    const float* x;
+    float at(int i) const { return x[i]; }
+    vf some(int i) const { return read(x + i); }
+};
+
+struct Difference {
+    const float *x, *y;
+    float at(int i) const { return x[i] - y[i]; }
+    vf some(int i) const { return read(x + i) - read(y + i); }
+};
+
+// The largest and the smallest of `count` entries of a row.
+template <class Row>
+inline void ends(Row x, int count, float* high, float* low) {
+    vf top = all(-__builtin_inff()), bottom = all(__builtin_inff());
+    int i = 0;
+    for (; i + 4 * LANES <= count; i += 4 * LANES) {  // four at once: one waits for the one before
+        vf v = x.some(i), w = x.some(i + LANES), y = x.some(i + 2 * LANES), z = x.some(i + 3 * LANES);
+        top = larger(larger(larger(v, w), larger(y, z)), top);
+        bottom = smaller(smaller(smaller(v, w), smaller(y, z)), bottom);
+    }
+    float h = largest(top), l = -largest(-bottom);
+    for (; i < count; i++) {
+        h = x.at(i) > h ? x.at(i) : h;
+        l = x.at(i) < l ? x.at(i) : l;
+    }
+    *high = h;
+    *low = l;
+}
+
+// Entries first..first+count of a row for the list of the largest; with sign -1 for that of the smallest, which is kept negated.
+template <class Row>
+void look(Row x, int count, int64_t first, List& list, float sign) {
+    int i = 0;
+    for (; i + LANES <= count; i += LANES) {
+        vf v = x.some(i) * sign;
+        for (unsigned bits = above(v, list.last); bits; bits &= bits - 1) {
+            int lane = __builtin_ctz(bits);
+            if (v[lane] > list.last) list.take(v[lane], first + i + lane);
+        }
+    }
+    for (; i < count; i++)
+        if (x.at(i) * sign > list.last) list.take(x.at(i) * sign, first + i);
+}
 
 // A row of one slot or of one shift: a sum of rows, each added or taken off. Terms are numbers of tensors, from 1; negative: off.
 struct Sum {
     const int32_t* terms;
     int n;
+
+    bool is_difference() const { return n == 2 && terms[0] > 0 && terms[1] < 0; }
+
+    Difference difference(const float* const* rows, int64_t at) const {
+        return {rows[terms[0] - 1] + at, rows[-terms[1] - 1] + at};
+    }
 
     // `count` entries from `at` on, into `space` [BLOCK] where they are not there already; `filler` behind them.
     const float* get(const float* const* rows, int64_t at, int count, float* space, float filler) const {
@@ -148,6 +207,80 @@ struct Sum {
     }
 };
 
+struct Kl { double ba, ab, apart; };
+
+// KL(b || a), KL(a || b) and the mean of |d| under the larger of both, for slots that hardly differ. With d = log p_b - log p_a,
+// u = |d|, hi the larger of p_a and p_b, lo = hi exp(-u) the other one, KL(hi || lo) has the terms hi q, q = exp(-u) - 1 + u, and
+// KL(lo || hi) hi r, r = 1 - (1 + u) exp(-u): both >= 0, where p d has both signs. Small ones, which consist of differences of
+// large numbers, come from the Taylor series of q, and r = u^2 - (1 + u) q.
+Kl near(const Sum& shift, const float* const* rows, int64_t vocab, double c, const float* ea, const float* eb, double inverse_a,
+        double inverse_b, float* space) {
+    const float ia = (float)inverse_a, ib = (float)inverse_b;
+    vd sum_ba = vd{}, sum_ab = vd{}, sum_u = vd{};
+    for (int64_t at = 0; at < vocab; at += BLOCK) {
+        int count = vocab - at < BLOCK ? vocab - at : BLOCK;
+        const float* x = shift.get(rows, at, count, space, 0.0f);
+        vf ba = vf{}, ab = vf{}, us = vf{};
+        for (int i = 0; i < BLOCK; i += LANES) {
+            vf d = read(x + i) - (float)c;
+            vf u = size_of(d);
+            vf series = u * (1.0f / 40320) - 1.0f / 5040;
+            series = series * u + 1.0f / 720;
+            series = series * u - 1.0f / 120;
+            series = series * u + 1.0f / 24;
+            series = series * u - 1.0f / 6;
+            series = series * u + 0.5f;
+            vf square = u * u, q_near = square * series;
+            vf pa = read(ea + at + i) * ia, pb = read(eb + at + i) * ib;
+            vf hi = larger(pa, pb), lo = smaller(pa, pb);
+            vf q = u < 0.5f ? hi * q_near : lo + hi * (u - 1.0f);
+            vf r = u < 0.5f ? hi * (square - (u + 1.0f) * q_near) : hi - (u + 1.0f) * lo;
+            us += hi * u;
+            ba += d > 0.0f ? q : r;
+            ab += d > 0.0f ? r : q;
+        }
+        sum_ba += wide(ba);
+        sum_ab += wide(ab);
+        sum_u += wide(us);
+    }
+    double ba = sum(sum_ba), ab = sum(sum_ab);
+    return {ba < 0 ? 0 : ba, ab < 0 ? 0 : ab, sum(sum_u)};
+}
+
+// The Euclidean norm of a row, summed in float64.
+double norm(const float* x, int64_t size) {
+    vd total = vd{};
+    int64_t i = 0;
+    for (; i + LANES <= size; i += LANES) {
+        vd v = wide(read(x + i));
+        total += v * v;
+    }
+    double s = sum(total);
+    for (; i < size; i++) s += (double)x[i] * x[i];
+    return __builtin_sqrt(s);
+}
+
+struct Apart { double turned, far; };
+
+// turned: the cosine distance |a/|a| - b/|b||^2 / 2 = |a - b |a|/|b||^2 / (2 |a|^2), which is 0 for a = b; of a zero vector 1 from any other, and 0 from another one. far: |b - a|.
+Apart apart(const float* a, double norm_a, const float* b, double norm_b, int64_t size) {
+    const double size_a = norm_a > 0 ? norm_a : 1, ratio = size_a / (norm_b > 0 ? norm_b : 1);
+    vd angles = vd{}, squares = vd{};
+    int64_t i = 0;
+    for (; i + LANES <= size; i += LANES) {
+        vd x = wide(read(a + i)), y = wide(read(b + i)), d = y - x, u = x - y * ratio;
+        angles += u * u;
+        squares += d * d;
+    }
+    double angle = sum(angles), square = sum(squares);
+    for (; i < size; i++) {
+        double x = a[i], y = b[i], u = x - y * ratio;
+        angle += u * u;
+        square += (y - x) * (y - x);
+    }
+    return {(norm_a == 0) != (norm_b == 0) ? 1.0 : angle / size_a / size_a / 2, __builtin_sqrt(square)};
+}
+
 }  // namespace
 
 extern "C" {
@@ -163,17 +296,21 @@ struct Tile {
     int64_t rows;
     double *entropy, *logsumexp;  // [slots, rows]
     double *ba, *ab;              // [pairs, rows]: KL(b || a), KL(a || b)
+    double *apart;                // [pairs, rows]: the mean of |d| under the larger of both, see below
     int64_t* ids;                 // [slots + 2 pairs, rows, k]: of each slot, then of each shift: increased, decreased
     float* values;
     uint8_t* finite;              // [rows]: 0 where a logit is not: the row's results are then of no use
 };
 
-// Rows first..last. space: (slots * (vocab rounded up to BLOCK) + 8 * BLOCK) floats of the caller's, of one thread.
+// Rows first..last. space: with B = vocab / BLOCK rounded up, (slots * BLOCK + slots + 2 pairs) * B + 2 * BLOCK floats of the
+// caller's, of one thread.
 // Slots, tensors: 16 at most; pairs: 120.
 void lens_rows(const Tile* t, int64_t first, int64_t last, float* space) {
     const int64_t padded = (t->vocab + BLOCK - 1) / BLOCK * BLOCK;
     float* own = space + t->n_slots * padded;  // room for two rows that are sums
     float* other = own + BLOCK;
+    float* highest = other + BLOCK;  // of each block for each list, negated where the smallest are wanted
+    const int64_t blocks = padded / BLOCK;
     for (int64_t row = first; row < last; row++) {
         const float* rows[16];
         for (int i = 0; i < t->n_tensors; i++) rows[i] = t->tensors[i] + row * t->strides[i];
@@ -192,43 +329,64 @@ void lens_rows(const Tile* t, int64_t first, int64_t last, float* space) {
             lists[i].start(t->values + at, t->ids + at, t->k);
         }
 
-        // First: the lists, the largest logits, and whether all are finite.
-        vf largest_of[16], wrong = vf{};
-        for (int s = 0; s < t->n_slots; s++) largest_of[s] = all(NOTHING);
-        for (int64_t at = 0; at < t->vocab; at += BLOCK) {
+        // First: the largest and the smallest of every block, and whether all are finite.
+        vf wrong = vf{};
+        float largest_of[16];
+        for (int s = 0; s < t->n_slots; s++) largest_of[s] = NOTHING;
+        for (int64_t at = 0, block = 0; at < t->vocab; at += BLOCK, block++) {
             int count = t->vocab - at < BLOCK ? t->vocab - at : BLOCK;
             int listed = t->listed - at < count ? (t->listed > at ? t->listed - at : 0) : count;
             for (int s = 0; s < t->n_slots; s++) {
                 const float* x = slots[s].get(rows, at, count, own, NOTHING);
-                vf m = largest_of[s];
-                for (int i = 0; i < BLOCK; i += LANES) {
-                    vf v = read(x + i);
-                    m = larger(v, m);
-                    wrong += v * 0.0f;
-                }
-                largest_of[s] = m;
-                lists[s].look(x, listed, at, 1.0f);
+                float high, low;
+                ends(Read{x}, count, &high, &low);
+                largest_of[s] = high > largest_of[s] ? high : largest_of[s];
+                for (int i = 0; i < BLOCK; i += LANES) wrong += read(x + i) * 0.0f;
+                if (listed < count) ends(Read{x}, listed, &high, &low);
+                highest[s * blocks + block] = high;
             }
             for (int p = 0; p < t->n_pairs; p++) {
-                const float* d = shifts[p].get(rows, at, count, own, 0.0f);
-                lists[t->n_slots + 2 * p].look(d, listed, at, 1.0f);
-                lists[t->n_slots + 2 * p + 1].look(d, listed, at, -1.0f);
+                float *high = highest + (t->n_slots + 2 * p) * blocks + block, *low = high + blocks;
+                if (shifts[p].is_difference())
+                    ends(shifts[p].difference(rows, at), listed, high, low);
+                else
+                    ends(Read{shifts[p].get(rows, at, count, own, 0.0f)}, listed, high, low);
+                *low = -*low;
             }
         }
         float none = 0;
         for (int i = 0; i < LANES; i++) none += wrong[i];
         t->finite[row] = none == 0.0f;
         if (none != 0.0f) continue;
+
+        // The lists, from blocks that may hold entries of theirs.
+        for (int i = 0; i < t->n_slots + 2 * t->n_pairs; i++) {
+            const float* high = highest + i * blocks;
+            List& list = lists[i];
+            list.expect(high, t->listed / BLOCK, own);
+            int pair = i < t->n_slots ? -1 : (i - t->n_slots) / 2;
+            float sign = pair >= 0 && (i - t->n_slots) % 2 ? -1.0f : 1.0f;
+            for (int64_t at = 0, block = 0; at < t->listed; at += BLOCK, block++) {
+                if (!(high[block] > list.last)) continue;
+                int count = t->vocab - at < BLOCK ? t->vocab - at : BLOCK;
+                int listed = t->listed - at < count ? t->listed - at : count;
+                if (pair >= 0 && shifts[pair].is_difference()) {
+                    look(shifts[pair].difference(rows, at), listed, at, list, sign);
+                } else {
+                    const Sum& of = pair < 0 ? slots[i] : shifts[pair];
+                    look(Read{of.get(rows, at, count, own, 0.0f)}, listed, at, list, sign);
+                }
+            }
+        }
         for (int p = 0; p < t->n_pairs; p++) {
             List& down = lists[t->n_slots + 2 * p + 1];
             for (int i = 0; i < down.n; i++) down.values[i] = -down.values[i];
         }
 
         // Second: e = exp(logit - largest), kept; Z = sum e; H = log Z - sum e (logit - largest) / Z.
-        float inverse[16];
-        double lse[16];
+        double inverse[16], lse[16];
         for (int s = 0; s < t->n_slots; s++) {
-            float m = largest(largest_of[s]);
+            float m = largest_of[s];
             vd z = vd{}, mean = vd{};
             for (int64_t at = 0; at < t->vocab; at += BLOCK) {
                 int count = t->vocab - at < BLOCK ? t->vocab - at : BLOCK;
@@ -247,46 +405,91 @@ void lens_rows(const Tile* t, int64_t first, int64_t last, float* space) {
             }
             double total = sum(z), log_z = __builtin_log(total);
             lse[s] = log_z + m;
-            inverse[s] = (float)(1.0 / total);
+            inverse[s] = 1.0 / total;
             t->logsumexp[s * t->rows + row] = lse[s];
             t->entropy[s * t->rows + row] = log_z - sum(mean) / total;
         }
 
-        // Third: with d = log p_b - log p_a, u = |d|, hi the larger of p_a and p_b, lo = hi exp(-u) the other one,
-        // KL(hi || lo) has the terms hi q, q = exp(-u) - 1 + u, and KL(lo || hi) hi r, r = 1 - (1 + u) exp(-u): both >= 0.
-        // Small ones, which consist of differences of large numbers, come from the Taylor series of q, and r = u^2 - (1 + u) q.
+        // Third: KL(b || a) = sum p_b d, KL(a || b) = -sum p_a d, with d = log p_b - log p_a; log-sum-exp as a float and what is
+        // left of it. Rounding costs these sums about 1e-7 of sum (p_a + p_b) |d|, and up to 1e-7 where few tokens have all the
+        // weight: a KL for which that is too much comes from `near`.
         for (int p = 0; p < t->n_pairs; p++) {
             int a = t->pairs[2 * p], b = t->pairs[2 * p + 1];
-            const float c = (float)(lse[b] - lse[a]), ia = inverse[a], ib = inverse[b];
-            vd sum_ba = vd{}, sum_ab = vd{};
-            for (int64_t at = 0; at < t->vocab; at += BLOCK) {
-                int count = t->vocab - at < BLOCK ? t->vocab - at : BLOCK;
-                const float* x = shifts[p].get(rows, at, count, other, 0.0f);
-                const float *ea = space + a * padded + at, *eb = space + b * padded + at;
-                vf ba = vf{}, ab = vf{};
-                for (int i = 0; i < BLOCK; i += LANES) {
-                    vf d = read(x + i) - c;
-                    vf u = size_of(d);
-                    vf series = u * (1.0f / 40320) - 1.0f / 5040;
-                    series = series * u + 1.0f / 720;
-                    series = series * u - 1.0f / 120;
-                    series = series * u + 1.0f / 24;
-                    series = series * u - 1.0f / 6;
-                    series = series * u + 0.5f;
-                    vf square = u * u, q_near = square * series;
-                    vf pa = read(ea + i) * ia, pb = read(eb + i) * ib;
-                    vf hi = larger(pa, pb), lo = pa < pb ? pa : pb;
-                    vf q = u < 0.5f ? hi * q_near : lo + hi * (u - 1.0f);
-                    vf r = u < 0.5f ? hi * (square - (u + 1.0f) * q_near) : hi - (u + 1.0f) * lo;
-                    ba += d > 0.0f ? q : r;
-                    ab += d > 0.0f ? r : q;
+            Kl found = {0, 0, -1};
+            if (shifts[p].is_difference()) {
+                const float la = (float)lse[a], lb = (float)lse[b];
+                const double left = (lse[b] - lb) - (lse[a] - la);
+                vd under_a = vd{}, under_b = vd{}, size_a = vd{}, size_b = vd{};
+                for (int64_t at = 0; at < t->vocab; at += BLOCK) {
+                    int count = t->vocab - at < BLOCK ? t->vocab - at : BLOCK;
+                    const float *ea = space + a * padded + at, *eb = space + b * padded + at;
+                    const float *xa = slots[a].get(rows, at, count, own, 0.0f), *xb = slots[b].get(rows, at, count, other, 0.0f);
+                    vf pa = vf{}, pb = vf{}, ua = vf{}, ub = vf{};
+                    for (int i = 0; i < BLOCK; i += LANES) {
+                        vf d = (read(xb + i) - lb) - (read(xa + i) - la), u = size_of(d);
+                        vf va = read(ea + i), vb = read(eb + i);
+                        pa += va * d;
+                        pb += vb * d;
+                        ua += va * u;
+                        ub += vb * u;
+                    }
+                    under_a += wide(pa);
+                    under_b += wide(pb);
+                    size_a += wide(ua);
+                    size_b += wide(ub);
                 }
-                sum_ba += wide(ba);
-                sum_ab += wide(ab);
+                found = {sum(under_b) * inverse[b] - left, left - sum(under_a) * inverse[a],
+                         sum(size_a) * inverse[a] + sum(size_b) * inverse[b]};
             }
-            double x = sum(sum_ba), y = sum(sum_ab);
-            t->ba[p * t->rows + row] = x < 0 ? 0 : x;
-            t->ab[p * t->rows + row] = y < 0 ? 0 : y;
+            double least = found.ba < found.ab ? found.ba : found.ab;
+            if (!(found.apart >= 0 && found.apart <= SURE * least && least >= SURE_KL)) {
+                const float *ea = space + a * padded, *eb = space + b * padded;
+                found = near(shifts[p], rows, t->vocab, lse[b] - lse[a], ea, eb, inverse[a], inverse[b], other);
+            }
+            t->ba[p * t->rows + row] = found.ba;
+            t->ab[p * t->rows + row] = found.ab;
+            t->apart[p * t->rows + row] = found.apart;
+        }
+    }
+}
+
+struct Residual {
+    const float* const* states;    // [rows, stride] each
+    const float* const* previous;
+    const int64_t *strides, *previous_strides;
+    int64_t size, rows;            // numbers in a row
+    int32_t n_states, n_previous, n_turns, n_pairs;
+    const int32_t *turns, *pairs;  // [turns, 2]: of a previous state and of a state; [pairs, 2]: of states
+    double *norm;                  // [states, rows]
+    double *delta, *turned;        // [turns, rows]
+    double *distance, *difference; // [pairs, rows]
+};
+
+// Rows first..last of the statistics of residual states, in float64 from the states' own values: capture/statistics.py.
+// States, previous states: 16 at most.
+void residual_rows(const Residual* t, int64_t first, int64_t last) {
+    for (int64_t row = first; row < last; row++) {
+        const float *states[16], *previous[16];
+        double norms[16], before[16];
+        for (int s = 0; s < t->n_states; s++) {
+            states[s] = t->states[s] + row * t->strides[s];
+            norms[s] = norm(states[s], t->size);
+            t->norm[s * t->rows + row] = norms[s];
+        }
+        for (int s = 0; s < t->n_previous; s++) {
+            previous[s] = t->previous[s] + row * t->previous_strides[s];
+            before[s] = norm(previous[s], t->size);
+        }
+        for (int i = 0; i < t->n_turns; i++) {
+            int a = t->turns[2 * i], b = t->turns[2 * i + 1];
+            t->delta[i * t->rows + row] = norms[b] - before[a];
+            t->turned[i * t->rows + row] = apart(previous[a], before[a], states[b], norms[b], t->size).turned;
+        }
+        for (int i = 0; i < t->n_pairs; i++) {
+            int a = t->pairs[2 * i], b = t->pairs[2 * i + 1];
+            Apart found = apart(states[a], norms[a], states[b], norms[b], t->size);
+            t->distance[i * t->rows + row] = found.turned;
+            t->difference[i * t->rows + row] = found.far;
         }
     }
 }

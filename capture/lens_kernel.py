@@ -18,7 +18,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -47,6 +47,7 @@ FLAGS = (
 )
 BLOCK = 512  # as in the source
 MOST_SLOTS, MOST_TERMS = 16, 4
+CELLS_OF_A_THREAD = 20_000  # numbers of a state: for fewer, waking a thread takes longer than the work
 COMPILE_S = 120.0
 
 
@@ -59,16 +60,28 @@ class _Tile(ctypes.Structure):
         *[(name, ctypes.c_int32) for name in ("n_tensors", "n_slots", "n_pairs", "k")],
         *[(name, ctypes.c_void_p) for name in ("slot_terms", "pair_terms", "pairs")],
         ("rows", ctypes.c_int64),
-        *[(name, ctypes.c_void_p) for name in ("entropy", "logsumexp", "ba", "ab", "ids", "values", "finite")],
+        *[(name, ctypes.c_void_p) for name in ("entropy", "logsumexp", "ba", "ab", "apart", "ids", "values", "finite")],
+    ]
+
+
+class _Residual(ctypes.Structure):
+    """`Residual` of the source, field by field."""
+
+    _fields_ = [
+        *[(name, ctypes.c_void_p) for name in ("states", "previous", "strides", "previous_strides")],
+        *[(name, ctypes.c_int64) for name in ("size", "rows")],
+        *[(name, ctypes.c_int32) for name in ("n_states", "n_previous", "n_turns", "n_pairs")],
+        *[(name, ctypes.c_void_p) for name in ("turns", "pairs", "norm", "delta", "turned", "distance", "difference")],
     ]
 
 
 @dataclass
 class Found:
-    """slots, increased, decreased: a TopK for each slot, and two for each pair. finite [R]: False where a logit is not finite,
+    """apart [C, R] float64: for each pair the mean of |d|, d = log p_b - log p_a, under the larger of both. slots, increased, decreased: a TopK for each slot, and two for each pair. finite [R]: False where a logit is not finite,
     and nothing else about the row means anything."""
 
     divergences: Divergences
+    apart: Tensor
     slots: list[TopK]
     increased: list[TopK]
     decreased: list[TopK]
@@ -79,9 +92,11 @@ class Kernel:
     """The compiled code. `takes` says what it can do; `tile` does it."""
 
     def __init__(self, library: Path) -> None:
-        self.rows = ctypes.CDLL(str(library)).lens_rows
-        self.rows.argtypes = [ctypes.POINTER(_Tile), ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p]
-        self.rows.restype = None
+        code = ctypes.CDLL(str(library))
+        self.lens_rows, self.residual_rows = code.lens_rows, code.residual_rows
+        self.lens_rows.argtypes = [ctypes.POINTER(_Tile), ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p]
+        self.residual_rows.argtypes = [ctypes.POINTER(_Residual), ctypes.c_int64, ctypes.c_int64]
+        self.lens_rows.restype = self.residual_rows.restype = None
 
     def takes(self, logits: Logits, k: int) -> bool:
         """Whether these logits can be given to `tile`."""
@@ -95,9 +110,10 @@ class Kernel:
             and all(x.shape == one.shape and x.stride(1) == 1 for x in logits.tensors)
         )
 
-    def space_bytes(self, n_slots: int, vocab: int) -> int:
+    def space_bytes(self, n_slots: int, n_pairs: int, vocab: int) -> int:
         """Memory that one thread works in."""
-        return 4 * (n_slots * -(-vocab // BLOCK) * BLOCK + 8 * BLOCK)
+        blocks = -(-vocab // BLOCK)
+        return 4 * ((n_slots * BLOCK + n_slots + 2 * n_pairs) * blocks + 2 * BLOCK)
 
     def tile(self, logits: Logits, pairs: Pairs, listed: int, k: int) -> Found:
         """All statistics of R rows. listed: of V, the entries that may be in top-k lists; k: length of the lists."""
@@ -105,7 +121,7 @@ class Kernel:
         rows, vocab = logits.tensors[0].shape
         k = min(k, listed)
         sums = torch.empty(2, n_slots, rows, dtype=torch.float64)
-        kl = torch.empty(2, n_pairs, rows, dtype=torch.float64)
+        kl = torch.empty(3, n_pairs, rows, dtype=torch.float64)
         ids = torch.empty(n_slots + 2 * n_pairs, rows, k, dtype=torch.int64)
         values = torch.empty(n_slots + 2 * n_pairs, rows, k)
         finite = torch.empty(rows, dtype=torch.bool)
@@ -117,25 +133,52 @@ class Kernel:
         tile = _Tile(
             tensors.data_ptr(), strides.data_ptr(), vocab, listed, len(logits.tensors), n_slots, n_pairs, k,
             slot_terms.data_ptr(), pair_terms.data_ptr(), numbers.data_ptr(), rows,
-            sums[0].data_ptr(), sums[1].data_ptr(), kl[0].data_ptr(), kl[1].data_ptr(),
+            sums[0].data_ptr(), sums[1].data_ptr(), kl[0].data_ptr(), kl[1].data_ptr(), kl[2].data_ptr(),
             ids.data_ptr(), values.data_ptr(), finite.data_ptr(),
         )  # fmt: skip
         n = max(1, min(torch.get_num_threads(), rows))
-        space = torch.empty(n, self.space_bytes(n_slots, vocab) // 4)
-        cuts = [i * rows // n for i in range(n + 1)]
-
-        def part(i: int) -> None:
-            self.rows(ctypes.byref(tile), cuts[i], cuts[i + 1], space[i].data_ptr())
-
-        others = [_threads(n).submit(part, i) for i in range(1, n)]  # ctypes lets the interpreter go while it runs
-        part(0)
-        for other in others:
-            other.result()
+        space = torch.empty(n, self.space_bytes(n_slots, n_pairs, vocab) // 4)
+        _in_threads(
+            lambda i, first, last: self.lens_rows(ctypes.byref(tile), first, last, space[i].data_ptr()), rows, n
+        )
         lists = [TopK(i, v) for i, v in zip(ids, values, strict=True)]
         return Found(
-            Divergences(sums[0], sums[1], kl[0], kl[1]),
+            Divergences(sums[0], sums[1], kl[0], kl[1]), kl[2],
             lists[:n_slots], lists[n_slots::2], lists[n_slots + 1 :: 2], finite,
         )  # fmt: skip
+
+    def takes_states(self, states: Sequence[Tensor]) -> bool:
+        """Whether these states can be given to `residuals`."""
+        return len(states) <= MOST_SLOTS and all(
+            x.device.type == "cpu" and x.dtype == torch.float32 and x.stride(1) == 1 for x in states
+        )
+
+    def residuals(
+        self, states: Sequence[Tensor], previous: Sequence[Tensor], turns: Pairs, pairs: Pairs
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """The fields of capture/statistics.py's Residuals, [n, R] float64 each, of states [R, D]."""
+        rows, size = states[0].shape
+        of = [torch.empty(n, rows, dtype=torch.float64) for n in (len(states), *2 * [len(turns)], *2 * [len(pairs)])]
+        numbers = [torch.tensor([x.data_ptr() for x in s], dtype=torch.int64) for s in (states, previous)]
+        numbers += [torch.tensor([x.stride(0) for x in s], dtype=torch.int64) for s in (states, previous)]
+        which = [torch.tensor(list(p), dtype=torch.int32).reshape(-1, 2) for p in (turns, pairs)]
+        call = _Residual(
+            *[x.data_ptr() for x in numbers], size, rows, len(states), len(previous), len(turns), len(pairs),
+            *[x.data_ptr() for x in (*which, *of)],
+        )  # fmt: skip
+        n = max(1, min(torch.get_num_threads(), rows, rows * size // CELLS_OF_A_THREAD))
+        _in_threads(lambda _, first, last: self.residual_rows(ctypes.byref(call), first, last), rows, n)
+        norm, delta, turned, distance, difference = of
+        return norm, delta, turned, distance, difference
+
+
+def _in_threads(part: Callable[[int, int, int], None], rows: int, n: int) -> None:
+    """part(thread, first row, last row) over all rows in n threads: ctypes lets the interpreter go while it runs."""
+    cuts = [i * rows // n for i in range(n + 1)]
+    others = [_threads(n).submit(part, i, cuts[i], cuts[i + 1]) for i in range(1, n)]
+    part(0, 0, cuts[1])
+    for other in others:
+        other.result()
 
 
 def _terms(of: Sequence[Sequence[int]]) -> Tensor:

@@ -20,15 +20,14 @@ from torch import Tensor
 from capture.checkpoint import free_memory
 from capture.config import Owner
 from capture.ledger import is_out_of_memory
-from capture.lens import PairStats, SlotStats, Statistics, join, lens_tile, put
+from capture.lens import SMALL_KL, PairStats, SlotStats, Statistics, join, lens_tile, put
 from capture.lens_plan import LensPlan
 from capture.lockstep import Pair
 from capture.logits import Logits, can_shift, sampled_logits, separate, shifted_logits, tile_logits
+from capture.unembed import Space
 
 log = logging.getLogger(__name__)
 
-SMALL_KL = 1e-4  # nats: below this, differences of float32 logits may cost a KL its third digit
-NEGLIGIBLE_KL = 1e-10  # nats: where both passes are as good as sure of one token; noise of 1e-6 in a logit adds 1e-12
 LIKELY_SMALL = 4 * SMALL_KL  # as seen on some of the vocabulary
 
 
@@ -72,6 +71,7 @@ class LensQueue:
     def __init__(self, pair: Pair, lens: LensPlan, tracked: Tensor, store: Store) -> None:
         self.pair, self.lens, self.tracked, self.store = pair, lens, tracked, store
         self.waiting: list[Waiting] = []
+        self.space = Space()
         self.left_out_mass: dict[str, float] = {"base": 0.0, "sft": 0.0}
 
     def __len__(self) -> int:
@@ -123,6 +123,7 @@ class LensQueue:
             if not is_out_of_memory(error) or n == 1 or self.lens.vocabulary.group.size > 1:
                 raise
             why = str(error).splitlines()[0]
+        self.space = Space()
         free_memory()  # outside of the handler: the traceback holds what the tile had made
         log.warning("lens: %s; going on with tiles of %d rows instead of %d", why, n // 2, n)
         self.lens.tile_bytes = n // 2 * len(rows.kind.heads) * self.lens.n_vocab * 4
@@ -143,8 +144,8 @@ class LensQueue:
             return self._shifted(rows, close.nonzero().flatten())
         far = (~close).nonzero().flatten()
         found = self._plain(_chosen(rows, far) if close.any() else rows)
-        small = torch.stack([_small(kl) for s in found[1].values() for kl in (s.kl_ba, s.kl_ab)]).any(0)
-        again = (small & finite[far]).nonzero().flatten()
+        lossy = torch.stack([s.lossy for s in found[1].values()]).any(0)
+        again = (lossy & finite[far]).nonzero().flatten()
         if len(again):
             _replace(found, again, self._shifted(rows, far[again]))
         if not close.any():
@@ -163,7 +164,9 @@ class LensQueue:
 
     def _plain(self, rows: Waiting) -> Statistics:
         return self._of(
-            self._common(tile_logits(self.pair, rows.states, rows.kind.heads), rows.kind.heads), rows, exact=False
+            self._common(tile_logits(self.pair, rows.states, rows.kind.heads, self.space), rows.kind.heads),
+            rows,
+            exact=False,
         )
 
     def _shifted(self, rows: Waiting, where: Tensor) -> Statistics:
@@ -194,10 +197,6 @@ class LensQueue:
                 self.left_out_mass[owner] = max(self.left_out_mass[owner], float(mass))
             common.append(x[:, :n])
         return separate(common)
-
-
-def _small(kl: Tensor) -> Tensor:
-    return (kl < SMALL_KL) & (kl > NEGLIGIBLE_KL)
 
 
 def _together(parts: Sequence[Waiting]) -> Waiting:

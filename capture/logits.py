@@ -18,7 +18,7 @@ from torch import Tensor
 
 from capture.config import Owner
 from capture.lockstep import Pair
-from capture.unembed import head_is_linear, own_logits, shift_of_heads, shift_of_rows, some_logits
+from capture.unembed import Space, head_is_linear, own_logits, shift_of_heads, shift_of_rows, some_logits
 
 
 @dataclass(frozen=True)
@@ -82,15 +82,16 @@ def separate(logits: Sequence[Tensor]) -> Logits:
     return Logits(logits, [(s + 1,) for s in range(len(logits))])
 
 
-def tile_logits(pair: Pair, rows: Sequence[Tensor], heads: Sequence[Owner]) -> Logits:
+def tile_logits(pair: Pair, rows: Sequence[Tensor], heads: Sequence[Owner], space: Space | None = None) -> Logits:
     """Logits of every slot; slots that share an unembedding share one product.
 
-    rows: S tensors [R, D] behind whatever norm they shall have; heads: whose unembedding each has.
+    rows: S tensors [R, D] behind whatever norm they shall have; heads: whose unembedding each has; space: the logits are good
+    until the next are made in it.
     """
     out: dict[int, Tensor] = {}
     for owner in dict.fromkeys(heads):
         members = [i for i, h in enumerate(heads) if h == owner]
-        logits = own_logits(pair.models[owner], torch.cat([rows[i] for i in members]))
+        logits = own_logits(pair.models[owner], torch.cat([rows[i] for i in members]), space)
         out |= dict(zip(members, logits.chunk(len(members)), strict=True))
     return separate([out[i] for i in range(len(rows))])
 

@@ -31,7 +31,7 @@ from capture.lockstep import Pair
 from capture.logits import can_shift, sampled_logits, separate, shifted_logits, tile_logits
 from capture.replay import Recording, record
 from capture.sublayer import sublayer_bytes
-from capture.unembed import SAMPLE, SAMPLES, SMALL_VOCABULARY
+from capture.unembed import SAMPLE, SAMPLES, SMALL_VOCABULARY, keeps_space
 
 log = logging.getLogger(__name__)
 
@@ -117,7 +117,8 @@ class Measure:
         probed = (
             sum(b.ids_BT.numel() for b in probe) * len(self.passes) * self.hidden * element
         )  # its rows, in its batch
-        beside = probed + self._waiting(tile_bytes) + SMALL + SMALL_PER_TOKEN * self.walk.tokens
+        kept = self._kept_logits(tile_bytes)
+        beside = probed + self._waiting(tile_bytes) + kept + SMALL + SMALL_PER_TOKEN * self.walk.tokens
         tail = 4 * self.walk.batch_tokens * self.hidden * max(4, element)
         return Activations(
             states=footprint.state_bytes(walk),
@@ -127,7 +128,7 @@ class Measure:
             opening=max(max(c.opening for c in self.calls), self.lens_bytes(tile_bytes, rows=8)),
             forward=forward,
             statistics=max(footprint.statistics_bytes(self.walk) + padded, tail) + spectra,
-            lens=self.lens_bytes(tile_bytes) + padded // 2 + spectra if self.lens.layers else 0,
+            lens=self.lens_bytes(tile_bytes) - kept + padded // 2 + spectra if self.lens.layers else 0,
         )
 
     def _spectra(self) -> int:
@@ -246,6 +247,16 @@ class Measure:
             self._forward[key] = self._lens(tile, tile_bytes)
         return self._forward[key]
 
+    def _kept_logits(self, tile_bytes: int) -> int:
+        """Logits of the largest tile, where they stay in memory while layers run."""
+        if not self.lens.layers:
+            return 0
+        tile = min(self._rows_at_once(), self.lens.tile_rows(len(self.passes), tile_bytes))
+        shards = {o: self.pair.models[o].head_shard()[1].shape[0] for o in self.pair.owners}
+        return sum(
+            tile * shards[p.unembedding] * 4 for p in self.passes if keeps_space(shards[p.unembedding], self.device)
+        )
+
     def _rows_at_once(self) -> int:
         """Rows that may share a tile of the lens."""
         return sum(b.ids_BT.numel() for b in self.batches if not b.probe) * self.lens.layers_at_once
@@ -329,7 +340,9 @@ class Measure:
         v, n_slots = self.lens.vocabulary, len(self.passes)
         threads = min(tile, torch.get_num_threads())
         lists = (n_slots + 2 * self.n_pairs) * v.k * (8 + 4)
-        return threads * kernel.space_bytes(n_slots, self.lens.n_vocab) + tile * (lists + 64 * (n_slots + self.n_pairs))
+        return threads * kernel.space_bytes(n_slots, self.n_pairs, self.lens.n_vocab) + tile * (
+            lists + 64 * (n_slots + self.n_pairs)
+        )
 
 
 def can_shift_without_data(pair: Pair, heads: Sequence[Owner]) -> bool:

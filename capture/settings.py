@@ -51,7 +51,7 @@ class Lens(Frozen):
     )
     compile: Literal["auto"] | bool = Field(
         default="auto",
-        description="whether statistics of logits in main memory run compiled, which takes a C++ compiler once: auto does where "
+        description="whether statistics of states and logits in main memory run compiled, which takes a C++ compiler once: auto does where "
         "there is one; true fails where there is none; the same tolerances hold either way",
     )
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from capture.footprint import STATISTICS_CELLS
+from capture.lens_kernel import Kernel
 
 
 def _in_pieces(statistic: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -43,9 +44,13 @@ def residuals(
     previous: Sequence[Tensor],
     turns: Sequence[tuple[int, int]],
     pairs: Sequence[tuple[int, int]],
+    kernel: Kernel | None = None,
 ) -> Residuals:
     """All statistics of states [R, D] at once, as `norm`, `norm_of_difference` and `cosine_distance` have them one by one: norms
-    and directions are made once. turns: (index of a previous state, of a state), sorted; pairs: (a, b) of states."""
+    and directions are made once. turns: (index of a previous state, of a state), sorted; pairs: (a, b) of states. kernel: the
+    compiled way, where it takes these states."""
+    if kernel is not None and kernel.takes_states([*states, *previous]):
+        return Residuals(*kernel.residuals(states, previous, turns, pairs))
     rows = max(1, STATISTICS_CELLS // states[0].shape[1])
     parts = []
     for start in range(0, states[0].shape[0], rows):

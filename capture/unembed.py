@@ -73,8 +73,32 @@ def _precision(operands: torch.dtype) -> Iterator[None]:
         torch.backends.cuda.matmul.allow_tf32 = before
 
 
-def _product(x: Tensor, weight: Tensor | HeadRows, bias: Tensor | None) -> Tensor:
-    """x W^T + b in float32 from upcast operands, whatever their dtype; a chunk of the vocabulary at a time.
+class Space:
+    """Memory for the logits of tiles, kept from tile to tile where that is main memory: fresh memory costs a quarter of a
+    product's time there. A device's allocator keeps its own."""
+
+    def __init__(self) -> None:
+        self.flat: dict[str, Tensor] = {}
+
+    def take(self, key: str, rows: int, weight: Tensor | HeadRows, device: torch.device) -> Tensor | None:
+        """[rows, V] float32, of what was given for the same key before; None where it is not worth keeping."""
+        size = rows * weight.shape[0]
+        if not keeps_space(weight.shape[0], device):
+            return None
+        if key not in self.flat or self.flat[key].numel() < size:
+            self.flat.pop(key, None)
+            self.flat[key] = torch.empty(size)
+        return self.flat[key][:size].view(rows, -1)
+
+
+def keeps_space(n_vocab: int, device: torch.device) -> bool:
+    """Whether the logits of a tile stay in memory between tiles."""
+    return device.type == "cpu" and n_vocab > HEAD_CHUNK
+
+
+def _product(x: Tensor, weight: Tensor | HeadRows, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
+    """x W^T + b in float32 from upcast operands, whatever their dtype; a chunk of the vocabulary at a time. out [R, V]: for it,
+    where there is one.
 
     The same chunks in every mode, because a product of another shape may round otherwise.
     """
@@ -82,7 +106,8 @@ def _product(x: Tensor, weight: Tensor | HeadRows, bias: Tensor | None) -> Tenso
     if weight.shape[0] <= HEAD_CHUNK:
         return functional.linear(x, weight[:].float(), None if bias is None else bias.float())
     rows = x.flatten(0, -2)
-    out = torch.empty(rows.shape[0], weight.shape[0], dtype=torch.float32, device=x.device)
+    if out is None:
+        out = torch.empty(rows.shape[0], weight.shape[0], dtype=torch.float32, device=x.device)
     for part in _chunks(weight):
         torch.mm(rows, weight[part].float().T, out=out[:, part])
         if bias is not None:
@@ -108,14 +133,15 @@ class _Hidden(tuple[Tensor]):
 
 
 @torch.no_grad()
-def own_logits(model: StreamedModel, rows_RD: Tensor) -> Tensor:
+def own_logits(model: StreamedModel, rows_RD: Tensor, space: Space | None = None) -> Tensor:
     """Logits [R, V] float32 of rows that already went through whatever norm they shall have; V is the rank's own shard.
 
-    The rows are in the model's dtype; the product is in float32.
+    The rows are in the model's dtype; the product is in float32. space: the result is good until the next is made in it.
     """
     _, weight, bias = model.head_shard()
+    out = None if space is None else space.take(model.label, rows_RD.shape[0], weight, rows_RD.device)
     with _precision(weight.dtype):
-        return _through(model, rows_RD, lambda x: _product(x, weight, bias))
+        return _through(model, rows_RD, lambda x: _product(x, weight, bias, out))
 
 
 @torch.no_grad()

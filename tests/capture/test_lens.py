@@ -123,3 +123,15 @@ def test_a_peaked_slot_beside_a_broad_one_and_its_twin_keep_their_digits(kernel)
     assert (-(p.exp() * p).sum(1) - slots[1].entropy).abs().max() < 1e-6
     want = (q.exp() * (q - p)).sum(1)
     assert ((pairs[(1, 2)].kl_ba - want).abs() / want).max() < 1e-4
+
+
+def test_a_small_kl_is_lossy_where_the_slots_hardly_differ_and_not_where_both_are_sure_of_one_token(kernel):
+    generator = torch.Generator().manual_seed(9)
+    close = torch.randn(5, 3000, generator=generator)
+    sure = close.clone()
+    sure[:, 7] += 17  # all but 1e-4 of the weight
+    for first, scale, lossy in ((close, 5e-3, True), (sure, 0.3, False), (close, 0.3, False)):
+        x = [first, first + scale * torch.randn(5, 3000, generator=generator)]
+        _, pairs = lens_tile(separate(x), [(0, 1)], NEXT, TRACKED, Vocabulary(3000, 5), rows=2, kernel=kernel)
+        assert (pairs[0, 1].kl_ba < 1e-4).all() == (lossy or first is sure)
+        assert pairs[0, 1].lossy.tolist() == [lossy] * 5

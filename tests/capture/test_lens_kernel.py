@@ -14,6 +14,7 @@ from capture.errors import ConfigError
 from capture.lens_kernel import Kernel, load_kernel
 from capture.logits import Logits, separate
 from capture.run import capture_pair
+from capture.statistics import residuals
 
 
 @pytest.fixture
@@ -110,6 +111,61 @@ def test_slots_that_are_sums_of_tensors():
         d = sum((1 if t > 0 else -1) * logits.tensors[abs(t) - 1].double() for t in logits.shift_terms(a, b))
         assert torch.equal(found.increased[i].ids, d.topk(4).indices)
         assert torch.equal(found.decreased[i].ids, d.topk(4, largest=False).indices)
+
+
+@pytest.mark.parametrize("top", [0.0, 8.0, 16.0])  # how sure all slots are of one token
+@pytest.mark.parametrize("spread", [1e-2, 0.05, 0.08, 0.15, 0.5, 3.0, 30.0])
+def test_divergences_hold_from_where_slots_hardly_differ_to_where_they_differ_altogether(top, spread):
+    """Logits that are one shift of 40 apart, as those of two models may be: what rounding costs must not grow with it."""
+    one = kernel()
+    generator = torch.Generator().manual_seed(5)
+    first = torch.randn(40, 5000, generator=generator)
+    first[:, 17] += top
+    second = first + spread * torch.randn(40, 5000, generator=generator) + 40
+    found = one.tile(separate([first, second]), [(0, 1)], 5000, 3)
+    a, b = first.double().log_softmax(1), second.double().log_softmax(1)
+    for got, want in ((found.divergences.ba[0], (b.exp() * (b - a)).sum(1)), (found.divergences.ab[0], (a.exp() * (a - b)).sum(1))):  # fmt: skip
+        assert ((got - want).abs() / (want + 1e-7)).max() < 3e-4
+    most = (torch.maximum(a, b).exp() * (a - b).abs()).sum(1)
+    assert (found.apart[0] >= most * 0.999 - 5e-6).all()  # 40 is rounded to 4e-6
+    assert (found.apart[0] <= most * 2.001 + 5e-6).all()
+
+
+@pytest.mark.parametrize(("vocab", "listed", "k"), [(40, 40, 40), (700, 650, 20), (20_000, 19_999, 20), (20_000, 700, 3), (140_000, 140_000, 300)])  # fmt: skip
+def test_lists_are_those_of_a_sort(vocab, listed, k):
+    one = kernel()
+    generator = torch.Generator().manual_seed(6)
+    x = [torch.randn(3, vocab, generator=generator).mul(4).round() / 4 for _ in range(2)]  # with ties
+    x[0][0] = x[0][0].sort().values  # rising: every entry is the best so far
+    x[1][1] = 0
+    found = one.tile(separate(x), [(0, 1)], listed, k)
+    for got, values in ((found.slots[0], x[0]), (found.slots[1], x[1]), (found.increased[0], x[1] - x[0])):
+        order = values[:, :listed].sort(descending=True, stable=True)
+        assert torch.equal(got.ids, order.indices[:, :k])
+        assert torch.equal(got.values, order.values[:, :k])
+    order = (x[1] - x[0])[:, :listed].sort(stable=True)
+    assert torch.equal(found.decreased[0].ids, order.indices[:, :k])
+    assert torch.equal(found.decreased[0].values, order.values[:, :k])
+
+
+@pytest.mark.parametrize("size", [3, 64, 577])
+def test_residual_statistics_are_those_of_the_plain_way(size):
+    one = kernel()
+    generator = torch.Generator().manual_seed(7)
+    states = [torch.randn(90, size, generator=generator) * 10.0**e for e in (0, 2, -3)]
+    states.append(states[0] + 1e-6 * states[2])
+    states[1][3] = states[2][3] = 0
+    before = [states[1] * 2, states[0]]
+    turns, pairs = [(0, 1), (0, 2), (1, 0), (1, 3)], [(0, 1), (0, 3), (1, 2), (2, 2)]
+    plain, compiled = residuals(states, before, turns, pairs), residuals(states, before, turns, pairs, one)
+    for name, want in vars(plain).items():
+        got = getattr(compiled, name)
+        assert got.dtype == want.dtype == torch.float64
+        assert ((got - want).abs() <= 1e-11 * want.abs() + 1e-25).all() or name == "norm_delta", name
+    assert torch.allclose(compiled.norm_delta, plain.norm_delta, rtol=0, atol=1e-11)
+    assert (compiled.turned[2] == 0).all()  # a state from itself
+    assert not one.takes_states([states[0].double()])
+    assert residuals(states[:1], [], [], [], one).turned.shape == (0, 90)
 
 
 def test_what_it_does_not_take():
