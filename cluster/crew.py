@@ -19,6 +19,7 @@ from ray.util.scheduling_strategies import (
 
 from capture.ranks import Ranks
 from capture.relay import Handover, Sent
+from cluster.lost import Pulse
 from cluster.resources import Request
 
 
@@ -65,6 +66,7 @@ class Crew:
         self.log = ""  # of the work that it was last asked to do
         self.watch: Any = None
         self.watched = 0.0
+        self.pulse = Pulse()
         self.hidden, self.asked_again = False, 0.0
 
     @property

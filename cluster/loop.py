@@ -23,7 +23,7 @@ from capture.stop import Stop
 from cluster.actor import CaptureActor
 from cluster.crew import Crew, brought_home
 from cluster.job import Job
-from cluster.lost import UNHEARD, lost
+from cluster.lost import SILENT_S, UNHEARD, lost, silent
 from cluster.placing import Patience
 from cluster.queue import Queue
 
@@ -93,11 +93,15 @@ class Loop:
             self.show.event(job.name, text)
         for job, error in given_up:
             self._give_up(job, error)
-        for job in self.queue.active:
+        for job in list(self.queue.active):
             for crew in job.crews.values():
                 crew.look_for_it(now - AGAIN_EVERY)
-            if job.crew is not None and job.crew.is_to_be_watched(now - WATCH_EVERY):
+            if job.crew is None:
+                continue
+            if job.crew.is_to_be_watched(now - WATCH_EVERY):
                 job.crew.ask_for_progress(now)
+            if job.crew.pulse.look(now, asked=job.crew.watch is not None) > SILENT_S:
+                self._failed(job, job.span, silent(job.crew))
 
     def _awaited(self, job: Job) -> Iterator[tuple[Any, tuple[Job, Crew, Callable[[Any], None]]]]:
         """What to wait for of a job, and what to do once it is there."""
@@ -278,6 +282,7 @@ class Loop:
 
     def _progress(self, job: Job, span: int, ref: Any) -> None:
         job.crews[span].watch = None
+        job.crews[span].pulse.heard()
         with contextlib.suppress(RayError):  # a dead actor is seen at its work
             progress = ray.get(ref)
             if (

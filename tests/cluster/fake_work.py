@@ -204,6 +204,12 @@ def killed_once(entry: Entry, out: str, **kwargs: Any) -> Result:
     return _done(entry, out)
 
 
+def stopped_once(entry: Entry, out: str, **kwargs: Any) -> Result:
+    if _note(entry, out, kwargs["tile_divisor"]) == 0:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    return _done(entry, out)
+
+
 def killed_always(entry: Entry, out: str, **kwargs: Any) -> Result:
     _note(entry, out, kwargs["tile_divisor"])
     os.kill(os.getpid(), signal.SIGKILL)
