@@ -90,10 +90,18 @@ def _default_config(environ: Mapping[str, str]) -> Path:
 # -- YAML ------------------------------------------------------------------------------------------------------------
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML in which two escapes of half a character each are the character, as JSON writes those beyond U+FFFF: "\\ud83d\\ude00"."""
+
+    def construct_scalar(self, node: Any) -> Any:
+        value = super().construct_scalar(node)
+        return value.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "surrogatepass")
+
+
 def _read_yaml(file: Path) -> tuple[Any, yaml.Node | None]:
     """The file's data, and its node tree, which knows the lines."""
     try:
-        loader = yaml.SafeLoader(file.read_text(encoding="utf-8-sig"))
+        loader = _Loader(file.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         beside = [p.name for p in file.parent.glob("*.y*ml")] if file.parent.is_dir() else []
         raise ConfigError(f"no config file '{file}'{near(file.name, beside)}") from None
