@@ -40,6 +40,12 @@ FAULTS: dict[str, Known] = {
     },
     "stop": Known("worker", "SIGSTOP for two seconds", "in a middle layer; SIGCONT from a process beside it"),
     "stop-minute": Known("worker", "SIGSTOP for a minute", "in a middle layer of a sweep; SIGCONT from a process beside it"),
+    "stop-forever": Known(
+        "worker", "SIGSTOP for good", "in a sweep's worker; the half an hour is three seconds in the test",
+        ("tests/cluster/test_silence.py::test_a_worker_that_is_stopped_for_good_is_ended_and_replaced",),
+        "after half an hour `no sign of life from the worker on <node> …: its process is stopped or hangs; it is ended`; trying again",
+        "from the last span on",
+    ),
     "oom-layer": Known("worker", "device out of memory in a layer", "torch.OutOfMemoryError, raised in the layer"),
     "oom-lens": Known("worker", "device out of memory in the lens", "torch.OutOfMemoryError, raised in the lens"),
     "oom-host": Known("worker", "host out of memory", "MemoryError, raised while a layer is read"),
@@ -149,6 +155,11 @@ FAULTS: dict[str, Known] = {
         ("tests/cluster/test_deliver.py::test_a_line_that_is_cut_again_and_again_delivers_what_was_sent",),
         "nothing: what was not heard of is sent again",
     ),
+    "one-way-out": Known("network", "one-way loss: nothing leaves a node", "packets dropped by a firewall, on hosts of their own"),
+    "one-way-in": Known("network", "one-way loss: nothing reaches a node", "packets dropped by a firewall, on hosts of their own"),
+    "tunnel-flaps": Known("network", "a node's tunnel flaps", "its ssh is killed six times within seconds"),
+    "key-refused": Known("network", "ssh key refused", "the key is taken out of the head's authorized_keys"),
+    "probed": Known("network", "a host's ports tried from outside", "connections from another network, with the firewall of a rented machine"),
     # -- Vast ----------------------------------------------------------------------------------------------------------
     "vast": Known(
         "Vast", "all of the provider's faults, randomly mixed: 28 kinds, and machines that vanish, are outbid, reboot",
