@@ -204,7 +204,7 @@ def _message(reply: Any) -> str:
 def _shape(reply: Any) -> str:
     """What kind of reply it is, without what it says: that may hold keys and tokens, of Vast's or of the request."""
     if isinstance(reply, dict):
-        return f"an object of {', '.join(map(str, reply))[:120] or 'nothing'}"
+        return f"an object with the keys {', '.join(map(str, reply))[:120] or 'nothing'}"
     if isinstance(reply, list):
         return f"a list of {len(reply)}"
     return "nothing" if reply is None else f"a {type(reply).__name__}"

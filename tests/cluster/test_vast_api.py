@@ -140,4 +140,4 @@ def test_an_error_tells_the_shape_of_a_reply_and_not_what_it_holds(fake: Fake, r
         with pytest.raises(VastError) as caught:
             ask()
         assert "hush" not in str(caught.value)
-        assert re.search(r"an object of |a list of |a str|\bnot rent|cannot be read", str(caught.value))
+        assert re.search(r"an object with |a list of |a str|\bnot rent|cannot be read", str(caught.value))

@@ -164,7 +164,7 @@ class Market:
                 lines.append({
                     "id": one.id, "ask": one.ask["id"], "machine_id": one.ask["machine_id"], "label": one.label, "env": one.env,
                     "created": one.created, "destroyed": one.destroyed, "ended_by": one.ended_by, "gpu_seconds": gpu,
-                    "dollars": gpu / 3600 * one.dph + disk, "status": one.status, "key": one.key,
+                    "dollars": gpu / 3600 * one.dph + disk, "status": one.status, "key": one.key, "bid": one.bid,
                 })  # fmt: skip
             return sorted(lines, key=lambda line: line["id"])
 

@@ -41,8 +41,11 @@ class Rehearsal:
             "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1",  # what a log says is seen when it is said
         }  # fmt: skip
 
-    def write_yaml(self, **changes: Any) -> None:
-        """The repository's file with another name and image. The hosts share this machine's cores, so they claim two each."""
+    def write_yaml(self, *, spot: int = 0, **changes: Any) -> None:
+        """The repository's file with another name and image. The hosts share this machine's cores, so they claim two each.
+
+        spot: so many of `max_workers` are interruptible machines, of the type rtx4090-spot, and the rest of the head's type.
+        """
         content = yaml.safe_load((ROOT / "ray_cluster.yaml").read_text())
         content["cluster_name"] = self.name
         content["provider"]["offers"]["image"] = "this-machine"
@@ -50,6 +53,10 @@ class Rehearsal:
         content["auth"]["ssh_user"] = self.user
         for key, value in changes.items():
             content[key] = content[key] | value if isinstance(value, dict) else value
+        if spot:
+            types = content["available_node_types"]
+            types["rtx4090"]["max_workers"] = content["max_workers"] - spot
+            types["rtx4090-spot"] |= {"max_workers": spot, "resources": types["rtx4090"]["resources"]}
         self.yaml.write_text(yaml.safe_dump(content, sort_keys=False))
 
     def ray(self, verb: str, *args: str, timeout: float = 240) -> str:

@@ -126,6 +126,12 @@ def on_workers(stage: Rehearsal, head: int) -> dict[int, str]:
     }
 
 
+def at_work(stage: Rehearsal, head: int, *, bid: bool) -> dict[int, str]:
+    """Those of on_workers that are interruptible, or those that are not."""
+    kind = {line["id"]: line["bid"] is not None for line in stage.fake.live()}
+    return {node: entry for node, entry in on_workers(stage, head).items() if kind.get(node) is bid}
+
+
 def cut(stage: Rehearsal, *workers: int, seconds: float) -> None:
     """Nothing leaves these workers for a while."""
     hosts = [h for h in stage.run("ip", "netns", "list").split() if h.rpartition("-")[2] in map(str, workers)]
@@ -154,10 +160,10 @@ def test_a_cluster_grows_for_a_sweep_and_shrinks_after_it(stage: Rehearsal) -> N
     collector = collecting(stage, home)
     try:
         with submitted(stage, write_sweep(stage, 6, prompts=60)) as (run, log):
-            wait_for(lambda: list(home.glob("captures/*/*/_COMPLETE")) or run.poll() is not None, 240)
+            wait_for(lambda: list(home.glob("captures/*/*/_COMPLETE")) or run.poll() is not None, 600)
             assert run.poll() is None, "the first capture is at home while the sweep runs\n" + log.read_text()[-3000:]
             (head, *_) = (line["id"] for line in stage.fake.bill())
-            wait_for(lambda: on_workers(stage, head) or run.poll() is not None, 240)
+            wait_for(lambda: on_workers(stage, head) or run.poll() is not None, 600)
             cut(stage, *on_workers(stage, head), seconds=20)
             assert ended(run, log, 500) == 0, log.read_text()[-3000:]
         said, _ = collector.communicate(timeout=90)
@@ -187,7 +193,7 @@ def test_a_cluster_grows_for_a_sweep_and_shrinks_after_it(stage: Rehearsal) -> N
 
 @pytest.mark.slow
 def test_workers_that_are_destroyed_or_outbid_cost_no_capture(stage: Rehearsal) -> None:
-    stage.write_yaml(idle_timeout_minutes=IDLE_MINUTES, max_workers=2)
+    stage.write_yaml(idle_timeout_minutes=IDLE_MINUTES, max_workers=2, spot=1)
     stage.ray("up", "-y")
     (head,) = (line["id"] for line in stage.fake.live())
     home = stage.folder / "results"
@@ -195,11 +201,10 @@ def test_workers_that_are_destroyed_or_outbid_cost_no_capture(stage: Rehearsal) 
     lost: dict[int, str] = {}
     try:
         with submitted(stage, write_sweep(stage, 6, prompts=60)) as (run, log):
-            for how in ("vanish", "outbid"):
-                wait_for(lambda: set(on_workers(stage, head)) - set(lost) or run.poll() is not None, 300)
+            for how, bid in (("vanish", False), ("outbid", True)):
+                found = wait_for(lambda bid=bid: at_work(stage, head, bid=bid) or run.poll() is not None, 600)
                 assert run.poll() is None, log.read_text()[-3000:]
-                worker, entry = next((w, e) for w, e in on_workers(stage, head).items() if w not in lost)
-                lost[worker] = entry
+                worker, lost[worker] = next(iter(found.items()))
                 stage.fake.control(f"{how}/{worker}")
             assert ended(run, log, 600) == 0, log.read_text()[-3000:]
         said, _ = collector.communicate(timeout=120)
