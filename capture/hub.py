@@ -274,4 +274,5 @@ def hub_error(repo: str, revision: str | None, error: Exception) -> CheckpointEr
 
 
 def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    text = re.sub(r"For more information check: \S+", "", str(error))  # what a status means in general
+    return f"{type(error).__name__}: {' '.join(text.split())[:300]}"

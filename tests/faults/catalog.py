@@ -65,17 +65,17 @@ FAULTS: dict[str, Known] = {
     "node-lost": Known(
         "Ray", "node lost, and with it the objects that it held", "its raylet is killed before anything was copied",
         (f"{SPANS}::test_what_was_lost_with_its_node_is_made_again",),
-        "`LostError` or `WorkerDiedError`; trying again, layers first that were lost with their node",
+        "`LostError` or `WorkerDiedError`; trying again, layers first that were lost with their node", "the layers that were lost, and those behind them",
     ),
     "span-worker-killed": Known(
         "Ray", "worker of one of three spans killed", "SIGKILL behind its first layer, on two nodes",
         (f"{SPANS}::test_three_spans_on_two_nodes_with_a_worker_killed_give_the_tables_of_one_worker",),
-        "`lost the worker on <node>`; trying again: only its own layers",
+        "`lost the worker on <node>`; trying again: only its own layers", "its own layers",
     ),
     "rank-killed": Known(
         "Ray", "one rank of a tensor-parallel group killed", "SIGKILL once a span is committed",
         (f"{GROUPS}::test_a_rank_that_dies_takes_its_group_down_and_the_next_group_goes_on_after_the_last_span",),
-        "`lost the worker on <node>`; trying again; no placement group is left",
+        "`lost the worker on <node>`; trying again; no placement group is left", "from the last span on",
     ),
     "line-cut": Known(
         "Ray", "line between driver and worker cut while the work's answer comes", "three times Ray says that the worker cannot be reached",
@@ -85,7 +85,7 @@ FAULTS: dict[str, Known] = {
     "never-placed": Known(
         "Ray", "placement never ready", "entries that wait for a place, on a clock of the test's own",
         (f"{PLACING}::test_an_entry_is_given_up_when_its_time_is_over", f"{PLACING}::test_what_is_waited_for_is_told_once"),
-        "`waiting for a place with 1 GPU`; after --place-within: `got no place within …; there is …`",
+        "`waiting for a place with 1 GPU`; after --place-within: `got no place within …; there is …`", "nothing",
     ),
     # -- storage -------------------------------------------------------------------------------------------------------
     "disk-full": Known("storage", "disk full while writing", "a file system of 256 KiB"),
@@ -104,27 +104,27 @@ FAULTS: dict[str, Known] = {
     "store-5xx": Known(
         "storage", "object store says busy (5xx, 429), or breaks the line", "a local store that errs on order",
         (f"{STORE}::test_a_store_that_says_busy_or_breaks_the_line_is_asked_again",),
-        "nothing: the store is asked again",
+        "nothing: the store is asked again", "what was refused",
     ),
     "store-down": Known(
         "storage", "object store stays broken", "a local store that errs on order",
         (f"{STORE}::test_a_store_that_stays_broken_is_one_error_and_leaves_no_marker",),
-        "one `StoreError`; no marker is there",
+        "one `StoreError`; no marker is there", "the delivery",
     ),
     "store-end": Known(
         "storage", "object store fails a capture at its end", "a local store that errs on order",
         (f"{STORE}::test_a_capture_whose_store_fails_it_at_the_end_goes_on_where_it_was",),
-        "`StoreError: cannot write …`; run again, it goes on behind the last span",
+        "`StoreError: cannot write …`; run again, it goes on behind the last span", "from the last span on",
     ),
     "store-partial": Known(
         "storage", "partial upload", "an upload of several parts that is cut",
         (f"{STORE}::test_what_is_larger_than_a_part_is_there_whole_or_not_at_all",),
-        "nothing of the object is there",
+        "nothing of the object is there", "the upload",
     ),
     "store-silent": Known(
         "storage", "object store does not say what it has", "a local store that errs on order",
         (f"{STORE}::test_a_capture_whose_store_fails_it_at_the_end_goes_on_where_it_was",),
-        "`StoreError: cannot read …`; nothing is made again",
+        "`StoreError: cannot read …`; nothing is made again", "nothing",
     ),
     "interleaved": Known("storage", "any interleaving of two writers, crashes and reruns", "drawn by hypothesis, at every system call of the store"),
     # -- models --------------------------------------------------------------------------------------------------------
@@ -153,7 +153,7 @@ FAULTS: dict[str, Known] = {
     "flapping": Known(
         "network", "the line to the head's disk flaps", "a third of all calls or answers are lost, twenty seeds",
         ("tests/cluster/test_deliver.py::test_a_line_that_is_cut_again_and_again_delivers_what_was_sent",),
-        "nothing: what was not heard of is sent again",
+        "nothing: what was not heard of is sent again", "what was not heard of",
     ),
     "one-way-out": Known("network", "one-way loss: nothing leaves a node", "packets dropped by a firewall, on hosts of their own"),
     "one-way-in": Known("network", "one-way loss: nothing reaches a node", "packets dropped by a firewall, on hosts of their own"),
