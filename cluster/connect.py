@@ -16,6 +16,10 @@ from capture.errors import PairscopeError
 
 OBJECT_STORE_BYTES = 100 * 1024**2  # actors hand back paths and counts, so Ray's smallest store is plenty
 
+# Ray gives its own node 30 seconds to start, which a machine that does much else may not keep to the first time.
+START_TRIES = 3
+TOO_SLOW = "timed out during startup"
+
 
 class ClusterError(PairscopeError):
     """Ray did not start, or the cluster that RAY_ADDRESS names cannot be used."""
@@ -78,13 +82,20 @@ def connected(cpus: int | None = None) -> Iterator[Cluster]:
 
 def _start(ray: Any, address: str, local: bool, cpus: int | None) -> None:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if local:
-        ray.init(
-            address="local", num_cpus=cpus, include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **quiet
-        )
-    else:
+    if not local:
         _knock(address)
         ray.init(address=address, **quiet)
+        return
+    for left in reversed(range(START_TRIES)):
+        try:
+            ray.init(
+                address="local", num_cpus=cpus, include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **quiet
+            )
+            return
+        except Exception as error:
+            if TOO_SLOW not in str(error) or not left:
+                raise
+            ray.shutdown()  # what is left of it ends with this process
 
 
 def _knock(address: str) -> None:

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from cluster.connect import START_TRIES, TOO_SLOW
+
 
 @pytest.fixture(scope="session")
 def local_ray() -> Iterator[None]:
@@ -25,8 +27,7 @@ def local_ray() -> Iterator[None]:
 
 
 def start(ray: Any) -> None:
-    """Start it; once more where the machine is so busy that Ray gives up on its own node, which it does after 30 seconds."""
-    for left in (2, 1, 0):
+    for left in reversed(range(START_TRIES)):
         try:
             ray.init(
                 address="local", num_cpus=2, num_gpus=2, include_dashboard=False, log_to_driver=False,
@@ -35,5 +36,5 @@ def start(ray: Any) -> None:
             return
         except Exception as error:
             ray.shutdown()
-            if "timed out during startup" not in str(error) or not left:
+            if TOO_SLOW not in str(error) or not left:
                 raise

@@ -5,10 +5,11 @@ from __future__ import annotations
 import socket
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from cluster.connect import ClusterError, connected, running_elsewhere
+from cluster.connect import TOO_SLOW, ClusterError, _start, connected, running_elsewhere
 
 
 @pytest.fixture
@@ -52,3 +53,33 @@ def test_a_ray_started_by_hand_is_noticed(tmp_path: Path, monkeypatch: pytest.Mo
     assert running_elsewhere() == "10.0.0.1:6379"
     monkeypatch.setenv("RAY_ADDRESS", "auto")
     assert running_elsewhere() is None
+
+
+class SlowRay:
+    """ray.init as it fails where the machine is busy: so many times, with this text."""
+
+    def __init__(self, times: int, text: str) -> None:
+        self.times, self.text, self.inits, self.ends = times, text, 0, 0
+
+    def init(self, **options: Any) -> None:
+        self.inits += 1
+        if self.inits <= self.times:
+            raise Exception(self.text)
+
+    def shutdown(self) -> None:
+        self.ends += 1
+
+
+@pytest.mark.parametrize(
+    ("times", "text", "inits"), [(0, "", 1), (2, TOO_SLOW, 3), (3, TOO_SLOW, 3), (1, "no room", 1)]
+)
+def test_a_ray_of_our_own_that_was_too_slow_is_started_again_and_another_error_is_told(
+    times: int, text: str, inits: int
+) -> None:
+    ray = SlowRay(times, f"The current node {text}.")
+    if inits <= times:
+        with pytest.raises(Exception, match=text):
+            _start(ray, "", True, 2)
+    else:
+        _start(ray, "", True, 2)
+    assert (ray.inits, ray.ends) == (inits, inits - 1)
