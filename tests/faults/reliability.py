@@ -24,11 +24,12 @@ SOAK = "soak.json"  # what soak.py leaves there
 
 HEAD = """# What happens when things break
 
-Made by `make reliability` from docs/reliability.json, which is what the fault suite of tests/faults saw when it last ran. Behind
-every row the same is checked (tests/faults/invariants.py): every capture that was reported complete is there with right
-checksums and counts; no row is there twice; what was interrupted goes on, and its tables equal an undisturbed run's bit for bit;
-the manifest has a row for every attempt, and none says `running` when nobody runs; no process, placement group or temporary file
-is left. So in every row **nothing is lost** but the work named under "done again".
+Made by `make reliability` from docs/reliability.json, which is what the fault suite of tests/faults saw when it last ran. Where a
+capture is under way in it, the same is checked each time (tests/faults/invariants.py): every capture that was reported complete
+is there with right checksums and counts; no row is there twice; what was interrupted goes on, and its tables equal an undisturbed
+run's bit for bit; the manifest has a row for every attempt, and none says `running` when nobody runs; no process, placement group
+or temporary file is left. What other tests show (docs/reliability.json names them) is held against what theirs must be: tables
+of one worker, bytes of a store, the bill of a cluster. So in every row **nothing is lost** but the work named under "done again".
 
 Seconds are from the fault, or from the next start where somebody has to start again, to complete captures, of a tiny pair of four
 layers, and of a machine that other work shared: they say that it ends, not how fast. A capture commits spans of its layers as it
