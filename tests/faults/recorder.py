@@ -24,7 +24,9 @@ _failed: set[str] = set()
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    if FOLDER not in os.environ or (report.when != "call" and not report.failed):
+    if FOLDER not in os.environ or "PYTEST_XDIST_WORKER" in os.environ:  # who runs the workers hears of all tests
+        return
+    if report.when != "call" and not report.failed:
         return
     for row in rows_of(report):
         file = Path(os.environ[FOLDER]) / f"{row['fault']}.json"
