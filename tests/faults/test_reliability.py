@@ -54,6 +54,7 @@ def test_a_fault_of_a_test_elsewhere_is_recorded_when_it_passes_and_taken_back_w
     (tmp_path / "only.py").write_text(plugin + "from recorder import *\n")
     record = tmp_path / "record"
     environment = os.environ | {"PAIRSCOPE_RELIABILITY": str(record), "PYTHONPATH": f"{tmp_path}:{HERE}"}
+    environment.pop("PYTEST_XDIST_WORKER", None)
     ask = [sys.executable, "-m", "pytest", "-q", "-p", "only", "-p", "no:cacheprovider", "test_shown.py"]
     for more, codes in (({}, 0), ({"FAIL": "1"}, 1)):
         assert subprocess.run(ask, cwd=tmp_path, env=environment | more, capture_output=True).returncode == codes
