@@ -17,7 +17,7 @@ from capture.printable import escape
 from cluster.vast import headkey
 from cluster.vast.api import Vast
 from cluster.vast.errors import VastError
-from cluster.vast.fleet import Fleet, Node, listed, look_up, raise_for
+from cluster.vast.fleet import OPEN_S, Fleet, Node, listed, look_up, raise_for
 from cluster.vast.state import State, cluster_folder
 
 
@@ -145,7 +145,7 @@ def destroy(ids: tuple[int, ...], cluster: str | None, yes: bool) -> None:
     if not clusters:
         click.echo("nothing to destroy")
         if cluster:  # it ended by itself
-            headkey.end(client, cluster, State(cluster_folder(cluster)))
+            _end(client, cluster)
         return
     _show([f.row() for f in wanted], False)
     unlisted = [id_ for id_ in clusters if id_ not in rented]
@@ -167,7 +167,7 @@ def destroy(ids: tuple[int, ...], cluster: str | None, yes: bool) -> None:
             click.echo(f"{id_} is gone" if there else f"{id_} was not there: Vast knows no such instance")
     raise_for(left)
     if cluster:
-        headkey.end(client, cluster, State(cluster_folder(cluster)))
+        _end(client, cluster)
 
 
 @dataclass(frozen=True)
@@ -238,6 +238,20 @@ def _rented(client: Vast, *, sure: bool = False) -> list[Found]:
         return reason
 
     return [Found(n, why(n)) for n in found.values()]
+
+
+def _end(client: Vast, cluster: str) -> None:
+    """Close the books of a cluster that is gone, unless a machine for it is being rented at this moment."""
+    state = State(cluster_folder(cluster))
+    content = state.read()
+    asked = [v for v in content["intents"].values() if time.time() - v["since"] < OPEN_S]
+    if asked or content["unknown"]:
+        click.echo(
+            f"a request for a machine of {cluster} is not answered yet: its keys and books are kept, run this again later",
+            err=True,
+        )
+        raise SystemExit(1)
+    headkey.end(client, cluster, state)
 
 
 def _folders() -> list[Path]:

@@ -234,3 +234,21 @@ def test_a_limit_of_no_offers_is_refused(fake: Fake, limit: str) -> None:
 @pytest.mark.parametrize("k", ["\u00b2", "0", "-1", "001", "100", "9" * 5000, "\u0661"])
 def test_a_label_with_a_number_that_is_none_is_not_ours(k: str) -> None:
     assert parse(f"ps/demo/w/{k}/gpu/00000000") is None
+
+
+@pytest.mark.parametrize("part", ["intents", "unknown"])
+def test_destroy_keeps_the_books_of_a_cluster_for_which_a_machine_is_being_rented(
+    fake: Fake, tmp_path: Path, part: str
+) -> None:
+    state = State(tmp_path / "clusters" / "demo")
+    spent = {"id": "1", "kind": "head", "dph": 1.0, "since": 0.0, "until": 3600.0}
+    with state.edit() as content:
+        content["gone"] = [spent]
+        content[part] = {"00000001": {"k": 1, "since": time.time(), "kind": "head", "type": "gpu", "dph": 0.4}}
+    done = run("destroy", "--cluster", "demo", "--yes")
+    assert (done.exit_code, "is not answered yet" in done.output) == (1, True)
+    assert state.read()["gone"] == [spent]
+    with state.edit() as content:
+        content[part] = {}
+    assert run("destroy", "--cluster", "demo", "--yes").exit_code == 0
+    assert state.read()["gone"] == []
