@@ -178,7 +178,10 @@ class StreamedModel:
             g: [] for g in (EMBEDDING, HEAD, REST, *(("layer", i) for i in range(self.n_layers)))
         }
         self._meta: dict[str, torch.Tensor] = {}
+        # The dict of its module that a weight is kept in, and whether that is the one of parameters: the way through the modules
+        # takes as long as all else that loading a mapped tensor does.
         self._holders: dict[str, tuple[dict[str, Any], bool]] = {}
+        modules = dict(self.model.named_modules(remove_duplicate=False))
         saved = self.model.state_dict().keys()
         named = (
             *self.model.named_parameters(remove_duplicate=False),
@@ -188,6 +191,9 @@ class StreamedModel:
             if name in saved:  # buffers that a checkpoint does not hold are no weights
                 self._tensors[self.group_of(name)].append(name)
                 self._meta[name] = tensor
+                module = modules[name.rpartition(".")[0]]
+                is_parameter = name.rpartition(".")[2] in module._parameters
+                self._holders[name] = (module._parameters if is_parameter else module._buffers), is_parameter
 
     def groups(self) -> list[Any]:
         return list(self._tensors)
@@ -334,7 +340,7 @@ class StreamedModel:
         return self._as_weight(name, borrowed.wrapped(tensor, meta))
 
     def _as_weight(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        is_parameter = self._held_in(name)[1]
+        is_parameter = self._holders[name][1]
         return nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor
 
     def opened(self, file: str, key: str) -> CountedSlice:
@@ -361,23 +367,13 @@ class StreamedModel:
         tensors = {id(t): t for t in map(self._get, self._tensors[group]) if not t.is_meta}
         return sum(nbytes_of(t) for t in tensors.values())
 
-    def _held_in(self, name: str) -> tuple[dict[str, Any], bool]:
-        """The dict of its module that a weight is kept in, and whether that is the one of parameters. Found once: the way through
-        the modules takes as long as all else that loading a mapped tensor does."""
-        if name not in self._holders:
-            owner, _, leaf = name.rpartition(".")
-            module = self.model.get_submodule(owner)
-            is_parameter = leaf in module._parameters
-            self._holders[name] = (module._parameters if is_parameter else module._buffers), is_parameter
-        return self._holders[name]
-
     def _get(self, name: str) -> torch.Tensor:
-        found: torch.Tensor | None = self._held_in(name)[0].get(name.rpartition(".")[2])
+        found: torch.Tensor | None = self._holders[name][0].get(name.rpartition(".")[2])
         assert found is not None, name
         return found
 
     def _set(self, name: str, tensor: torch.Tensor) -> None:
-        self._held_in(name)[0][name.rpartition(".")[2]] = tensor
+        self._holders[name][0][name.rpartition(".")[2]] = tensor
 
     def _apply_ties(self, group: Any) -> None:
         """Let a tied weight be the very same Parameter as its source."""

@@ -89,6 +89,8 @@ def leave_group(group: Group) -> None:
 
 def local(x: Tensor) -> Tensor:
     """This rank's shard of a distributed tensor; any other tensor itself."""
+    if is_plain(x):
+        return x
     from torch.distributed.tensor import DTensor
 
     return x.to_local() if isinstance(x, DTensor) else x
@@ -107,6 +109,8 @@ def vocabulary_shard(weight: Tensor) -> tuple[int, Tensor]:
 
 def is_distributed(x: Tensor) -> bool:
     """True for a tensor of which this rank holds a share."""
+    if is_plain(x):
+        return False
     from torch.distributed.tensor import DTensor
 
     return isinstance(x, DTensor)
@@ -119,6 +123,8 @@ def is_plain(x: object) -> bool:
 
 def nbytes_of(x: Tensor) -> int:
     """Bytes of this rank's share of a tensor, or of the tensors that a quantized one is made of."""
+    if type(x) is Tensor:
+        return x.nbytes
     x = local(x)
     if hasattr(x, "__tensor_flatten__"):
         names, _ = x.__tensor_flatten__()
