@@ -44,7 +44,10 @@ class Show:
 
     def __exit__(self, *exc: object) -> None:
         if self._live is not None:
-            self._live.__exit__(None, None, None)
+            try:
+                self._live.__exit__(None, None, None)
+            except OSError:  # the terminal has gone: that is no failure of the work
+                _lead_nowhere(self.stream)
             self._live = None
 
     def event(self, entry: str, text: str) -> None:

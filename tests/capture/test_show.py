@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import pty
 import subprocess
 import sys
 import time
@@ -123,3 +124,11 @@ def test_work_goes_on_and_ends_well_when_nobody_reads_the_lines_any_more() -> No
     done = subprocess.run([sys.executable, "-c", code], stderr=writes, stdout=subprocess.PIPE, text=True)
     os.close(writes)
     assert (done.returncode, done.stdout) == (0, "done\n")
+
+
+def test_a_terminal_that_has_gone_when_all_is_done_is_no_failure() -> None:
+    ours, theirs = pty.openpty()
+    with os.fdopen(theirs, "w") as stream, Show(stream=stream, live=True) as show:
+        show.doing("a", "starting")
+        os.close(ours)  # what is written there fails from here on
+    assert show._live is None
