@@ -18,6 +18,7 @@ from cluster.vast import headkey
 from cluster.vast.api import Vast
 from cluster.vast.errors import VastError
 from cluster.vast.fleet import OPEN_S, Fleet, Node, listed, look_up, raise_for
+from cluster.vast.labels import check_names
 from cluster.vast.state import State, cluster_folder
 
 
@@ -91,6 +92,8 @@ def nodes(cluster: str | None, as_json: bool) -> None:
     Example:
       pairscope vast nodes
     """
+    if cluster is not None:
+        check_names(cluster, [])
     found = [f for f in _rented(_connect()) if cluster in (None, f.node.label.cluster)]
     _show([f.row() for f in found], as_json)
     if not as_json:
@@ -133,6 +136,8 @@ def destroy(ids: tuple[int, ...], cluster: str | None, yes: bool) -> None:
     """
     if bool(ids) == bool(cluster):
         raise ConfigError("name either instance ids or --cluster; `pairscope vast nodes` lists both")
+    if cluster:
+        check_names(cluster, [])
     client = _connect()
     rented = {f.node.id: f for f in _rented(client, sure=bool(ids))}  # by id also what a listing leaves out
     unknown = [i for i in ids if str(i) not in rented]

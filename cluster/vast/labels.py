@@ -43,6 +43,8 @@ def parse(text: str | None) -> Label | None:
     kinds = {short: kind for kind, short in KINDS.items()}
     if len(parts) != 6 or parts[0] != PREFIX or parts[2] not in kinds or not K.fullmatch(parts[3]):
         return None
+    if not NAME.fullmatch(parts[1]):  # it names a folder
+        return None
     return Label(parts[1], kinds[parts[2]], int(parts[3]), parts[4], parts[5])
 
 

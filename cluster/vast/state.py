@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from capture.errors import StoreError
+from cluster.vast.labels import check_names
 
 EMPTY: dict[str, Any] = {
     "tags": {},  # instance id -> tags
@@ -108,6 +109,10 @@ class State:
 
 
 def cluster_folder(cluster: str) -> Path:
-    """Where a cluster's state, keys and token lie: PAIRSCOPE_HOME (or ~/.pairscope)/clusters/<name>."""
+    """Where a cluster's state, keys and token lie: PAIRSCOPE_HOME (or ~/.pairscope)/clusters/<name>.
+
+    Raises ConfigError for a name that leads elsewhere, as `../..` would: files in this folder are removed by their names.
+    """
+    check_names(cluster, [])
     home = Path(os.environ.get("PAIRSCOPE_HOME") or Path.home() / ".pairscope")
     return home / "clusters" / cluster

@@ -19,7 +19,7 @@ from cluster.vast.api import Vast
 from cluster.vast.cli import vast as command
 from cluster.vast.errors import NotGoneError, VastBusyError
 from cluster.vast.labels import parse
-from cluster.vast.state import State
+from cluster.vast.state import State, cluster_folder
 
 pytest.importorskip("vastai", reason="the Vast SDK is not installed: pip install 'pairscope[vast]'")
 
@@ -234,6 +234,27 @@ def test_a_limit_of_no_offers_is_refused(fake: Fake, limit: str) -> None:
 @pytest.mark.parametrize("k", ["\u00b2", "0", "-1", "001", "100", "9" * 5000, "\u0661"])
 def test_a_label_with_a_number_that_is_none_is_not_ours(k: str) -> None:
     assert parse(f"ps/demo/w/{k}/gpu/00000000") is None
+
+
+def test_a_label_whose_cluster_leads_out_of_the_state_folder_is_not_ours() -> None:
+    assert parse("ps/../w/2/gpu/00000000") is None
+
+
+@pytest.mark.parametrize("name", ["../../.ssh", "..", "a/b", "/root/.ssh"])
+def test_a_cluster_name_that_leads_out_of_the_state_folder_is_refused_and_removes_nothing(
+    fake: Fake, tmp_path: Path, monkeypatch: Any, name: str
+) -> None:
+    monkeypatch.setenv("PAIRSCOPE_HOME", str(tmp_path / "home" / ".pairscope"))
+    own = tmp_path / "home" / ".ssh" / "id_ed25519"
+    for folder in (own.parent, tmp_path / "home" / ".pairscope" / "clusters"):
+        folder.mkdir(parents=True)
+    own.write_text("mine")
+    for verb in (["destroy", "--yes"], ["nodes"]):
+        with pytest.raises(ConfigError, match="cannot be part of a Vast label"):
+            run(*verb, "--cluster", name)
+    with pytest.raises(ConfigError, match="cannot be part of a Vast label"):
+        cluster_folder(name)
+    assert own.read_text() == "mine"
 
 
 @pytest.mark.parametrize("part", ["intents", "unknown"])
