@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import click
 
-from capture.errors import ConfigError, StoreError
+from capture.errors import ConfigError
 from capture.printable import escape
 from cluster.vast import headkey
 from cluster.vast.api import Vast
-from cluster.vast.errors import VastError
-from cluster.vast.fleet import OPEN_S, Fleet, Node, listed, look_up, raise_for
+from cluster.vast.errors import NotGoneError, VastError
+from cluster.vast.fleet import OPEN_S, Fleet, Node, listed, raise_for
 from cluster.vast.labels import check_names
+from cluster.vast.orphans import rented_by
 from cluster.vast.state import State, cluster_folder
+
+LOOKS = 10  # for what turns up while a cluster is destroyed
 
 
 @click.group()
@@ -94,7 +93,7 @@ def nodes(cluster: str | None, as_json: bool) -> None:
     """
     if cluster is not None:
         check_names(cluster, [])
-    found = [f for f in _rented(_connect()) if cluster in (None, f.node.label.cluster)]
+    found = [f for f in rented_by(_connect()) if cluster in (None, f.node.label.cluster)]
     _show([f.row() for f in found], as_json)
     if not as_json:
         click.echo(f"{len(found)} rented, ${sum(f.node.dph for f in found):.3f}/h")
@@ -111,7 +110,7 @@ def orphans(as_json: bool) -> None:
     Example:
       pairscope vast orphans && echo nothing left behind
     """
-    found = [f for f in _rented(_connect(), sure=True) if f.orphan]
+    found = [f for f in rented_by(_connect(), sure=True) if f.orphan]
     _show([f.row() for f in found], as_json)
     if found:
         if not as_json:
@@ -139,30 +138,46 @@ def destroy(ids: tuple[int, ...], cluster: str | None, yes: bool) -> None:
     if cluster:
         check_names(cluster, [])
     client = _connect()
-    rented = {f.node.id: f for f in _rented(client, sure=bool(ids))}  # by id also what a listing leaves out
+    rented = {f.node.id: f for f in rented_by(client, sure=bool(ids))}  # by id also what a listing leaves out
     unknown = [i for i in ids if str(i) not in rented]
     if unknown:
         raise ConfigError(f"instance {unknown[0]} is not one that pairscope rented; `pairscope vast nodes` lists those")
     wanted = [f for f in rented.values() if int(f.node.id) in ids or f.node.label.cluster == cluster]
     clusters = {f.node.id: f.node.label.cluster for f in wanted}
-    if cluster and (cluster_folder(cluster) / "state.json").exists():
+    if cluster and _has_books(cluster):
         clusters |= dict.fromkeys(_fleet(client, cluster).remaining(), cluster)
     if not clusters:
         click.echo("nothing to destroy")
-        if cluster:  # it ended by itself
+        if cluster and _has_books(cluster):  # it ended by itself
             _end(client, cluster)
-        return
+        return None
     _show([f.row() for f in wanted], False)
     unlisted = [id_ for id_ in clusters if id_ not in rented]
     if unlisted:
         click.echo(f"rented from this machine, not in Vast's listing, and not shown to be gone: {' '.join(unlisted)}")
     if not yes:
         click.confirm(f"destroy {len(clusters)} with all that is on them?", abort=True)
+    _destroy(client, clusters, {f.node.id: f.node for f in wanted})
+    if not cluster:
+        return None
+    for _ in range(LOOKS):  # its head may have rented another until it was gone
+        late = _fleet(client, cluster).remaining()
+        if not late:
+            return _end(client, cluster)
+        click.echo(f"there meanwhile: {' '.join(late)}")
+        _destroy(client, dict.fromkeys(late, cluster), {n.id: n for n in listed(client, cluster)})
+    raise NotGoneError(
+        f"machines of {cluster} turn up as others are destroyed; its keys and books are kept, run this again"
+    )
+
+
+def _destroy(client: Vast, clusters: dict[str, str], nodes: dict[str, Node]) -> None:
+    """Destroy instances, id -> cluster. All are tried; an error at the end names those that are left. nodes: those that are listed."""
     left: dict[str, BaseException] = {}
     for id_, name in clusters.items():
         fleet = _fleet(client, name)
-        if id_ in rented:
-            fleet.add(rented[id_].node)
+        if id_ in nodes:
+            fleet.add(nodes[id_])
         try:
             there = fleet.destroy(id_, "pairscope vast destroy")
         except VastError as error:
@@ -171,78 +186,14 @@ def destroy(ids: tuple[int, ...], cluster: str | None, yes: bool) -> None:
         else:
             click.echo(f"{id_} is gone" if there else f"{id_} was not there: Vast knows no such instance")
     raise_for(left)
-    if cluster:
-        _end(client, cluster)
 
 
-@dataclass(frozen=True)
-class Found:
-    """A rented instance, and why it looks forgotten (empty if it does not)."""
-
-    node: Node
-    orphan: str
-
-    def row(self) -> dict[str, Any]:
-        n = self.node
-        hours = (time.time() - float(n.row.get("start_date") or time.time())) / 3600
-        return {
-            "id": n.id, "cluster": n.label.cluster, "kind": n.label.kind, "k": n.label.k, "type": n.label.type, "status": n.status,
-            "gpus": f"{n.row.get('num_gpus')}x {n.row.get('gpu_name')}", "hours": round(hours, 2), "dollars_per_hour": round(n.dph, 4),
-            "ssh": "{}:{}".format(*n.ssh) if n.ssh else "", "orphan": self.orphan,
-        }  # fmt: skip
-
-
-def why_orphan(node: Node, heads: Iterable[str], now: float, moved: float | None = None) -> str:
-    """In words; empty for a node that a cluster still looks after. heads: clusters with a head that is listed. moved: its cluster's
-    deadline as the last `ray up` from this machine set it; a node keeps the one that it was made with in its environment.
-    """
-    made_with = node.env.get("PAIRSCOPE_DEADLINE", "")
-    deadline = float(made_with) if moved is None and made_with.isdecimal() else moved
-    if deadline is not None and now > deadline:
-        return f"{(now - deadline) / 60:.0f} minutes past its deadline"
-    if node.status in ("stopped", "exited", "offline"):
-        return f"{node.status}: does nothing, bills its disk"
-    if node.label.kind == "worker" and node.label.cluster not in set(heads):
-        return "its cluster has no head"
-    return ""
-
-
-def _rented(client: Vast, *, sure: bool = False) -> list[Found]:
-    """What Vast lists as ours. sure: also what this machine has rented or seen and the listing leaves out, asked for one by one.
-
-    Raises VastError where Vast does not say: nothing that it was not asked for counts as gone.
-    """
-    found = {node.id: node for node in listed(client)}
-    undone: set[str] = set()
-    astray: set[str] = set()  # attempts
-    if sure:
-        for folder in _folders():
-            content = State(folder).read()
-            undone |= {id_ for id_, row in content["destroyed"].items() if "gone" not in row}
-            astray |= {*content["abandoned"], *content["unknown"]}
-            for id_ in {*content["seen"], *undone} - set(found):
-                node = look_up(client, id_)
-                if node is not None:
-                    found[id_] = node
-    moved: dict[str, float] = {}
-    for folder in _folders():
-        with contextlib.suppress(StoreError):  # then what the nodes were made with is all there is
-            deadline = State(folder).read()["deadline"]
-            if deadline:
-                moved[folder.name] = float(deadline["at"])
-    heads = [n.label.cluster for n in found.values() if n.label.kind == "head" and n.id not in undone]
-
-    def why(node: Node) -> str:
-        if node.id in undone:
-            return "it was destroyed, and is still there"
-        if node.label.attempt in astray:
-            return "the reply to the request that made it was lost, and nobody uses it"
-        reason = why_orphan(node, heads, time.time(), moved.get(node.label.cluster))
-        if not reason and node.label.kind == "head" and heads.count(node.label.cluster) > 1:
-            return f"its cluster has {heads.count(node.label.cluster)} heads; see which one Ray uses"
-        return reason
-
-    return [Found(n, why(n)) for n in found.values()]
+def _has_books(cluster: str) -> bool:
+    """Whether this machine has rented for the cluster or asked to. One made elsewhere, which a listing may leave out, needs its key."""
+    if not (cluster_folder(cluster) / "state.json").exists():
+        return False
+    content = State(cluster_folder(cluster)).read()
+    return any(content[part] for part in ("head_key", "made", "seen", "gone", "intents", "unknown"))
 
 
 def _end(client: Vast, cluster: str) -> None:
@@ -257,10 +208,6 @@ def _end(client: Vast, cluster: str) -> None:
         )
         raise SystemExit(1)
     headkey.end(client, cluster, state)
-
-
-def _folders() -> list[Path]:
-    return sorted(cluster_folder("x").parent.glob("*/"))
 
 
 def _fleet(client: Vast, cluster: str) -> Fleet:

@@ -10,9 +10,9 @@ import pytest
 
 from cluster.vast import api, fleet
 from cluster.vast.api import Vast
-from cluster.vast.cli import Found, why_orphan
 from cluster.vast.errors import VastError
 from cluster.vast.offers import Wish, find_offers
+from cluster.vast.orphans import Found, why_orphan
 
 pytest.importorskip("vastai", reason="the Vast SDK is not installed: pip install 'pairscope[vast]'")
 

@@ -18,6 +18,7 @@ from capture.errors import ConfigError
 from cluster.vast.api import Vast
 from cluster.vast.cli import vast as command
 from cluster.vast.errors import NotGoneError, VastBusyError
+from cluster.vast.fleet import Fleet
 from cluster.vast.labels import parse
 from cluster.vast.state import State, cluster_folder
 
@@ -255,6 +256,50 @@ def test_a_cluster_name_that_leads_out_of_the_state_folder_is_refused_and_remove
     with pytest.raises(ConfigError, match="cannot be part of a Vast label"):
         cluster_folder(name)
     assert own.read_text() == "mine"
+
+
+@pytest.mark.parametrize("books", ["none", "of a cluster of the name that has ended"])
+def test_a_cluster_made_elsewhere_keeps_its_key_where_a_listing_leaves_it_out(
+    fake: Fake, tmp_path: Path, books: str
+) -> None:
+    rent(fake, "ps/demo/h/1/gpu/00000000")
+    Vast("full-rights", fake.url, sleep=hasty).create_key("pairscope head of demo", {"api": {"instance_read": {}}})
+    if books != "none":
+        state = State(tmp_path / "clusters" / "demo")
+        state.block_machine(1, "it was slow")
+        state.begin_anew()
+    fake.fault("list", "no_rows", times=9)
+    done = run("destroy", "--cluster", "demo", "--yes")
+    assert (done.exit_code, done.output) == (0, "nothing to destroy\n")
+    assert "pairscope head of demo" in [key["name"] for key in fake.control("keys")]
+    fake.control("forget_keys")
+
+
+def test_what_a_clusters_head_rents_while_it_is_destroyed_is_destroyed_too(
+    fake: Fake, tmp_path: Path, monkeypatch: Any
+) -> None:
+    rent(fake, "ps/demo/h/1/gpu/00000000")
+    destroy, rents = Fleet.destroy, ["ps/demo/w/3/gpu/00000002", "ps/demo/w/2/gpu/00000001"]
+
+    def rent_another(self: Fleet, id_: str, reason: str) -> bool:
+        if rents:
+            rent(fake, rents.pop())
+        return destroy(self, id_, reason)
+
+    monkeypatch.setattr(Fleet, "destroy", rent_another)
+    done = run("destroy", "--cluster", "demo", "--yes")
+    assert fake.live() == []
+    assert (done.exit_code, done.output.count("there meanwhile"), done.output.count("is gone")) == (0, 2, 3)
+
+
+def test_an_instance_that_vast_cannot_see_is_not_said_to_do_nothing(fake: Fake) -> None:
+    ours = rent(fake, "ps/demo/h/1/gpu/00000000")
+    for status, said in (
+        ("offline", "offline: Vast cannot see it; it may be at work"),
+        ("exited", "exited: does nothing, bills its disk"),
+    ):
+        fake.control(f"status/{ours}", status)
+        assert [r["orphan"] for r in rows("orphans")] == [said]
 
 
 @pytest.mark.parametrize("part", ["intents", "unknown"])
