@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from typing import Any
 
 import click
@@ -13,10 +12,10 @@ from capture.printable import escape
 from cluster.vast import headkey
 from cluster.vast.api import Vast
 from cluster.vast.errors import NotGoneError, VastError
-from cluster.vast.fleet import OPEN_S, Fleet, Node, listed, raise_for
+from cluster.vast.fleet import Fleet, Node, listed, raise_for
 from cluster.vast.labels import check_names
 from cluster.vast.orphans import rented_by
-from cluster.vast.state import State, cluster_folder
+from cluster.vast.state import State, cluster_folder, open_requests
 
 LOOKS = 10  # for what turns up while a cluster is destroyed
 
@@ -199,9 +198,7 @@ def _has_books(cluster: str) -> bool:
 def _end(client: Vast, cluster: str) -> None:
     """Close the books of a cluster that is gone, unless a machine for it is being rented at this moment."""
     state = State(cluster_folder(cluster))
-    content = state.read()
-    asked = [v for v in content["intents"].values() if time.time() - v["since"] < OPEN_S]
-    if asked or content["unknown"]:
+    if open_requests(state.read()):
         click.echo(
             f"a request for a machine of {cluster} is not answered yet: its keys and books are kept, run this again later",
             err=True,

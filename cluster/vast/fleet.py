@@ -20,7 +20,7 @@ from cluster.vast.api import Vast
 from cluster.vast.errors import NotGoneError, VastBusyError, VastError
 from cluster.vast.labels import Label, parse
 from cluster.vast.money import Bill, add_up
-from cluster.vast.state import State
+from cluster.vast.state import OPEN_S, State, open_requests
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +29,6 @@ GREETING_S = 3.0
 SLOW_BOOT = 0.5  # of the time a boot may take: kept, but that machine is not rented again
 NEW_S = 20.0  # Vast may not know at once what it has just rented out
 AT_ONCE = 8  # destroyed side by side
-OPEN_S = 900.0  # how long a request of unknown outcome counts as a machine and keeps its k
 
 
 @dataclass(frozen=True)
@@ -140,6 +139,7 @@ class Fleet:
                     logger.info("instance %s is gone", id_)
                     self._forget(id_)
             self._record(found, now)
+            self._expire(now)
             # what is not known now is not judged: it stays what it was
             doomed = {id_: node for id_, node in found.items() if self._weed(node, now)}
             self.nodes = {
@@ -198,10 +198,7 @@ class Fleet:
         with self.lock:
             nodes = [*self.nodes.values(), *self.doomed.values()]
         live = [(self._since(content, node), node.dph) for node in nodes]
-        asked = [i for i in content["intents"].values() if time.time() - i["since"] < OPEN_S]
-        seen = {node.label.attempt for node in nodes}
-        asked += [i for attempt, i in content["unknown"].items() if attempt not in seen]
-        live += [(i["since"], i.get("dph", 0.0)) for i in asked]
+        live += [(i["since"], i.get("dph", 0.0)) for i in open_requests(content).values()]
         return add_up(live, content["gone"])
 
     def destroy(self, id_: str, reason: str, *, tries: int = 6, pause_s: float = 2.0) -> bool:
@@ -272,7 +269,16 @@ class Fleet:
                     seen.setdefault("lost", now)
                 else:
                     seen.pop("lost", None)
-                content["intents"].pop(node.label.attempt, None)
+                content["intents"].pop(attempt, None)
+                if content["unknown"].pop(attempt, None):  # whoever asked was told that it failed
+                    seen["spare"] = True
+
+    def _expire(self, now: float) -> None:
+        """What a request made would have been listed by now. Should it be all the same some day, it is destroyed."""
+        with self.state.edit() as content:
+            for attempt, request in list(content["unknown"].items()):
+                if now - request["since"] >= OPEN_S:
+                    content["abandoned"][attempt] = content["unknown"].pop(attempt)
 
     def _since(self, content: dict[str, Any], node: Node) -> float:
         known = [node.row.get("start_date"), content["seen"].get(node.id, {}).get("since")]

@@ -39,7 +39,7 @@ from cluster.vast.offers import Offer, Wish
 from cluster.vast.rent import Renter
 from cluster.vast.runner import Place, VastCommandRunner
 from cluster.vast.settings import Settings, bootstrap, check_ours, for_head
-from cluster.vast.state import State, cluster_folder
+from cluster.vast.state import State, cluster_folder, open_requests
 
 logger = logging.getLogger(__name__)
 F = TypeVar("F", bound=Callable[..., Any])
@@ -101,6 +101,7 @@ class VastNodeProvider(NodeProvider):
     def non_terminated_nodes(self, tag_filters: dict[str, str]) -> list[str]:
         """Ids of the nodes with these tags. One call in poll_seconds asks Vast. Raises VastError rather than guess."""
         nodes = self.fleet.refresh()
+        self.renter.let_in(nodes)
         if self.settings.on_head:
             self._after_listing(nodes)
         found = [id_ for id_ in nodes if _matches(self.node_tags(id_), tag_filters)]
@@ -222,7 +223,13 @@ class VastNodeProvider(NodeProvider):
             self.fleet.destroy_all(self.fleet.remaining(), "left after ray down")
         except PairscopeError as error:
             raise SystemExit(f"{type(error).__name__}: {error}. Keys and state are kept: `ray down` again") from error
+        asked = open_requests(self.state.read())
         headkey.end(self.vast, self.cluster_name, self.state)
+        if asked:
+            cli_logger.warning(
+                "A request for a machine of {} is not answered yet: look with `pairscope vast orphans` in a quarter of an hour.",
+                self.cluster_name,
+            )
         cli_logger.print("Vast lists no instance labelled for the cluster {}.", self.cluster_name)
 
     def get_command_runner(

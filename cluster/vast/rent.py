@@ -10,10 +10,11 @@ from dataclasses import dataclass
 
 from cluster.mesh.ports import HEAD, MOST_NODES
 from cluster.vast.errors import CapError, HeadError, NoOfferError, VastBusyError, VastError, VastRefusedError
-from cluster.vast.fleet import OPEN_S, Fleet, Node
+from cluster.vast.fleet import Fleet, Node
 from cluster.vast.labels import Label, new_attempt
 from cluster.vast.money import Caps
 from cluster.vast.offers import Offer, Wish, find_offers
+from cluster.vast.state import OPEN_S, open_requests
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +34,7 @@ class Renter:
     def __post_init__(self) -> None:
         self.lock = threading.Lock()
         self.in_hand: set[int] = set()  # offers that a thread of ours is asking for
+        self.asking: set[str] = set()  # attempts of these
 
     def rent(
         self, wish: Wish, kind: str, type_: str, env: Callable[[int, Offer], Mapping[str, str]], onstart: str,
@@ -91,11 +93,19 @@ class Renter:
         onstart: str,
     ) -> Node | None:
         """The node; None where nothing of ours came of it. VastRefusedError where the offer is not to be had."""
-        fleet = self.fleet
         with self.lock:
-            self.caps.check(fleet.bill(), offer.dph, offer.text)
+            self.caps.check(self.fleet.bill(), offer.dph, offer.text)
             label = self._reserve(kind, type_, offer.dph)
-        surroundings = dict(env(label.k, offer))
+            self.asking.add(label.attempt)
+        try:
+            return self._request(offer, wish, label, dict(env(label.k, offer)), onstart)
+        finally:
+            self.asking.discard(label.attempt)
+
+    def _request(
+        self, offer: Offer, wish: Wish, label: Label, surroundings: dict[str, str], onstart: str
+    ) -> Node | None:
+        fleet = self.fleet
         logger.info("renting offer %s as %s: %s", offer.id, label, offer.text)
         try:
             id_ = fleet.vast.create(
@@ -124,7 +134,7 @@ class Renter:
                                       "extra_env": [list(pair) for pair in surroundings.items()]})  # fmt: skip
         fleet.add(node)
         try:
-            fleet.vast.attach_key(id_, self.key)
+            self._attach(node)
         except VastRefusedError as error:
             if error.status == 404:  # gone again at once: the listing will say so
                 logger.warning("instance %s was gone before it got its ssh key", id_)
@@ -143,18 +153,13 @@ class Renter:
         with self.fleet.state.edit() as content:
             now = time.time()
             if kind == "head":  # under the lock that every `ray up` of this machine takes
-                others = {**content["intents"], **content["unknown"]}
-                asked = [a for a, v in others.items() if v["kind"] == "head" and now - v["since"] < OPEN_S]
+                asked = [a for a, v in open_requests(content).items() if v["kind"] == "head"]
                 seen = {id_: str(v.get("kind", "")) for id_, v in content["seen"].items()}
                 self._refuse_second_head(seen | {f"(request {a}, not answered yet)": "head" for a in asked})
             used = {n.label.k for n in [*self.fleet.nodes.values(), *self.fleet.doomed.values()]}
             used |= {v["k"] for v in content["destroyed"].values() if "gone" not in v}
-            used |= {
-                v["k"]
-                for part in ("intents", "unknown", "abandoned")
-                for v in content[part].values()
-                if now - v["since"] < OPEN_S
-            }
+            used |= {v["k"] for v in open_requests(content).values()}
+            used |= {v["k"] for v in content["abandoned"].values() if now - v["since"] < OPEN_S}
             k = HEAD if kind == "head" else next((k for k in range(HEAD + 1, MOST_NODES + 1) if k not in used), 0)
             if not k:
                 raise NoOfferError(f"the mesh has room for {MOST_NODES} nodes, and all are taken")
@@ -207,26 +212,51 @@ class Renter:
 
         Raises VastError where the listing still does not answer: nothing may be rented before it does.
         """
+        fleet = self.fleet
         with self.lock:
-            if not self.fleet.state.read()["unknown"]:
+            content = fleet.state.read()
+            if not content["unknown"] and not any(row.get("spare") for row in content["seen"].values()):
                 return None
-            there = {node.label.attempt: node for node in self.fleet.listing().values()}
-            taken: Node | None = None
-            with self.fleet.state.edit() as content:
-                for attempt, intent in list(content["unknown"].items()):
-                    fits = (intent.get("kind"), intent.get("type")) == (kind, type_)
-                    if attempt in there and there[attempt].id in content["tags"]:  # Ray took it as it was listed
-                        del content["unknown"][attempt]
-                    elif attempt in there and fits and taken is None:
-                        taken = there[attempt]
-                        del content["unknown"][attempt]
-                    elif attempt not in there:
-                        content["abandoned"][attempt] = content["unknown"].pop(attempt)
-            if taken is not None:
-                logger.info("instance %s of an earlier request is taken, whose reply was lost", taken.id)
-                self.fleet.add(taken)
-                self.fleet.vast.attach_key(int(taken.id), self.key)
-            return taken
+            nodes = fleet.refresh(force=True)
+            with fleet.state.edit() as changed:
+                for attempt in content["unknown"]:  # a listing has answered, and does not show it
+                    if attempt in changed["unknown"]:
+                        changed["abandoned"][attempt] = changed["unknown"].pop(attempt)
+                for id_ in set(nodes) & set(changed["tags"]) & set(changed["seen"]):  # Ray took it as it was listed
+                    changed["seen"][id_].pop("spare", None)
+                spare = [node for id_, node in nodes.items() if changed["seen"].get(id_, {}).get("spare")]
+            for node in spare:
+                if (node.label.kind, node.label.type) == (kind, type_):
+                    self._attach(node)
+                    logger.info("instance %s of an earlier request is taken, whose reply was lost", node.id)
+                    self._note(node, spare=False)
+                    return node
+        return None
+
+    def let_in(self, nodes: Mapping[str, Node]) -> None:
+        """Attach our key to machines that were asked for here and have not got it: the reply was lost, or whoever asked was killed
+        before. What fails is tried again at the next call.
+        """
+        seen = self.fleet.state.read()["seen"]
+        for id_, node in nodes.items():
+            row = seen.get(id_, {})
+            if node.label.kind not in self.fleet.kinds or node.label.attempt in self.asking:
+                continue
+            if not row.get("asked_here") or row.get("key"):
+                continue
+            try:
+                self._attach(node)
+            except VastError as error:
+                logger.warning("instance %s has not got its ssh key: %s", id_, error)
+
+    def _attach(self, node: Node) -> None:
+        self.fleet.vast.attach_key(int(node.id), self.key)
+        self._note(node, key=True)
+
+    def _note(self, node: Node, **marks: bool) -> None:
+        with self.fleet.state.edit() as content:
+            if node.id in content["seen"]:
+                content["seen"][node.id].update(marks)
 
     def _give_up(self, label: Label, *, open_: bool) -> None:
         with self.fleet.state.edit() as content:

@@ -19,6 +19,7 @@ from typing import Any
 from capture.errors import StoreError
 from cluster.vast.labels import check_names
 
+OPEN_S = 900.0  # how long a request of unknown outcome counts as a machine and keeps its k
 EMPTY: dict[str, Any] = {
     "tags": {},  # instance id -> tags
     "intents": {},  # attempt -> {k, kind, since}: sent, outcome not known yet
@@ -26,7 +27,7 @@ EMPTY: dict[str, Any] = {
     "abandoned": {},  # attempt -> {k, since}: to be destroyed if it ever shows up
     "destroyed": {},  # instance id -> {since, k}: must not come back
     "machines": {},  # machine id -> {reason, until}: not to be rented
-    "seen": {},  # instance id -> {since, dph, kind}: first sight and price
+    "seen": {},  # instance id -> {since, dph, kind}: first sight and price. key: it lets us in. spare: no request has it yet
     "head_key": {},  # {id}: the API key that was made for the head
     "deadline": {},  # {at}: when the head was last told to be gone, by `ray up`
     "made": {},  # what the head was made with, see before_up.as_made
@@ -72,8 +73,12 @@ class State:
                 os.replace(tmp, self.path)
 
     def begin_anew(self) -> None:
-        """Forget a cluster that has ended, its spending included; keep what must not be used or come back."""
+        """Forget a cluster that has ended, its spending included; keep what must not be used or come back.
+
+        What an unanswered request made may turn up later: nobody waits for it any more.
+        """
         with self.edit() as content:
+            content["abandoned"] |= content["intents"] | content["unknown"]
             for key in ("tags", "intents", "unknown", "seen", "made", "deadline"):
                 content[key] = {}
             content["gone"] = []
@@ -106,6 +111,12 @@ class State:
         if machine is not None:
             with self.edit() as content:
                 content["machines"][str(machine)] = {"reason": reason, "until": time.time() + hours * 3600}
+
+
+def open_requests(content: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Attempt -> request: those that may have made a machine which no listing has shown yet. content: as State.read gives it."""
+    sent = content["intents"] | content["unknown"]
+    return {attempt: request for attempt, request in sent.items() if time.time() - request["since"] < OPEN_S}
 
 
 def cluster_folder(cluster: str) -> Path:
