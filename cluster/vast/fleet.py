@@ -315,8 +315,9 @@ class Fleet:
                 "the head, instance %s, is %s and does not answer; `ray down` destroys it", node.id, node.status
             )
             return None
-        silent = now - seen.get("lost", now) >= LOST_GRACE_S and not (node.ssh and greets(node.ssh))
-        if node.status == "stopped" or silent:  # outbid is final
+        if node.status in ("exited", "offline") and node.ssh and greets(node.ssh):
+            return None  # Vast cannot see it, and it may be at work
+        if node.status == "stopped" or now - seen.get("lost", now) >= LOST_GRACE_S:  # outbid is final
             return f"lost: {node.status}"
         if answers:
             if not seen.get("ready"):
