@@ -14,7 +14,7 @@ import click
 from ray.autoscaler._private.cli_logger import cli_logger
 
 from capture.errors import ConfigError
-from cluster.vast.errors import HeadError, NoOfferError, VersionError
+from cluster.vast.errors import CapError, HeadError, NoOfferError, VersionError
 from cluster.vast.fleet import Fleet, Node
 from cluster.vast.locked import differences, locked_versions, versions
 from cluster.vast.money import Caps
@@ -147,17 +147,19 @@ def quote(settings: Settings, caps: Caps, fleet: Fleet) -> float:
     CapError for the head."""
     wish = settings.wish(settings.head_config, settings.head_type)
     where = f"node type '{settings.head_type}'"
-    offer = find_offers(fleet.vast, wish, fleet.state.blocked_machines(), where)[0]
-    caps.check(fleet.bill(), offer.dph, offer.text)
+    bill = fleet.bill()
+    offer = caps.within(bill, find_offers(fleet.vast, wish, fleet.state.blocked_machines(), where))[0]
+    caps.check(bill, offer.dph, offer.text)
     cli_logger.print("Cheapest machine for the head now: {}", offer.text)
     for name, growth in settings.may_grow.items():
         try:
             more = settings.wish(growth["node_config"], name)
-            price = find_offers(fleet.vast, more, fleet.state.blocked_machines(), f"node type '{name}'")[0].dph
+            found = find_offers(fleet.vast, more, fleet.state.blocked_machines(), f"node type '{name}'")
+            price = caps.within(dataclasses.replace(bill, rate=bill.rate + offer.dph), found)[0].dph
             cli_logger.print(
                 "While entries wait: up to {} more of type {}, now ${}/h each.", growth["most"], name, f"{price:.3f}"
             )
-        except NoOfferError as error:
+        except (NoOfferError, CapError) as error:
             cli_logger.warning("No workers for now: {}", error)
     cli_logger.print(
         "Limits: ${}/h for all nodes, ${} in all, {} hours; after that every node destroys itself.",

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from capture.errors import ConfigError
 from cluster.vast.errors import CapError
+
+if TYPE_CHECKING:
+    from cluster.vast.offers import Offer
 
 SETTINGS = ("max_price_per_hour", "max_total_dollars", "max_hours")
 
@@ -43,6 +46,14 @@ class Caps:
         reason = self.exceeded(bill)
         if reason:
             raise CapError(f"{what} is not rented: {reason}")
+
+    def within(self, bill: Bill, offers: Sequence[Offer]) -> list[Offer]:
+        """Those of the offers that max_price_per_hour has room for, in their order. CapError names the cheapest where none is."""
+        fit = [offer for offer in offers if bill.rate + offer.dph <= self.max_price_per_hour]
+        if not fit:
+            cheapest = min(offers, key=lambda offer: offer.dph)
+            self.check(bill, cheapest.dph, cheapest.text)
+        return fit
 
     def exceeded(self, bill: Bill) -> str | None:
         """Why the cluster has to end, or None."""

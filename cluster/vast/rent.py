@@ -51,12 +51,15 @@ class Renter:
             return left_over
         offers = find_offers(self.fleet.vast, wish, self.fleet.state.blocked_machines(), where)
         if quoted is not None:
-            if offers[0].dph > PRICE_MAY_RISE * quoted:
+            cheapest = min(offer.dph for offer in offers)
+            if cheapest > PRICE_MAY_RISE * quoted:
                 raise CapError(
-                    f"the price has risen: ${quoted:.3f}/h was shown, and the cheapest machine costs ${offers[0].dph:.3f}/h now. Nothing "
+                    f"the price has risen: ${quoted:.3f}/h was shown, and the cheapest machine costs ${cheapest:.3f}/h now. Nothing "
                     "was rented; run `ray up` again to see the new price"
                 )
             offers = [offer for offer in offers if offer.dph <= PRICE_MAY_RISE * quoted]
+        # the cheapest for the work may cost more by the hour than there is room for, where another does not
+        offers = self.caps.within(self.fleet.bill(), offers)
         refusals: list[str] = []
         for offer in offers[:MOST_OFFERS]:
             if not self._take(offer):

@@ -97,6 +97,21 @@ def test_a_price_above_the_cap_names_both(fake: Fake, monkeypatch: Any) -> None:
     assert "max_price_per_hour 0.1" in said
 
 
+def test_a_machine_above_the_cap_does_not_stand_before_one_below_it(fake: Fake, monkeypatch: Any) -> None:
+    cheap_work, below = {"dph_base": 0.50, "inet_down_cost": 0.0}, {"dph_base": 0.30, "inet_down_cost": 0.02}
+    fake.control("offers", [cheap_work, below])
+    assert "$0.541/h" in ray_up(monkeypatch)[1][0], "the cheapest for the work"
+    warned: list[str] = []
+    monkeypatch.setattr(before_up.cli_logger, "warning", lambda text, *a, **_: warned.append(text.format(*a)))
+    laptop, shown = ray_up(monkeypatch, config(max_price_per_hour=0.45))
+    assert "$0.341/h" in shown[0]
+    assert "No workers for now" in warned[0], "beside the head there is no room for another"
+    assert "max_price_per_hour 0.45" in warned[0]
+    laptop.create_node(node_config(), HEAD_TAGS, 1)
+    assert [line["machine_id"] for line in fake.live()] == [501]
+    fake.control("offers", [{} for _ in range(6)])
+
+
 def test_where_nothing_fits_the_condition_that_excluded_most_is_named(fake: Fake, monkeypatch: Any) -> None:
     content = config()
     content["provider"]["offers"]["min_inet_down"] = 9000
