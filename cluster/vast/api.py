@@ -44,7 +44,7 @@ class Vast:
         except RuntimeError as error:
             raise VastKeyError(f"no Vast API key found; {KEY_HELP}") from error
         self.sdk.client.timeout = TIMEOUT_S
-        self.key: str = self.sdk.client.api_key
+        self.key = self.sdk.client.api_key = _clean(self.sdk.client.api_key)
         self.url: str = self.sdk.client.server_url
         self.sleep = sleep
 
@@ -170,6 +170,18 @@ class Vast:
             self.sleep(min(pause, LONGEST_PAUSE_S) * random.uniform(0.5, 1.5))
             pause *= 2
         raise AssertionError("unreachable")
+
+
+def _clean(key: str) -> str:
+    """The key without the newline that a file or a paste left at its end. VastKeyError for one that no request can carry."""
+    key = key.strip()
+    if not key:
+        raise VastKeyError(f"the Vast API key is empty; {KEY_HELP}")
+    if not all("!" <= letter <= "~" for letter in key):  # the key itself is not shown
+        raise VastKeyError(
+            f"the Vast API key holds what is no letter, digit or sign of ASCII: copied wrongly? {KEY_HELP}"
+        )
+    return key
 
 
 def _explain(what: str, error: Exception) -> Exception:

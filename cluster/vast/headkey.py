@@ -35,10 +35,11 @@ def ensure(vast: Vast, cluster: str, state: State) -> None:
     given = os.environ.get(GIVEN)
     if given:
         try:
-            Vast(given, vast.url, vast.sleep).instances()
+            own = Vast(given, vast.url, vast.sleep)
+            own.instances()
         except VastKeyError as error:
             raise VastKeyError(f"{GIVEN}: {error}") from error
-        keys.write_secret(path, given)
+        keys.write_secret(path, own.key)
         return
     if path.exists() and _works(path, vast):
         return

@@ -40,6 +40,20 @@ def rent(vast: Vast, n: int) -> list[int]:
     return [vast.create(offers[i]["id"], image="x", disk=10, label=f"l{i}") for i in range(n)]
 
 
+@pytest.mark.parametrize("key", ["full-rights\n", " full-rights\r\n"])
+def test_a_key_with_a_newline_at_its_end_is_the_key(fake: Fake, key: str) -> None:
+    vast = client(fake, key)
+    assert (vast.key, vast.instances()) == ("full-rights", [])
+
+
+@pytest.mark.parametrize("key", ["schl\u00fcssel", "full-right\u0455", "full\nrights", "full rights", "\n", " "])
+def test_a_key_that_no_request_can_carry_is_refused_at_once_and_not_shown(fake: Fake, key: str) -> None:
+    with pytest.raises(VastKeyError, match="manage-keys") as told:
+        client(fake, key).instances()
+    assert not key.strip() or key not in str(told.value)
+    assert fake.calls("list") == 0
+
+
 @pytest.mark.parametrize("kind", ["429", "500", "502", "503", "empty", "malformed", "drop", "lost"])
 def test_a_listing_that_fails_raises_and_is_never_an_empty_list(fake: Fake, kind: str) -> None:
     vast = client(fake)
