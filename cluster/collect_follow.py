@@ -83,7 +83,8 @@ def why_not_down(look: Look, home: RunDir, collector: Collector) -> list[str]:
         if missing:
             n = len(missing)
             reasons.append(
-                f"'{out}' on the head holds {n} complete capture{'s' * (n != 1)} that are not at home; collect with --remote-out {out}"
+                f"'{out}' on the head holds {n} complete capture{'s' * (n != 1)} that are not at home; collect with --remote-out {out}, or "
+                "end the cluster by hand with `ray down`"
             )
     return reasons + collector.verify_all(look)
 

@@ -160,6 +160,7 @@ def _another_runs(far: Far) -> None:
         ),
         (_damaged_on_the_head, "two (0123456789abcdef) is not at home: as fetched, prompts.parquet has"),
         (_of_another_sweep, "holds 1 complete capture that are not at home; collect with --remote-out"),
+        (_of_another_sweep, "far/home/other, or end the cluster by hand with `ray down`"),
         (_of_another_version, "other' on the head cannot be read ("),
         (_a_note_is_broken, "2026-0.json' on the head cannot be read (KeyError: 'ended'), so nobody knows"),
         (_another_runs, "a sweep into '/somewhere' runs"),
