@@ -18,7 +18,7 @@ from cluster.vast.errors import CapError, HeadError, NoOfferError, VersionError
 from cluster.vast.fleet import Fleet, Node
 from cluster.vast.locked import differences, locked_versions, versions
 from cluster.vast.money import Caps
-from cluster.vast.offers import find_offers
+from cluster.vast.offers import find_offers, traffic
 from cluster.vast.settings import Settings
 
 CONSTRAINTS = "constraints.txt"
@@ -150,7 +150,10 @@ def quote(settings: Settings, caps: Caps, fleet: Fleet) -> float:
     bill = fleet.bill()
     offer = caps.within(bill, find_offers(fleet.vast, wish, fleet.state.blocked_machines(), where))[0]
     caps.check(bill, offer.dph, offer.text)
-    cli_logger.print("Cheapest machine for the head now: {}", offer.text)
+    cli_logger.print(
+        "Cheapest machine for the head now: {}; traffic, which is not in the limits, for {} GB: ${}",
+        offer.text, f"{wish.download_gb:g}", f"{traffic(offer.row, wish):.2f}",
+    )  # fmt: skip
     for name, growth in settings.may_grow.items():
         try:
             more = settings.wish(growth["node_config"], name)

@@ -104,10 +104,15 @@ class Offer:
         )
 
 
+def traffic(row: Mapping[str, Any], wish: Wish) -> float:
+    """Dollars for the Wish's download, which Vast bills by the gigabyte."""
+    return wish.download_gb * float(row.get("inet_down_cost") or 0.0)
+
+
 def cost(row: Mapping[str, Any], wish: Wish, dph: float) -> float:
     """Dollars for the work: rate x (hours + time to download) + traffic. Mb/s to GB/h: x 3600 / 8000."""
     download_h = wish.download_gb * 8000 / max(float(row["inet_down"]), 1.0) / 3600
-    return dph * (wish.hours + download_h) + wish.download_gb * float(row.get("inet_down_cost") or 0.0)
+    return dph * (wish.hours + download_h) + traffic(row, wish)
 
 
 def find_offers(vast: Vast, wish: Wish, blocked: Mapping[int, str], where: str) -> list[Offer]:

@@ -57,6 +57,7 @@ def on_laptop_knowing(head: str) -> Any:
 def test_price_and_limits_are_shown(fake: Fake, monkeypatch: Any) -> None:
     _, shown = ray_up(monkeypatch)
     assert "1x RTX 4090 (24 GiB each), $0.441/h on demand" in shown[0]
+    assert shown[0].endswith("; traffic, which is not in the limits, for 60 GB: $0.12")
     assert shown[1] == "While entries wait: up to 3 more of type rtx4090, now $0.441/h each."
     assert "$6/h for all nodes, $40 in all, 12 hours" in shown[2]
     assert fake.live() == []
