@@ -151,9 +151,7 @@ def test_a_request_that_no_listing_has_shown_for_long_is_given_up(fake: Fake, mo
     assert (set(content["abandoned"]), set(content["unknown"])) == ({"00000001"}, {"00000002"})
 
 
-def test_a_head_that_turns_up_after_ray_down_is_told_of_and_ended_by_the_next_command(
-    fake: Fake, monkeypatch: Any
-) -> None:
+def test_a_head_that_turns_up_after_ray_down_is_told_of_and_can_be_ended(fake: Fake, monkeypatch: Any) -> None:
     laptop, _ = ray_up(monkeypatch)
     warned: list[str] = []
     monkeypatch.setattr(before_up.cli_logger, "warning", lambda text, *a, **_: warned.append(text.format(*a)))
@@ -166,6 +164,6 @@ def test_a_head_that_turns_up_after_ray_down_is_told_of_and_ended_by_the_next_co
     laptop.vast.create(offer, image="x", disk=1, label="ps/pairscope/h/1/rtx4090/00000001", env=soon)
     told = run("orphans")
     assert (told.exit_code, "nobody uses it" in told.output) == (1, True)
-    laptop.fleet.refresh(force=True)
+    assert run("destroy", "--cluster", "pairscope", "--yes").exit_code == 0
     assert fake.live() == []
     assert [line for line in warned if "pairscope is not answered yet" in line]
