@@ -69,6 +69,20 @@ def test_paths_and_keys_of_the_yaml_are_as_it_says() -> None:
     assert f"({content['provider']['boot_minutes']:g} at most" in TEXT
 
 
+def test_a_command_of_the_environment_comes_after_the_environment_in_each_terminal() -> None:
+    installed = TEXT.index("make install && source")
+    for command in ("vastai set api-key", "`hf auth login`", "pairscope doctor"):
+        assert TEXT.index(command) > installed, command
+    for block in re.findall(r"```sh\n(.*?)```", TEXT.split("## 5.")[1].split("Entries wait")[0], re.DOTALL):
+        assert "source .venv/bin/activate" in block
+    assert TEXT.split("## 5.")[1].count("VAST_API_KEY") == 2
+
+
+def test_a_limit_can_be_raised_and_it_says_what_that_ends() -> None:
+    (row,) = (line for line in TEXT.splitlines() if line.startswith("| a limit was reached |"))
+    assert "restarts Ray" in row
+
+
 def test_the_readme_leads_to_it() -> None:
     section = README.split("## Rented machines")[1].split("\n## ")[0]
     assert "(docs/playbook.md)" in section
