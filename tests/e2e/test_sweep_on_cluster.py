@@ -159,7 +159,7 @@ def test_a_cluster_grows_for_a_sweep_and_shrinks_after_it(stage: Rehearsal) -> N
     home = stage.folder / "results"
     collector = collecting(stage, home)
     try:
-        with submitted(stage, write_sweep(stage, 6, prompts=60)) as (run, log):
+        with submitted(stage, write_sweep(stage, 6, prompts=150)) as (run, log):
             wait_for(lambda: list(home.glob("captures/*/*/_COMPLETE")) or run.poll() is not None, 600)
             assert run.poll() is None, "the first capture is at home while the sweep runs\n" + log.read_text()[-3000:]
             (head, *_) = (line["id"] for line in stage.fake.bill())
@@ -181,7 +181,7 @@ def test_a_cluster_grows_for_a_sweep_and_shrinks_after_it(stage: Rehearsal) -> N
     for row in complete:
         worked[row["node"]] = max(worked[row["node"]], time_of(row["finished"]))
     assert len(worked) == 3, "all three worked"
-    for line in workers:  # one may have been ready too late to get any work
+    for line in workers:  # where one was given up while it booted there are more than the two that worked
         last = worked.get(f"C.{line['id']}", line["created"] + SETUP_S)
         assert line["destroyed"] < last + IDLE_MINUTES * 60 + 60
     done = collecting(stage, home, "--once", "--teardown")
