@@ -54,6 +54,11 @@ class Recipe:
     by_library: str | None = None
     keys: tuple[tuple[str, str], ...] = ()
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is one stored tensor as it is."""
+        return len(self.parts) == 1 and self.parts[0].expert is None and self.parts[0].scale is None
+
     def sources(self) -> Iterator[tuple[str, str]]:
         """File and key of every tensor that will be read."""
         yield from self.keys
@@ -96,7 +101,7 @@ def assemble(recipe: Recipe, place: Place, opened: Callable[[str, str], Any], le
     sources = [opened(p.file, p.key) for p in recipe.parts]
     shares = [place.share(s.get_shape(), p.expert) for s, p in zip(sources, recipe.parts, strict=True)]
     first = recipe.parts[0]
-    if len(recipe.parts) == 1 and first.expert is None and first.scale is None:
+    if recipe.is_plain:
         (index,) = shares
         assert index is not None
         _require(_sizes(index), list(place.shape))

@@ -17,7 +17,7 @@ from torch import nn
 from transformers.distributed import DistributedConfig
 
 from capture import borrowed
-from capture.assemble import Misshapen, Place, Recipe, assemble, held
+from capture.assemble import FP8, Misshapen, Place, Recipe, assemble, held
 from capture.degrees import check_degree, whole_attention_plan
 from capture.errors import CheckpointError, UnsupportedModelError
 from capture.group import ALONE, Group, is_plain, local, nbytes_of, vocabulary_shard
@@ -330,6 +330,10 @@ class StreamedModel:
 
     def _assembled(self, name: str, recipe: Recipe) -> torch.Tensor:
         meta = self._meta[name]
+        if is_plain(meta) and recipe.is_plain:  # what nearly all are: without the way through shares and parts
+            source = self.opened(recipe.parts[0].file, recipe.parts[0].key)
+            if source.get_shape() == list(meta.shape) and source.get_dtype() not in FP8:
+                return self._as_weight(name, source[...].to(device=self.device, dtype=meta.dtype))
         if borrowed.interleaved(meta) and recipe.parts[0].expert is None:
             (part,) = recipe.parts
             tensor = borrowed.read_share(meta, self.opened(part.file, part.key), self.device)
