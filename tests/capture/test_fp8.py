@@ -1,13 +1,13 @@
 """FP8 checkpoints, stored as DeepSeek-V3's are: read layer by layer, multiplied out, equal to the library bit for bit."""
 
 import json
-import socket
 
 import pytest
 import reference
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
+from test_parallel import free_ports
 from torch import multiprocessing
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config
 from walked import open_pair, walk
@@ -197,10 +197,7 @@ def test_each_rank_multiplies_out_its_own_share_and_reads_no_more(tmp_path):
         "llama": make("llama", tmp_path / "llama", **options),
         "qwen3_moe": make("qwen3_moe", tmp_path / "moe", moe_intermediate_size=192, **options),
     }
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    multiprocessing.spawn(on_rank, (2, port, paths_of, tmp_path), nprocs=2)
+    multiprocessing.spawn(on_rank, (2, *free_ports(1), paths_of, tmp_path), nprocs=2)
     for arch, paths in paths_of.items():
         alone = open_pair(paths).models["base"]
         for group in alone.groups():

@@ -2,10 +2,11 @@
 
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
-from contextlib import ExitStack
+from contextlib import suppress
 from pathlib import Path
 
 import agree
@@ -39,12 +40,15 @@ def pair_for(name, pairs):
 
 
 def free_ports(n):
-    """Ports that were free a moment ago, all different."""
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(n)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
+    """Ports that were free a moment ago, all different, and below those that systems give to connections of their own: some are
+    listened on minutes later."""
+    found = []
+    while len(found) < n:
+        port = random.randrange(12000, 32000)
+        with socket.socket() as one, suppress(OSError):
+            one.bind(("127.0.0.1", port))
+            found += [port] if port not in found else []
+    return found
 
 
 @pytest.mark.parametrize(("arch", "size", "says"), [

@@ -36,8 +36,8 @@ def goes_on(entry: Any, out: Path, undisturbed: Path, said: Path, attempts: int)
     [
         ("disk-full-again", [Fault("row group", "ENOSPC", times=FOREVER)], "the disk is full"),
         ("read-only", [Fault("replace", "EROFS", nth=6, times=FOREVER)], "read-only"),
-        ("rename-fails", [Fault("rename", "EIO", nth=3)], "Input/output error"),
-        ("fsync-fails", [Fault("fsync", "EIO", nth=14)], "Input/output error"),
+        pytest.param("rename-fails", [Fault("rename", "EIO", nth=3)], "Input/output error", marks=pytest.mark.slow),
+        pytest.param("fsync-fails", [Fault("fsync", "EIO", nth=14)], "Input/output error", marks=pytest.mark.slow),
     ],
 )
 def test_what_cannot_be_written_is_told_in_one_line_and_taken_up_again(
@@ -135,8 +135,20 @@ def test_a_clock_that_is_set_back_does_not_change_which_attempt_was_the_last(
     )
 
 
-@pytest.mark.parametrize("how", ["truncated", "flipped"])
-@pytest.mark.parametrize("table", ["runs.parquet", "pairwise_topk-00000.parquet"])
+@pytest.mark.parametrize(
+    ("table", "how"),
+    [
+        ("pairwise_topk-00000.parquet", "flipped"),
+        *[
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ("runs.parquet", "truncated"),
+                ("runs.parquet", "flipped"),
+                ("pairwise_topk-00000.parquet", "truncated"),
+            )
+        ],
+    ],
+)
 def test_a_table_that_was_damaged_later_is_found_and_made_again(
     how: str, table: str, entry: Any, undisturbed: Path, told: Any, tmp_path: Path
 ) -> None:
@@ -158,8 +170,16 @@ def test_a_table_that_was_damaged_later_is_found_and_made_again(
     )
 
 
-@pytest.mark.parametrize("how", ["truncated", "flipped"])
-@pytest.mark.parametrize("name", ["span-1-1", "state-2"])
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        ("state-2", "truncated"),
+        *[
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (("span-1-1", "truncated"), ("span-1-1", "flipped"), ("state-2", "flipped"))
+        ],
+    ],
+)
 def test_a_span_that_was_damaged_is_computed_again(
     how: str, name: str, entry: Any, undisturbed: Path, told: Any, tmp_path: Path
 ) -> None:
