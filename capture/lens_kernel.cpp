@@ -1,5 +1,6 @@
-// The lens statistics of rows of logits, one row at a time: top-k lists, entropies and divergences in three passes over a row
-// that stays in the cache. What it computes, and the names: capture/lens_kernel.py. Formulas: capture/divergence.py.
+// The statistics of rows of float32 states, and of rows of logits, one row at a time in memory that stays in the cache. Of logits:
+// what is largest in each block and from that the top-k lists, then entropies, then divergences. What is computed, and the names:
+// capture/lens_kernel.py. Formulas: capture/divergence.py, capture/statistics.py.
 //
 // Written in the vector extensions that gcc and clang share, so that it compiles for any processor.
 
@@ -19,7 +20,7 @@ constexpr int LANES = 8;
 constexpr int LANES = 4;
 #endif
 constexpr int BLOCK = 512;         // floats that are added up in float32 before float64 takes over; what one step works on
-constexpr double SURE = 40;        // sum (p_a + p_b) |d| over a KL, up to which plain sums have the KL to 1e-5
+constexpr double SURE = 40;        // sum (p_a + p_b) |d| over a KL, up to which plain sums have the KL to 1e-4 (worst seen: 5e-5)
 constexpr double SURE_KL = 3e-3;   // nats; and down to which
 constexpr int MOST_LISTED = 256;    // longer lists are made without a guess at their last entry
 constexpr float NOTHING = -1e30f;  // stands behind the last logit of a row: its exp() is 0

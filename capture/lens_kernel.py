@@ -1,4 +1,5 @@
-"""The lens statistics of a tile in one compiled pass, for logits in main memory; capture/lens.py has the plain way.
+"""The statistics of a lens tile, and of residual states, compiled, for what is in main memory; capture/lens.py and
+capture/statistics.py have the plain ways.
 
 capture/lens_kernel.cpp is compiled once on each machine, by the C++ compiler that is there, for the processor that is there
 (about a second), and kept in the user's cache. Rows are computed alone, each by one thread, so neither the number of threads

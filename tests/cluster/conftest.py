@@ -1,4 +1,4 @@
-"""One local Ray for all tests of this folder that need one."""
+"""One local Ray for all tests of this folder that need one, and a fake Vast of a module's own with a laptop that uses it."""
 
 from __future__ import annotations
 
@@ -38,3 +38,21 @@ def start(ray: Any) -> None:
             ray.shutdown()
             if TOO_SLOW not in str(error) or not left:
                 raise
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Any]:
+    """A fake Vast whose machines boot at once."""
+    from fake_server import running_fake
+
+    with running_fake("--boot", "0.05,0.05") as fake:
+        yield fake
+
+
+@pytest.fixture
+def fake(server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The same, with nothing rented, and a home folder whose key it knows."""
+    from provider_stage import laptop_home
+
+    with laptop_home(server, tmp_path, monkeypatch) as found:
+        yield found

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import click
 import pytest
 from click.testing import CliRunner
-from fake_server import Fake, running_fake, wait_for
-from provider_stage import HEAD_TAGS, config, laptop_home, node_config, on_laptop, ray_up
+from fake_server import Fake, wait_for
+from provider_stage import HEAD_TAGS, config, node_config, on_laptop, ray_up
 
 from cluster.vast import before_up
 from cluster.vast.cli import vast as command
@@ -19,18 +18,6 @@ from cluster.vast.errors import VersionError
 from cluster.vast.locked import versions
 
 pytest.importorskip("vastai", reason="the Vast SDK is not installed: pip install 'pairscope[vast]'")
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Fake]:
-    with running_fake("--boot", "0.05,0.05") as fake:
-        yield fake
-
-
-@pytest.fixture
-def fake(server: Fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fake]:
-    with laptop_home(server, tmp_path, monkeypatch) as found:
-        yield found
 
 
 @pytest.fixture

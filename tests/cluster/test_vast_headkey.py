@@ -6,32 +6,19 @@ import copy
 import json
 import stat
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import click
 import pytest
-from fake_server import Fake, hasty, running_fake
-from provider_stage import HEAD_TAGS, WORKER_TAGS, config, laptop_home, node_config, on_head, on_laptop, ray_up
+from fake_server import Fake, hasty
+from provider_stage import HEAD_TAGS, WORKER_TAGS, config, node_config, on_head, on_laptop, ray_up
 
 from cluster.vast.api import Vast
 from cluster.vast.errors import VastKeyError
 from cluster.vast.offers import Wish, find_offers
 
 pytest.importorskip("vastai", reason="the Vast SDK is not installed: pip install 'pairscope[vast]'")
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Fake]:
-    with running_fake("--boot", "0.05,0.05") as fake:
-        yield fake
-
-
-@pytest.fixture
-def fake(server: Fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fake]:
-    with laptop_home(server, tmp_path, monkeypatch) as found:
-        yield found
 
 
 def file(laptop: Any) -> Path:

@@ -6,14 +6,13 @@ import json
 import os
 import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import click
 import pytest
-from fake_server import Fake, running_fake, wait_for
-from provider_stage import HEAD_TAGS, WORKER_TAGS, config, laptop_home, node_config, on_head, on_laptop
+from fake_server import Fake, wait_for
+from provider_stage import HEAD_TAGS, WORKER_TAGS, config, node_config, on_head, on_laptop
 
 from capture.errors import ConfigError
 from cluster.mesh.daemon import UNWATCHED_S
@@ -23,18 +22,6 @@ from cluster.vast.errors import NotGoneError, VastBusyError
 from cluster.vast.settings import ssh_user
 
 pytest.importorskip("vastai", reason="the Vast SDK is not installed: pip install 'pairscope[vast]'")
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Fake]:
-    with running_fake("--boot", "0.05,0.05") as fake:
-        yield fake
-
-
-@pytest.fixture
-def fake(server: Fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fake]:
-    with laptop_home(server, tmp_path, monkeypatch) as found:
-        yield found
 
 
 def test_the_head_is_listed_at_once_with_all_its_tags(fake: Fake) -> None:

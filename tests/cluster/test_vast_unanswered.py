@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import click
 import pytest
 from click.testing import CliRunner
-from fake_server import Fake, running_fake, wait_for
-from provider_stage import HEAD_TAGS, WORKER_TAGS, laptop_home, node_config, on_head, on_laptop, ray_up
+from fake_server import Fake, wait_for
+from provider_stage import HEAD_TAGS, WORKER_TAGS, node_config, on_head, on_laptop, ray_up
 
 from cluster.vast import before_up
 from cluster.vast.cli import vast as command
@@ -21,18 +20,6 @@ from cluster.vast.state import OPEN_S, State
 pytest.importorskip("vastai", reason="the Vast SDK is not installed: pip install 'pairscope[vast]'")
 
 LONG_AGO = {"k": 1, "since": 0.0, "kind": "head", "type": "rtx4090", "dph": 0.44}
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Fake]:
-    with running_fake("--boot", "0.05,0.05") as fake:
-        yield fake
-
-
-@pytest.fixture
-def fake(server: Fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fake]:
-    with laptop_home(server, tmp_path, monkeypatch) as found:
-        yield found
 
 
 def rent_unheard(fake: Fake, provider: Any, tags: dict[str, str]) -> str:
