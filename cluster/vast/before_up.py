@@ -15,9 +15,10 @@ from ray.autoscaler._private.cli_logger import cli_logger
 
 from capture.errors import ConfigError
 from cluster.vast.errors import CapError, HeadError, NoOfferError, VersionError
-from cluster.vast.fleet import Fleet, Node
+from cluster.vast.fleet import Fleet
 from cluster.vast.locked import differences, locked_versions, versions
 from cluster.vast.money import Caps
+from cluster.vast.node import Node
 from cluster.vast.offers import find_offers, traffic
 from cluster.vast.settings import Settings
 

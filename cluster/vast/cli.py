@@ -12,8 +12,9 @@ from capture.printable import escape
 from cluster.vast import headkey
 from cluster.vast.api import Vast
 from cluster.vast.errors import NotGoneError, VastError
-from cluster.vast.fleet import Fleet, Node, listed, raise_for
+from cluster.vast.fleet import Fleet, raise_for
 from cluster.vast.labels import check_names
+from cluster.vast.node import Node, listed
 from cluster.vast.orphans import rented_by
 from cluster.vast.state import State, cluster_folder, open_requests
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from cluster.mesh.daemon import ask
 from cluster.vast import keys
-from cluster.vast.fleet import Node
+from cluster.vast.node import Node
 from cluster.vast.state import State
 
 logger = logging.getLogger(__name__)

@@ -10,8 +10,8 @@ from cluster.mesh.ports import HEAD
 from cluster.rate import rate_text
 from cluster.vast import keys
 from cluster.vast.errors import VastError
-from cluster.vast.fleet import Node
 from cluster.vast.locked import versions
+from cluster.vast.node import Node
 from cluster.vast.runner import as_json
 from cluster.vast.state import State
 

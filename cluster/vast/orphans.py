@@ -11,7 +11,7 @@ from typing import Any
 
 from capture.errors import StoreError
 from cluster.vast.api import Vast
-from cluster.vast.fleet import Node, listed, look_up
+from cluster.vast.node import Node, listed, look_up
 from cluster.vast.state import State, cluster_folder
 
 

@@ -33,8 +33,9 @@ from cluster.vast import before_up, headkey, keys, machines, nodefiles
 from cluster.vast.api import Vast
 from cluster.vast.container import environment, start_script
 from cluster.vast.errors import VastError
-from cluster.vast.fleet import Fleet, Node
+from cluster.vast.fleet import Fleet
 from cluster.vast.money import Caps
+from cluster.vast.node import Node
 from cluster.vast.offers import Offer, Wish
 from cluster.vast.rent import Renter
 from cluster.vast.runner import Place, VastCommandRunner

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 
 from cluster.mesh.ports import HEAD, MOST_NODES
 from cluster.vast.errors import CapError, HeadError, NoOfferError, VastBusyError, VastError, VastRefusedError
-from cluster.vast.fleet import Fleet, Node
+from cluster.vast.fleet import Fleet
 from cluster.vast.labels import Label, new_attempt
 from cluster.vast.money import Caps
+from cluster.vast.node import Node
 from cluster.vast.offers import Offer, Wish, find_offers
 from cluster.vast.state import OPEN_S, open_requests
 

@@ -13,11 +13,11 @@ from capture.errors import ConfigError
 from cluster.mesh.ports import MOST_NODES
 from cluster.vast import keys
 from cluster.vast.api import Vast
-from cluster.vast.fleet import Node, listed
 from cluster.vast.labels import check_names
 from cluster.vast.locked import PACKAGES
 from cluster.vast.money import SETTINGS as CAPS
 from cluster.vast.money import Caps
+from cluster.vast.node import Node, listed
 from cluster.vast.offers import Wish, read_wish
 from cluster.vast.state import cluster_folder
 

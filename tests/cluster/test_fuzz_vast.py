@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from cluster.vast import api, fleet
+from cluster.vast import api
+from cluster.vast import node as node_module
 from cluster.vast.api import Vast
 from cluster.vast.errors import VastError
 from cluster.vast.offers import Wish, find_offers
@@ -65,7 +66,7 @@ def test_an_instance_with_odd_fields_stays_in_the_listing_and_can_be_shown() -> 
         row = odd(rng, INSTANCE)
         rows = vast({"instances": [row, INSTANCE | {"id": 8}]}).instances()
         assert [r["id"] for r in rows] == [7, 8]
-        for node in fleet.listed(vast({"instances": [row]})):
+        for node in node_module.listed(vast({"instances": [row]})):
             Found(node, why_orphan(node, [], 2e9)).row()
             assert node.ssh is None or not node.ssh[0].startswith("-")
             assert isinstance(node.env, dict)

@@ -17,9 +17,10 @@ import pytest
 from virtual_market import World
 
 from cluster.vast.errors import VastError
-from cluster.vast.fleet import Fleet, Node
+from cluster.vast.fleet import Fleet
 from cluster.vast.labels import parse
 from cluster.vast.money import Caps
+from cluster.vast.node import Node
 from cluster.vast.offers import Wish
 from cluster.vast.rent import Renter
 from cluster.vast.state import State

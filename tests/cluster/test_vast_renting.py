@@ -13,9 +13,10 @@ from fake_server import Fake, hasty, running_fake, wait_for
 
 from cluster.vast.api import Vast
 from cluster.vast.errors import CapError, NoOfferError, NotGoneError, VastBusyError, VastError, VastKeyError
-from cluster.vast.fleet import Fleet, Node
+from cluster.vast.fleet import Fleet
 from cluster.vast.labels import parse
 from cluster.vast.money import Caps
+from cluster.vast.node import Node
 from cluster.vast.offers import Wish
 from cluster.vast.rent import Renter
 from cluster.vast.state import State

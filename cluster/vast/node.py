@@ -1,0 +1,59 @@
+"""One rented instance, and how it is found: by its label in the listing, or by its id."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from cluster.vast.api import Vast
+from cluster.vast.labels import Label, parse
+
+
+@dataclass(frozen=True)
+class Node:
+    """One instance of the cluster: its row of the listing, and its label taken apart."""
+
+    id: str
+    label: Label
+    row: dict[str, Any]
+
+    @property
+    def status(self) -> str:
+        return self.row.get("actual_status") or "created"
+
+    @property
+    def dph(self) -> float:
+        return float(self.row.get("dph_total") or 0.0)
+
+    @property
+    def machine(self) -> int | None:
+        return self.row.get("machine_id")
+
+    @property
+    def env(self) -> dict[str, str]:
+        """What it was created with; Vast lists it as pairs."""
+        return {str(pair[0]): str(pair[1]) for pair in self.row.get("extra_env") or [] if len(pair) == 2}
+
+    @property
+    def ssh(self) -> tuple[str, int] | None:
+        """Where its sshd listens: the machine's own address and the port that 22 is mapped to, else Vast's proxy. Never half of each."""
+        mapped = (self.row.get("ports") or {}).get("22/tcp") or []
+        port = mapped[0].get("HostPort") if mapped else None
+        if self.row.get("public_ipaddr") and port:
+            return str(self.row["public_ipaddr"]).strip(), int(port)
+        if self.status == "running" and self.row.get("ssh_host") and self.row.get("ssh_port") and not mapped:
+            return str(self.row["ssh_host"]), int(self.row["ssh_port"])
+        return None
+
+
+def listed(vast: Vast, cluster: str | None = None) -> list[Node]:
+    """All instances with a label of ours, or with that of one cluster, from a fresh listing."""
+    rows = ((str(row["id"]), parse(row.get("label")), row) for row in vast.instances())
+    return [Node(id_, label, row) for id_, label, row in rows if label and cluster in (None, label.cluster)]
+
+
+def look_up(vast: Vast, id_: str) -> Node | None:
+    """A node that the listing left out, by its id; None if Vast has none. Raises VastError where that cannot be told."""
+    row = vast.instance(int(id_))
+    label = parse((row or {}).get("label"))
+    return Node(id_, label, row) if row and label else None
