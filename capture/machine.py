@@ -205,7 +205,13 @@ def _mesh() -> list[Check]:
     try:
         found = json.loads((folder / "status.json").read_text())
         silent = time.time() - found["at"]
-        lines = [Check("mesh", True, f"node {found['k']} of at most {found['slots']}, {len(found['tunnels'])} tunnels")]
+        lines = [
+            Check(
+                "mesh",
+                True,
+                f"node {found['k']} of a mesh with places for {found['slots']}, {len(found['tunnels'])} tunnels",
+            )
+        ]
         for t in found["tunnels"]:
             state = f"up for {t['seconds']:.0f} s" if t["alive"] else f"down: {t['last_error'] or 'ssh is trying'}"
             text = f"{t['to']}, {state}, started {t['starts']}x"

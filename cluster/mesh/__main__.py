@@ -82,7 +82,7 @@ def _missing(k: int, folder: Path) -> str | None:
     if reply is None:
         state = own["tunnels"][0] if own["tunnels"] else {}
         return f"no way to the head at {state.get('to')} ({state.get('last_error') or 'ssh is trying'})"
-    return None if reply["ok"] else "the head has no way back to this node yet"
+    return None if reply.get("ok") else "the head has no way back to this node yet"
 
 
 @mesh.command()
@@ -92,7 +92,7 @@ def status() -> None:
     found = ask(k, "status", timeout=3)
     if found is None:
         raise MeshError(f"the daemon of node {k} is not running; start it with python -m cluster.mesh up")
-    click.echo(f"node {k} of at most {found['slots']}")
+    click.echo(f"node {k} of a mesh with places for {found['slots']}")
     for t in found["tunnels"]:
         state = f"up {t['seconds']:.0f} s" if t["alive"] else f"down: {t['last_error']}"
         click.echo(f"to node {t['k']} at {t['to']}: {state}, started {t['starts']}x")

@@ -86,6 +86,7 @@ class Fleet:
                     kept[id_] = self.nodes.get(id_)
                 else:
                     logger.info("instance %s is gone", id_)
+                    self._blame(id_, content)
                     self._forget(id_)
             self._record(found, now)
             self._expire(now)
@@ -179,6 +180,12 @@ class Fleet:
         with ThreadPoolExecutor(max_workers=AT_ONCE) as pool:
             tries = {id_: pool.submit(self.destroy, id_, reason) for id_ in ids}
         raise_for({id_: error for id_, one in tries.items() if (error := one.exception()) is not None})
+
+    def _blame(self, id_: str, content: dict[str, Any]) -> None:
+        """A machine whose instance went by itself before it was ready is not rented again."""
+        node, seen = self.nodes.get(id_), content["seen"].get(id_, {})
+        if node and node.label.kind in self.kinds and id_ not in content["destroyed"] and not seen.get("ready"):
+            self.state.block_machine(node.machine, "its instance was gone before it was ready")
 
     def _forget(self, id_: str) -> None:
         with self.lock:

@@ -19,25 +19,25 @@ MESH = "~/.pairscope/mesh"
 VERSIONS = {"~/.pairscope/versions.json": as_json(versions())}
 
 
-def for_head(node: Node, slots: int, state: State, deadline: int) -> dict[str, str]:
+def for_head(node: Node, places: int, state: State, deadline: int) -> dict[str, str]:
     """Who the head is, and its own host key as the laptop pinned it, to be passed on to workers; machines not to rent; when it
     has to be gone, which a second `ray up` with other limits moves. state: the cluster's on the laptop.
     """
     pinned = keys.pinned(state.folder / keys.KNOWN_HOSTS, f"vast-{node.id}")
     return _for_all(node) | {
-        f"{MESH}/node.json": Mesh(HEAD, slots).node_text,
+        f"{MESH}/node.json": Mesh(HEAD, places).node_text,
         f"{MESH}/known_hosts": pinned,
         f"~/.pairscope/clusters/{node.label.cluster}/machines.json": as_json(state.read()["machines"]),
         "~/.pairscope/deadline": f"{deadline}\n",
     }
 
 
-def for_worker(node: Node, head: Node | None, slots: int, user: str) -> dict[str, str]:
+def for_worker(node: Node, head: Node | None, places: int, user: str) -> dict[str, str]:
     """Who the worker is, and where the head is. Made on the head. Raises VastError while the head's address is not listed."""
     if head is None or head.ssh is None:
         raise VastError("the head has no ssh address in Vast's listing")
     peer = Peer(HEAD, *head.ssh, f"vast-{head.id}", f"{MESH}/key", f"{MESH}/known_hosts", user)
-    mesh = Mesh(node.label.k, slots, (peer,))
+    mesh = Mesh(node.label.k, places, (peer,))
     known = mesh_folder() / "known_hosts"
     return _for_all(node) | {
         f"{MESH}/node.json": mesh.node_text,
@@ -52,7 +52,7 @@ def _for_all(node: Node) -> dict[str, str]:
 
 
 def heads_mesh(
-    workers: Iterable[Node], addresses: Mapping[str, tuple[str, int]], slots: int, folder: Path, user: str
+    workers: Iterable[Node], addresses: Mapping[str, tuple[str, int]], places: int, folder: Path, user: str
 ) -> Mesh:
     """The head's tunnels: to every worker whose address is known. addresses: the last that was listed, by instance id."""
     known = str(folder / keys.KNOWN_HOSTS)
@@ -61,4 +61,4 @@ def heads_mesh(
         for n in workers
         if n.id in addresses
     ]
-    return Mesh(HEAD, slots, tuple(sorted(peers, key=lambda p: p.k)))
+    return Mesh(HEAD, places, tuple(sorted(peers, key=lambda p: p.k)))

@@ -81,7 +81,7 @@ class VastNodeProvider(NodeProvider):
             self.vast, self.state, cluster_name, kinds, boot_s=s.boot_minutes * 60, poll_s=s.poll_seconds
         )
         self.caps = Caps.read(provider_config)
-        self.renter = Renter(self.fleet, self.caps, s.public_key or self._public_key())
+        self.renter = Renter(self.fleet, self.caps, s.public_key or self._public_key(), places=s.places)
         self.addresses: dict[str, tuple[str, int]] = {}
         self.asked: set[str] = set()  # workers that told how fast they download
         self.checked = False
@@ -179,9 +179,7 @@ class VastNodeProvider(NodeProvider):
             headkey.ensure(self.vast, self.cluster_name, self.state)
         for _ in range(count):
             if kind == "worker" and len(self.fleet.nodes) >= self.settings.slots:
-                raise click.ClickException(
-                    f"the mesh has {self.settings.slots} places (max_workers + 1), all are taken"
-                )
+                raise click.ClickException(f"the cluster has its {self.settings.slots} nodes (max_workers + 1)")
             quoted = self.quoted if kind == "head" else None
             node = self.renter.rent(wish, kind, type_, env, start_script(self.settings.onstart), quoted=quoted)
             if kind == "head":
@@ -271,15 +269,15 @@ class VastNodeProvider(NodeProvider):
         node = self.fleet.get(node_id)
         if node is None:
             return {}
-        slots = self.settings.slots
+        places = self.settings.places
         if node.label.kind == "head":
             # until the autoscaler there says otherwise: what other nodes cost by then is in its books
             deadline = self.caps.deadline(self.fleet.bill(), node.dph)
             with self.state.edit() as content:
                 content["deadline"] = {"at": deadline}
-            return nodefiles.for_head(node, slots, self.state, deadline)
+            return nodefiles.for_head(node, places, self.state, deadline)
         head = next((n for n in self.fleet.refresh().values() if n.label.kind == "head"), None)
-        return nodefiles.for_worker(node, head, slots, self.settings.user)
+        return nodefiles.for_worker(node, head, places, self.settings.user)
 
     def _after_listing(self, nodes: dict[str, Node]) -> None:
         """On the head: tunnels to the workers, and the end of the cluster when a limit is reached."""
@@ -287,7 +285,7 @@ class VastNodeProvider(NodeProvider):
         # kept while the node is: an address that a listing leaves out for once must not cut the tunnel under running actors
         self.addresses |= {n.id: n.ssh for n in workers if n.ssh and n.status == "running"}
         s = self.settings
-        write_peers(nodefiles.heads_mesh(workers, self.addresses, s.slots, self.folder, s.user), mesh_folder())
+        write_peers(nodefiles.heads_mesh(workers, self.addresses, s.places, self.folder, s.user), mesh_folder())
         wanted = float(s.offers.get("min_inet_down", Wish.min_inet_down))
         machines.look_at([n for n in workers if n.id in self.addresses], self.asked, self.state, wanted)
         over = self.caps.exceeded(self.fleet.bill())

@@ -9,7 +9,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from cluster.mesh.ports import HEAD, MOST_NODES
-from cluster.vast.errors import CapError, HeadError, NoOfferError, VastBusyError, VastError, VastRefusedError
+from cluster.vast.errors import (
+    CapError,
+    HeadError,
+    NoOfferError,
+    VastBusyError,
+    VastError,
+    VastKeyError,
+    VastRefusedError,
+)
 from cluster.vast.fleet import Fleet
 from cluster.vast.labels import Label, new_attempt
 from cluster.vast.money import Caps
@@ -20,22 +28,26 @@ from cluster.vast.state import OPEN_S, open_requests
 logger = logging.getLogger(__name__)
 
 PRICE_MAY_RISE = 1.1  # between the price that was shown and the one that is paid
+REFUSED_S = 60.0  # until a machine that would not take our key is asked again
 MOST_OFFERS = 8  # tried one after the other before a launch is reported as failed
 
 
 @dataclass
 class Renter:
-    """Rents for one cluster. key: the public ssh key that nodes let in. found_within_s: how long a lost reply is looked for."""
+    """Rents for one cluster. key: the public ssh key that nodes let in. found_within_s: how long a lost reply is looked for.
+    places: the highest k of the mesh."""
 
     fleet: Fleet
     caps: Caps
     key: str
     found_within_s: float = 30.0
+    places: int = MOST_NODES
 
     def __post_init__(self) -> None:
         self.lock = threading.Lock()
         self.in_hand: set[int] = set()  # offers that a thread of ours is asking for
         self.asking: set[str] = set()  # attempts of these
+        self.refused: dict[str, float] = {}  # instance -> when Vast refused to let our key in
 
     def rent(
         self, wish: Wish, kind: str, type_: str, env: Callable[[int, Offer], Mapping[str, str]], onstart: str,
@@ -164,9 +176,12 @@ class Renter:
             used |= {v["k"] for v in content["destroyed"].values() if "gone" not in v}
             used |= {v["k"] for v in open_requests(content).values()}
             used |= {v["k"] for v in content["abandoned"].values() if now - v["since"] < OPEN_S}
-            k = HEAD if kind == "head" else next((k for k in range(HEAD + 1, MOST_NODES + 1) if k not in used), 0)
+            k = HEAD if kind == "head" else next((k for k in range(HEAD + 1, self.places + 1) if k not in used), 0)
             if not k:
-                raise NoOfferError(f"the mesh has room for {MOST_NODES} nodes, and all are taken")
+                raise NoOfferError(
+                    f"all {self.places} places of the mesh are taken, also by machines that were destroyed and are not shown to be gone: "
+                    "see `pairscope vast nodes`"
+                )
             label = Label(self.fleet.cluster, kind, k, type_, new_attempt())
             content["intents"][label.attempt] = {"k": k, "kind": kind, "since": now, "dph": dph}
         return label
@@ -239,7 +254,7 @@ class Renter:
 
     def let_in(self, nodes: Mapping[str, Node]) -> None:
         """Attach our key to machines that were asked for here and have not got it: the reply was lost, or whoever asked was killed
-        before. What fails is tried again at the next call.
+        before. What fails is tried again at the next call, what Vast refuses after REFUSED_S.
         """
         seen = self.fleet.state.read()["seen"]
         for id_, node in nodes.items():
@@ -248,9 +263,13 @@ class Renter:
                 continue
             if not row.get("asked_here") or row.get("key"):
                 continue
+            if time.monotonic() - self.refused.get(id_, float("-inf")) < REFUSED_S:
+                continue
             try:
                 self._attach(node)
             except VastError as error:
+                if isinstance(error, VastRefusedError | VastKeyError):
+                    self.refused[id_] = time.monotonic()
                 logger.warning("instance %s has not got its ssh key: %s", id_, error)
 
     def _attach(self, node: Node) -> None:

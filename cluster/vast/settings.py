@@ -25,6 +25,7 @@ from cluster.vast.state import cluster_folder
 FROM_RAY = {"type", "module", "_config_cache_path", "disable_node_updaters", "use_internal_ips"}
 OURS = ("offers", "boot_minutes", "head_silence_minutes", "poll_seconds", "onstart", "image_versions")
 ROOT = "root"
+SPARE = 4  # places of the mesh for machines on their way out, which keep theirs until they are gone
 KNOWN_API_KEY = "~/.config/vastai/vast_api_key"  # where the SDK looks
 HUB_LOGIN = "~/.cache/huggingface/token"  # where `hf auth login` puts it; mounted by those who need it
 
@@ -54,6 +55,11 @@ class Settings:
     head_type: str = ""
     head_config: Mapping[str, Any] = field(default_factory=dict)
     may_grow: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def places(self) -> int:
+        """The highest k that a node may have. slots are the nodes that there may be at once, not counting those on their way out."""
+        return min(self.slots + SPARE, MOST_NODES)
 
     @classmethod
     def read(cls, provider: Mapping[str, Any]) -> Settings:

@@ -60,7 +60,7 @@ def test_each_tunnel_is_shown_with_its_state(folder: Path) -> None:
     daemon.read()
     daemon.note()
     down = rows()
-    assert down["mesh"]["found"] == "node 1 of at most 4, 1 tunnels"
+    assert down["mesh"]["found"] == "node 1 of a mesh with places for 4, 1 tunnels"
     assert (down["tunnel to node 2"]["ok"], down["tunnel to node 2"]["found"]) == (
         False, "192.0.2.1:41002, down: ssh is trying, started 0x",
     )  # fmt: skip

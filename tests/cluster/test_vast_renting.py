@@ -165,6 +165,8 @@ def test_an_instance_gone_right_after_create_is_noticed_as_gone(
     node = rent(renter)
     wait_for(lambda: node.id not in renter.fleet.refresh(force=True))
     assert fake.live() == []
+    assert renter.fleet.state.blocked_machines() == {node.machine: "its instance was gone before it was ready"}
+    assert rent(renter).machine != node.machine
 
 
 def test_an_instance_that_vast_does_not_list_at_once_is_not_rented_again(fake: Fake, tmp_path: Path) -> None:
@@ -183,6 +185,26 @@ def test_a_destroy_that_is_ignored_is_repeated_until_it_is_true(fake: Fake, tmp_
     fake.fault("destroy", "ignored", times=2)
     renter.fleet.destroy(node.id, "test")
     assert fake.live() == []
+
+
+def test_a_machine_on_its_way_out_keeps_its_place_and_the_mesh_has_one_for_its_successor(
+    fake: Fake, tmp_path: Path
+) -> None:
+    renter = make(fake, tmp_path, boot_s=0.0)
+    renter.places = 3
+    fake.fault("create", "stuck")
+    stuck = rent(renter)
+    fake.fault("destroy", "ignored", times=100)
+    time.sleep(0.02)
+    assert renter.fleet.refresh(force=True) == {}
+    renter.fleet.boot_s = 30.0
+    assert (stuck.label.k, rent(renter).label.k) == (2, 3)
+    with pytest.raises(NoOfferError, match="all 3 places of the mesh are taken, also by machines that were destroyed"):
+        rent(renter)
+    assert len(fake.live()) == 2
+    fake.control("faults", [])
+    renter.fleet.refresh(force=True)
+    assert rent(renter).label.k == 2
 
 
 def test_a_destroy_that_never_works_is_an_error_that_names_the_instance(fake: Fake, tmp_path: Path) -> None:

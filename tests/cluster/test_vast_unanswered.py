@@ -99,6 +99,35 @@ def test_a_worker_whose_reply_was_lost_is_let_in_by_the_next_poll_and_counts_onc
     assert head.fleet.bill().rate == 0
 
 
+@pytest.mark.parametrize(("kind", "asked"), [("403", 2), ("404", 2), ("503", 4)])
+def test_a_machine_that_refuses_our_key_is_not_asked_at_every_poll(
+    fake: Fake, tmp_path: Path, monkeypatch: Any, kind: str, asked: int
+) -> None:
+    head = on_head(on_laptop(), tmp_path / "head", monkeypatch)
+    head.vast.sleep = lambda s: None
+    worker = rent_unheard(fake, head, WORKER_TAGS)
+    fake.fault("attach", kind, times=100)
+    calls = 0
+
+    def poll() -> None:
+        head.fleet.refresh(force=True)
+        monkeypatch.setattr(head.vast, "attach_key", counted)
+        assert head.non_terminated_nodes({"ray-node-type": "worker"}) == [worker]
+
+    attach = head.vast.attach_key
+
+    def counted(*args: Any) -> None:
+        nonlocal calls
+        calls += 1
+        attach(*args)
+
+    for _ in range(3):
+        poll()
+    monkeypatch.setattr("cluster.vast.rent.REFUSED_S", 0.0)
+    poll()
+    assert calls == asked
+
+
 def test_a_machine_that_is_taken_later_and_gets_no_key_is_not_lost_sight_of(
     fake: Fake, tmp_path: Path, monkeypatch: Any
 ) -> None:

@@ -85,7 +85,7 @@ def test_one_machine_is_rented_runs_a_job_and_is_gone(any_stage: Rehearsal) -> N
     assert "ran on 127.0.1.1" in out
     assert "1.0/1.0 GPU" in stage.ray("exec", "RAY_AUTH_MODE=token ray status").replace("0.0/1.0", "1.0/1.0")
     told = stage.ray("exec", "pairscope doctor")
-    assert "node 1 of at most 4" in told
+    assert "node 1 of a mesh with places for 8" in told
     assert "looked " in next(line for line in told.splitlines() if "dead-man's switch" in line)
     (head,) = stage.instances()
     mode, key = stage.on(head, "stat -c %a ~/.config/vastai/vast_api_key && cat ~/.config/vastai/vast_api_key").split()
@@ -274,6 +274,68 @@ def test_workers_that_are_destroyed_or_outbid_are_replaced_and_the_job_completes
     assert workers[1] not in [line["id"] for line in stage.fake.live()], "an outbid machine goes on billing its disk"
     stage.ray("down", "-y")
     assert stage.fake.live() == []
+
+
+@pytest.mark.slow
+def test_an_api_that_fails_while_the_autoscaler_works_costs_no_machine_and_no_actor(stage: Rehearsal) -> None:
+    boot_minutes = 1.0
+    stage.write_yaml(max_workers=2, provider={"boot_minutes": boot_minutes})
+    fake = stage.fake
+    fake.control("offers", [{}] * 9)
+    for call, kind in (
+        ("list", "429"),
+        ("search", "503"),
+        ("create", "lost"),
+        ("list", "malformed"),
+        ("attach", "502"),
+    ):
+        fake.fault(call, kind)
+    stage.ray("up", "-y")
+    assert len(fake.bill()) == 1, "the reply to its create was lost, and the machine was found by its label"
+    broken = ("stuck", "gone", "sold_twice")  # machines that are billed and never come up
+    for kind in ("429", *broken, "lost", "503_done"):
+        fake.fault("create", kind)
+    for call, kind in (
+        ("search", "no_rows"),
+        ("list", "empty"),
+        ("list", "drop"),
+        ("attach", "500"),
+        ("destroy", "ignored"),
+    ):
+        fake.fault(call, kind, after=1)
+    log = stage.folder / "job.log"
+    with stage.dashboard() as address, open(log, "w") as stream:
+        command = ["ray", "job", "submit", "--address", address, *job(stage, MANY, "900")]
+        run = subprocess.Popen(command, env=stage.env, stdout=stream, stderr=stream)
+        try:
+            wait_for(lambda: "objects crossed" in log.read_text() or run.poll() is not None, 500)
+            assert run.poll() is None, log.read_text()[-3000:]
+            assert all(rule["times"] == 0 for rule in fake.control("faults") if rule["call"] == "create")
+            there = {line["id"] for line in fake.live()}
+            for kind in ("503", "no_rows", "empty", "malformed", "drop", "429", "no_rows", "502"):
+                fake.fault("list", kind, times=3)  # as often as one poll asks
+                fake.fault("show", "503")
+            wait_for(lambda: all(rule["times"] == 0 for rule in fake.control("faults") if rule["call"] == "list"), 180)
+            time.sleep(10)
+            assert {line["id"] for line in fake.live()} == there, "what a listing does not show is not dead"
+            head = next(row for row in stage.instances() if row["k"] == ports.HEAD)
+            stage.on(head, "touch ~/enough")
+            run.wait(timeout=150)
+        finally:
+            run.kill()
+            run.wait()
+    assert "same actors after" in log.read_text(), log.read_text()[-3000:]
+    bill = fake.bill()
+    assert len({line["label"] for line in bill}) == len(bill), "never two machines for one request"
+    assert len(bill) == 3 + len(broken), "head and two workers, and those that could not come up"
+    for line in bill:
+        if line["id"] not in there:
+            assert line["destroyed"] - line["created"] < boot_minutes * 60 + 60
+    fake.control("faults", [])
+    for call, kind in (("destroy", "ignored"), ("destroy", "lost"), ("list", "503"), ("show", "503")):
+        fake.fault(call, kind)
+    assert "no instance labelled" in stage.ray("down", "-y")
+    assert fake.live() == []
 
 
 @pytest.mark.slow
