@@ -45,7 +45,7 @@ look:
 test: $(STAMP)  ## all tests, but for the slow ones and those that need a GPU
 	@$(BIN)/python -m pytest -m "not slow and not gpu" -n 2 --dist loadfile
 
-slow: $(STAMP)  ## the slow tests: spans over two Ray nodes, groups of four ranks, the bench of rivals (some minutes)
+slow: $(STAMP)  ## the slow tests: groups of ranks that die, groups of four, spans over two Ray nodes, benches (some minutes)
 	@$(BIN)/python -m pytest -m "slow and not gpu" tests/capture tests/cluster tests/bench
 
 faults: $(STAMP)  ## the whole fault suite, with sweeps whose workers, driver and Ray are killed (some ten minutes)

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any
 
 import pytest
-
-# Read when torch and transformers are first imported, which is after this file.
-os.environ["HF_HUB_OFFLINE"] = "1"  # no test may ask the network
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # more threads only slow models this small down
 
 
 @pytest.fixture(scope="session")

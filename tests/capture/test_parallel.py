@@ -1,5 +1,6 @@
 """Tensor-parallel groups of real Ray actors over gloo: shards of weights and vocabulary, and the numbers of one process."""
 
+import functools
 import json
 import os
 import random
@@ -28,6 +29,8 @@ WHOLE = (
     "qwen3_moe whole attention",
     "deepseek_v3 whole attention",
 )
+QUICK = ("llama", "gemma2", "deepseek_v3", "qwen3_moe whole attention")  # of each kind of plan one
+REST = tuple(name for name in (*ARCHS, *WHOLE) if name not in QUICK)
 DRIVER = Path(__file__).parents[1] / "cluster/rank_driver.py"
 
 
@@ -60,32 +63,50 @@ def test_a_degree_that_does_not_divide_is_refused_before_anything_is_read(arch, 
         open_pair(pairs(arch), group=Group(0, size))
 
 
-@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
-def ranks(request, pairs, tmp_path_factory):
-    """(size, pairs by name, where the ranks left what they found): one group of actors works on all pairs."""
-    size, out = request.param, tmp_path_factory.mktemp("ranks")
-    paths_of = {name: pair_for(name, pairs) for name in (*ARCHS, *WHOLE)}
-    ports = free_ports(1 + len(paths_of))
-    jobs = [
-        {
-            "name": name,
-            "port": port,
-            "whole": name in WHOLE,
-            "paths": [str(p) for p in (paths.base, paths.sft, paths.tokenizer)],
-        }
-        for port, (name, paths) in zip(ports[1:], paths_of.items(), strict=True)
-    ]
-    (out / "jobs.json").write_text(json.dumps({"walks_port": ports[0], "jobs": jobs}))
-    entry = entry_of(paths_of["llama"], tensor_parallel=size, device="cpu")
-    done = subprocess.run(
-        [sys.executable, str(DRIVER), str(out), entry.model_dump_json()],
-        env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    return size, paths_of, out
+@pytest.fixture(scope="module")
+def group(pairs, tmp_path_factory):
+    """What a group of so many actors found that worked on all of these names, one after the other; once for all who ask."""
+
+    @functools.cache
+    def of(size, names):
+        out = tmp_path_factory.mktemp("ranks")
+        paths_of = {name: pair_for(name, pairs) for name in names}
+        ports = free_ports(1 + len(paths_of))
+        jobs = [
+            {
+                "name": name,
+                "port": port,
+                "whole": name in WHOLE,
+                "paths": [str(p) for p in (paths.base, paths.sft, paths.tokenizer)],
+            }
+            for port, (name, paths) in zip(ports[1:], paths_of.items(), strict=True)
+        ]
+        (out / "jobs.json").write_text(json.dumps({"walks_port": ports[0], "jobs": jobs}))
+        entry = entry_of(next(iter(paths_of.values())), tensor_parallel=size, device="cpu")
+        done = subprocess.run(
+            [sys.executable, str(DRIVER), str(out), entry.model_dump_json()],
+            env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+        return size, paths_of, out
+
+    return of
 
 
-@pytest.mark.parametrize("arch", [*ARCHS, *WHOLE])
+@pytest.fixture
+def ranks(request, group):
+    """(size, pairs by name, where the ranks left what they found)."""
+    return group(*request.param)
+
+
+in_groups = pytest.mark.parametrize(("ranks", "arch"), [
+    *[pytest.param((2, QUICK), name, id=f"2-{name}") for name in QUICK],
+    *[pytest.param((2, REST), name, id=f"2-{name}", marks=pytest.mark.slow) for name in REST],
+    *[pytest.param((4, QUICK + REST), name, id=f"4-{name}", marks=pytest.mark.slow) for name in QUICK + REST],
+], indirect=["ranks"])  # fmt: skip
+
+
+@in_groups
 def test_the_states_are_those_of_one_process(arch, ranks):
     _, paths_of, out = ranks
     got = torch.load(out / f"{arch}.pt")
@@ -95,7 +116,7 @@ def test_the_states_are_those_of_one_process(arch, ranks):
                 assert reference.relative_error(got[name][layer][prompt], state) < 2e-5, (name, layer)
 
 
-@pytest.mark.parametrize("arch", [*ARCHS, *WHOLE])
+@in_groups
 def test_statistics_over_vocabulary_shards_agree_with_float64_of_the_groups_own_states(arch, ranks):
     _, paths_of, out = ranks
     (found,) = (out / arch).glob("captures/pair=tiny/capture=*")
@@ -107,7 +128,7 @@ def test_statistics_over_vocabulary_shards_agree_with_float64_of_the_groups_own_
     assert agree.disagreements(want, agree.read_tables(found)) == []
 
 
-@pytest.mark.parametrize("arch", [*ARCHS, *WHOLE])
+@in_groups
 def test_each_rank_reads_only_its_share(arch, ranks):
     size, paths_of, out = ranks
     reads = [json.loads((out / f"{arch}-{rank}.json").read_text()) for rank in range(size)]

@@ -80,6 +80,7 @@ while True:
 """
 
 
+@pytest.mark.slow
 def test_a_rank_that_dies_takes_its_group_down_and_the_next_group_goes_on_after_the_last_span(
     local_ray: None, tmp_path: Path
 ) -> None:

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from fake_server import wait_for
 from secrets_search import VARIABLES, Planted, modes
 
 from capture.config import load_config
@@ -44,7 +45,7 @@ def test_the_search_finds_what_is_planted(planted: Planted, tmp_path: Path) -> N
         [sys.executable, "-c", "input()", planted.environment["HF_TOKEN"]], stdin=subprocess.PIPE
     )
     try:
-        assert planted.in_arguments() == [f"HF_TOKEN in /proc/{sleeper.pid}/cmdline"]
+        assert wait_for(planted.in_arguments) == [f"HF_TOKEN in /proc/{sleeper.pid}/cmdline"]
     finally:
         sleeper.communicate(b"\n")
 

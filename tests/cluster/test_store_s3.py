@@ -152,6 +152,7 @@ def test_what_a_store_gives_is_held_against_its_checksums(far: Far, home: RunDir
     assert not list(Path(home.root).glob("captures/pair=bad/*/_COMPLETE"))
 
 
+@pytest.mark.slow
 def test_a_cluster_goes_down_once_all_is_at_home_from_the_store(
     far: Far, tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -203,6 +204,7 @@ def entry(tmp_path: Path) -> Path:
     return tmp_path / "s3.yaml"
 
 
+@pytest.mark.slow
 def test_a_capture_whose_store_fails_it_at_the_end_goes_on_where_it_was(
     tmp_path: Path, store: Store, home: RunDir, caplog: pytest.LogCaptureFixture
 ) -> None:

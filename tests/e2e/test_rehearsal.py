@@ -74,6 +74,7 @@ def _address(row: dict[str, Any]) -> tuple[str, int]:
     return host, int(port)
 
 
+@pytest.mark.slow
 def test_one_machine_is_rented_runs_a_job_and_is_gone(any_stage: Rehearsal) -> None:
     stage = any_stage
     stage.write_yaml()

@@ -25,10 +25,7 @@ STAGES = {
 }
 
 
-QUICK = {"lens", "commit", "before-marker"}  # in `make test` too
-
-
-@pytest.mark.parametrize("stage", [pytest.param(s, marks=() if s in QUICK else pytest.mark.slow) for s in STAGES])
+@pytest.mark.parametrize("stage", STAGES)
 def test_a_worker_killed_at_any_stage_costs_nothing_but_time(
     stage: str, entry: Any, undisturbed: Path, told: Any, tmp_path: Path
 ) -> None:

@@ -36,8 +36,8 @@ def goes_on(entry: Any, out: Path, undisturbed: Path, said: Path, attempts: int)
     [
         ("disk-full-again", [Fault("row group", "ENOSPC", times=FOREVER)], "the disk is full"),
         ("read-only", [Fault("replace", "EROFS", nth=6, times=FOREVER)], "read-only"),
-        pytest.param("rename-fails", [Fault("rename", "EIO", nth=3)], "Input/output error", marks=pytest.mark.slow),
-        pytest.param("fsync-fails", [Fault("fsync", "EIO", nth=14)], "Input/output error", marks=pytest.mark.slow),
+        ("rename-fails", [Fault("rename", "EIO", nth=3)], "Input/output error"),
+        ("fsync-fails", [Fault("fsync", "EIO", nth=14)], "Input/output error"),
     ],
 )
 def test_what_cannot_be_written_is_told_in_one_line_and_taken_up_again(
@@ -139,14 +139,9 @@ def test_a_clock_that_is_set_back_does_not_change_which_attempt_was_the_last(
     ("table", "how"),
     [
         ("pairwise_topk-00000.parquet", "flipped"),
-        *[
-            pytest.param(*case, marks=pytest.mark.slow)
-            for case in (
-                ("runs.parquet", "truncated"),
-                ("runs.parquet", "flipped"),
-                ("pairwise_topk-00000.parquet", "truncated"),
-            )
-        ],
+        ("pairwise_topk-00000.parquet", "truncated"),
+        ("runs.parquet", "flipped"),
+        ("runs.parquet", "truncated"),
     ],
 )
 def test_a_table_that_was_damaged_later_is_found_and_made_again(
@@ -174,10 +169,9 @@ def test_a_table_that_was_damaged_later_is_found_and_made_again(
     ("name", "how"),
     [
         ("state-2", "truncated"),
-        *[
-            pytest.param(*case, marks=pytest.mark.slow)
-            for case in (("span-1-1", "truncated"), ("span-1-1", "flipped"), ("state-2", "flipped"))
-        ],
+        ("state-2", "flipped"),
+        ("span-1-1", "truncated"),
+        ("span-1-1", "flipped"),
     ],
 )
 def test_a_span_that_was_damaged_is_computed_again(
