@@ -20,6 +20,8 @@ from capture.relay import cut
 from capture.run import capture_pair
 from capture.settings import Spans
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 TABLES = ("runs", "pairwise", "runs_topk", "pairwise_topk", "prompts", "tokens")
 REAL = "capture.run:capture_pair"
@@ -152,7 +154,6 @@ def test_the_next_spans_weights_are_read_while_the_one_before_computes(killed: A
     assert first["finished"] <= second["received"]
 
 
-@pytest.mark.slow
 def test_what_was_lost_with_its_node_is_made_again(alone: Path, tmp_path: Path) -> None:
     found = on_two_nodes(tmp_path, cut_entry(), REAL, "lose-node")
     assert found["state"] == "complete", found
@@ -163,7 +164,6 @@ def test_what_was_lost_with_its_node_is_made_again(alone: Path, tmp_path: Path) 
     assert set(errors[:-1]) <= {"LostError", "WorkerDiedError"}
 
 
-@pytest.mark.slow
 def test_each_span_may_have_a_tensor_parallel_group_of_its_own(tmp_path: Path) -> None:
     shared = cut_entry(tensor_parallel=2, spans=Spans())
     whole, spans = tmp_path / "whole", tmp_path / "spans"
