@@ -9,7 +9,9 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from capture.config import Entry
@@ -107,9 +109,14 @@ def _resolve(entry: Entry, download: bool, source: Source | None) -> Resolved:
             source=source,
         )  # fmt: skip
 
-    base = model(entry.base_model, entry.base_revision)
-    same = (entry.base_model, entry.base_revision) == (entry.sft_model, entry.sft_revision)
-    sft = base if same else model(entry.sft_model, entry.sft_revision)
+    names = [(entry.base_model, entry.base_revision), (entry.sft_model, entry.sft_revision)]
+    each = list(dict.fromkeys(names))
+    if all(Path(name).expanduser().is_dir() for name, _ in each):
+        with ThreadPoolExecutor(len(each)) as pool:  # they are hashed, where they were not before
+            found = dict(zip(each, pool.map(lambda one: model(*one), each), strict=True))
+    else:
+        found = {one: model(*one) for one in each}
+    base, sft = (found[one] for one in names)
     by_model = {entry.sft_model: entry.sft_revision, entry.base_model: entry.base_revision}
     revision = entry.tokenizer_kwargs.get("revision", by_model.get(entry.tokenizer))
     token = entry.tokenizer_kwargs.get("token", token)
