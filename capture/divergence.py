@@ -47,25 +47,33 @@ class Divergences:
     ab: Tensor
 
 
-def divergences(
-    logits: Sequence[Tensor], maxima_SR: Tensor, pairs: Pairs, group: Group, space: Space | None = None
-) -> Divergences:
-    """Everything about S slots of logits [R, V]. maxima_SR: of each row, over all ranks. space: kept by the caller."""
-    sums, offsets_SR, far = _sums(logits, maxima_SR, group, space or Space())
-    found = _from_sums(sums, offsets_SR, pairs)
-    far |= _lossy(sums)
+@dataclass
+class Sums:
+    """sums [S, S + 1, R]: of (e, g_1, ...) times (1, y, x_1, ...), float64, over the whole vocabulary. offsets [S, R] float64: what
+    was taken off the logits of each slot. far [R]: rows whose sums mean nothing."""
+
+    sums: Tensor
+    offsets: Tensor
+    far: Tensor
+
+
+def divergences(logits: Sequence[Tensor], maxima_SR: Tensor, pairs: Pairs, group: Group, found: Sums) -> Divergences:
+    """Everything about S slots of logits [R, V], from their sums. maxima_SR: of each row, over all ranks."""
+    of = _from_sums(found, pairs)
+    far = found.far | _lossy(found.sums)
     piece = max(1, logits[0].shape[0] // PLAIN_PIECES)
     for rows in _pieces(far, piece):
         again = plain([x[rows] for x in logits], maxima_SR[:, rows], pairs, group)
-        for mine, theirs in zip(vars(found).values(), vars(again).values(), strict=True):
+        for mine, theirs in zip(vars(of).values(), vars(again).values(), strict=True):
             mine[:, rows] = theirs
-    for i, (a, b) in enumerate(pairs):
-        close = _unsure(sums, found, i, a, b) & ~far
-        for rows in _pieces(close, piece):
+    close = _unsure(found.sums, of, pairs) & ~far
+    for i in close.any(1).nonzero().flatten().tolist():
+        a, b = pairs[i]
+        for rows in _pieces(close[i], piece):
             two = [logits[a][rows], logits[b][rows]]
             again = plain(two, maxima_SR[[a, b]][:, rows], [(0, 1)], group)
-            found.ba[i, rows], found.ab[i, rows] = again.ba[0], again.ab[0]
-    return found
+            of.ba[i, rows], of.ab[i, rows] = again.ba[0], again.ab[0]
+    return of
 
 
 def _pieces(chosen_R: Tensor, size: int) -> Sequence[Tensor]:
@@ -74,88 +82,21 @@ def _pieces(chosen_R: Tensor, size: int) -> Sequence[Tensor]:
     return rows.split(size) if len(rows) else ()
 
 
-class Space:
-    """Memory for the sums of one chunk of rows, kept between chunks: fresh memory costs as much as the arithmetic."""
-
-    def __init__(self) -> None:
-        self.left = self.right = torch.empty(0, 0, 0)
-
-    def take(self, n_slots: int, rows: int, size: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """left and right [S, R, whole blocks of SUM_BLOCK], zero behind `size`."""
-        shape = (
-            n_slots,
-            rows,
-            max(2, -(-size // SUM_BLOCK)) * SUM_BLOCK,
-        )  # two: one matrix alone is multiplied otherwise
-        if self.left.shape != shape:
-            self.left, self.right = like.new_zeros(shape), like.new_zeros(shape)
-        return self.left, self.right
-
-
-def _sums(logits: Sequence[Tensor], maxima_SR: Tensor, group: Group, space: Space) -> tuple[Tensor, Tensor, Tensor]:
-    """(sums [S, S + 1, R] float64 of (e, g_1, ...) times (1, y, x_1, ...); what was taken off the logits of each slot, [S, R];
-    which rows have shifts beyond FAR, [R])."""
-    n_slots, (rows, size) = len(logits), logits[0].shape
-    left, right = space.take(n_slots, rows, size, logits[0])
-    e, y = left[0, :, :size], right[0, :, :size]
-    torch.sub(logits[0], maxima_SR[0][:, None], out=y)
-    torch.exp(y, out=e)
-    totals = [e.sum(1)]
-    for s in range(1, n_slots):
-        x = torch.sub(logits[s], logits[0], out=right[s, :, :size])
-        totals.append(torch.mul(x, e, out=left[s, :, :size]).sum(1))
-    of_all = group.sum(torch.stack(totals).double())
-    offsets = (of_all / of_all[0]).float()  # of float32, so that what is taken off is what is added again
-    offsets[0] = 0
-    for s in range(1, n_slots):
-        g, x = left[s, :, :size], right[s, :, :size]
-        x.sub_(offsets[s][:, None])
-        torch.expm1(x, out=g)
-        g.mul_(e)
-    far = ~maxima_SR.isfinite().all(0)
-    if n_slots > 1:
-        shift = torch.maximum(right[1:].amax((0, 2)), -right[1:].amin((0, 2)))
-        offset = offsets.abs().amax(0)  # a shift of logits is rounded before it is taken off
-        far |= ~group.max((shift + offset).nan_to_num(torch.inf)).le(FAR)
-    return group.sum(_products(left, right)), maxima_SR[0].double() + offsets, far
-
-
-def _products(left: Tensor, right: Tensor) -> Tensor:
-    """sum over V of left_i times (1, right_j): [S, S + 1, R] float64 from [S, R, V] float32, block by block."""
-    n_slots, rows, _ = left.shape
-    a, b = (x.view(n_slots, -1, SUM_BLOCK) for x in (left, right))  # [S, R * blocks, SUM_BLOCK]
-    product = torch.bmm(a.permute(1, 0, 2), b.permute(1, 2, 0))
-    out = left.new_empty(n_slots, n_slots + 1, rows, dtype=torch.float64)
-    out[:, 1:] = product.double().unflatten(0, (rows, -1)).sum(1).permute(1, 2, 0)
-    out[:, 0] = a.sum(2).double().unflatten(1, (rows, -1)).sum(2)
-    return out
-
-
-def _from_sums(sums: Tensor, offsets_SR: Tensor, pairs: Pairs) -> Divergences:
+def _from_sums(found: Sums, pairs: Pairs) -> Divergences:
+    sums = found.sums
     weights = sums.clone()
     weights[1:] += sums[0]  # of e + g_s
     z = weights[:, 0]
     shift = weights[:, 1:] / z[:, None]  # [s, t]: mean of (y, x_1, ...) under slot s
-    log_z = z[0].log() + torch.log1p(sums[:, 0] / sums[0, 0]).index_fill(0, torch.tensor([0], device=z.device), 0.0)
-    u = log_z - log_z[0]
-    own = shift[:, 0].clone()
-    for s in range(1, len(sums)):
-        own[s] += shift[s, s]
-
-    def kl(s: int, t: int) -> Tensor:
-        zero = torch.zeros_like(u[0])
-        mine, other = (shift[s, i] if i else zero for i in (s, t))
-        return (mine - other - u[s] + u[t]).clamp(min=0)
-
-    ba = [kl(b, a) for a, b in pairs]
-    ab = [kl(a, b) for a, b in pairs]
-    none = u.new_empty(0, u.shape[1])
-    return Divergences(
-        log_z - own,
-        log_z + offsets_SR,
-        torch.stack(ba) if ba else none,
-        torch.stack(ab) if ab else none.clone(),
-    )
+    u = torch.log1p(sums[:, 0] / sums[0, 0])
+    u[0] = 0
+    log_z = z[0].log() + u
+    of_y = shift[:, 0].clone()
+    shift[:, 0] = 0  # from slot 0 to itself
+    own = shift.diagonal().T  # [s]: mean of x_s under slot s
+    kl = (own[:, None] - shift - u[:, None] + u).clamp(min=0)  # [s, t]: of s || t
+    a, b = [p[0] for p in pairs], [p[1] for p in pairs]
+    return Divergences(log_z - (of_y + own), log_z + found.offsets, kl[b, a], kl[a, b])
 
 
 def _lossy(sums: Tensor) -> Tensor:
@@ -169,19 +110,18 @@ def _lossy(sums: Tensor) -> Tensor:
     return (SUM_ERROR * own > ENTROPY_ERROR * z).any(0)
 
 
-def _unsure(sums: Tensor, found: Divergences, i: int, a: int, b: int) -> Tensor:
-    """Rows where the sums' own rounding may be more than KL_ERROR of the i-th pair's divergence and more than KL_FLOOR, [R].
+def _unsure(sums: Tensor, found: Divergences, pairs: Pairs) -> Tensor:
+    """Rows where the sums' own rounding may be more than KL_ERROR of a pair's divergence and more than KL_FLOOR, [pairs, R].
 
     A sum of products with shifts x carries an error in proportion to x: to the mean of x under slot 0, and its spread.
     """
     z = sums[0, 0]
-    scale = torch.zeros_like(z)
-    for s in (a, b):
-        if s:
-            mean = sums[0, 1 + s] / z
-            spread = ((sums[s, 1 + s]).abs() / z).sqrt()
-            scale += mean.abs() + spread
-    return SUM_ERROR * scale > KL_FLOOR + KL_ERROR * torch.minimum(found.ba[i], found.ab[i])
+    mean = (sums[0, 1:] / z).abs()
+    spread = (sums[:, 1:].diagonal().T.abs() / z).sqrt()
+    scale = mean + spread
+    scale[0] = 0
+    of_both = scale[[a for a, _ in pairs]] + scale[[b for _, b in pairs]]
+    return SUM_ERROR * of_both > KL_FLOOR + KL_ERROR * torch.minimum(found.ba, found.ab)
 
 
 def plain(

@@ -9,15 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from capture.divergence import Divergences, Space, divergences, mean_shift, plain
+from capture.divergence import Divergences, divergences, mean_shift, plain
 from capture.lens_kernel import Kernel
+from capture.lens_sums import Space, compared, largest_of, one_pass
 from capture.logits import Logits
-from capture.topk import BLOCK, Search, TopK, Vocabulary, search, top_k
+from capture.threads import alone, in_threads
+from capture.topk import Search, TopK, Vocabulary, block_maxima, top_k
 
 SMALL_KL = 1e-4  # nats: below this, differences of float32 logits may cost a KL its third digit
 NEGLIGIBLE_KL = 1e-10  # nats: where both passes are as good as sure of one token; noise of 1e-6 in a logit adds 1e-12
@@ -59,22 +62,39 @@ def lens_tile(
     vocabulary: Vocabulary,
     *,
     rows: int,
+    at_once: int | None = None,
     exact: bool = False,
     kernel: Kernel | None = None,
+    threads: int = 1,
 ) -> Statistics:
     """All statistics of one tile. pairs: ordered pairs of slots; next_R: id of the token that follows each row, or -1;
     tracked_N: ids. Every row is computed alone.
 
-    kernel: the compiled way, where it takes these logits and the whole vocabulary is here. Else `rows` at a time, which keeps
-    the working set in cache; exact: divergences pair by pair from the logits' own shifts, for rows that hardly differ.
+    kernel: the compiled way, where it takes these logits and the whole vocabulary is here. Else `rows` at a time, and of those
+    `at_once` (all of them) where all of the vocabulary is gone through: so that it stays in cache. threads: of a processor, for
+    rows side by side, where the whole vocabulary is here. exact: divergences pair by pair from the logits' own shifts, for rows
+    that hardly differ.
     """
     if kernel is not None and vocabulary.group.size == 1 and kernel.takes(logits, min(vocabulary.k, vocabulary.n)):
         return _by_kernel(kernel, logits, pairs, next_R, tracked_N, vocabulary)
-    parts, space = [], Space()
-    for start in range(0, logits.n_rows, rows):
-        some = slice(start, start + rows)
-        parts.append(_rows(logits.some(some), pairs, next_R[some], tracked_N, vocabulary, exact, space))
-    return _joined(parts, pairs)
+    if vocabulary.group.size > 1 or logits.tensors[0].device.type != "cpu":
+        threads = 1
+    n = min(threads, logits.n_rows)
+    parts: list[list[Statistics]] = [[] for _ in range(n)]
+
+    def some_rows(thread: int, first: int, last: int) -> None:
+        space = Space()
+        for start in range(first, last, rows):
+            some = slice(start, min(start + rows, last))
+            mine = logits.some(some), pairs, next_R[some], tracked_N, vocabulary
+            parts[thread].append(_rows(*mine, exact, at_once or rows, space))
+
+    if threads == 1:
+        some_rows(0, 0, logits.n_rows)
+    else:
+        with alone():  # one row too: torch would sum it up in parts, in as many threads as there are
+            in_threads(some_rows, logits.n_rows, n)
+    return _joined([p for of_thread in parts for p in of_thread], pairs)
 
 
 def _joined(parts: Sequence[Statistics], pairs: Sequence[tuple[int, int]]) -> Statistics:
@@ -93,7 +113,7 @@ def _by_kernel(
     )
     for row in (~found.finite).nonzero().flatten().tolist():  # rare: an overflow is told by what is not finite
         some = slice(row, row + 1)
-        slots, compared = _rows(logits.some(some), pairs, next_R[some], tracked_N, v, True, Space())
+        slots, compared = _rows(logits.some(some), pairs, next_R[some], tracked_N, v, True, 1, Space())
         for mine, better in zip(statistics[0], slots, strict=True):
             put(mine, some, better)
         for pair in pairs:
@@ -103,24 +123,53 @@ def _by_kernel(
 
 def _rows(
     logits: Logits, pairs: Sequence[tuple[int, int]], next_R: Tensor, tracked_N: Tensor, v: Vocabulary, exact: bool,
-    space: Space,
+    at_once: int, space: Space,
 ) -> Statistics:  # fmt: skip
-    x = [logits.slot(s) for s in range(logits.n_slots)]
-    shifts = [logits.shift(a, b) for a, b in pairs]
-    searches = [search(one, v.n) for one in x]
-    for shift in shifts:
-        searches += [search(shift, v.n), search(shift, v.n, lowest=True)]
-    found = top_k(searches, v)
-    maxima = v.group.max(torch.stack([_largest(one, s) for one, s in zip(x, searches, strict=False)]))
-    d = plain(x, maxima, pairs, v.group, shifts) if exact else divergences(x, maxima, pairs, v.group, space)
-    lossy = torch.zeros_like(d.ba, dtype=torch.bool)
-    for i, (a, b) in enumerate([] if exact else pairs):
-        some = _small(d.ba[i], d.ab[i]).nonzero().flatten()
-        if len(some):
-            apart = mean_shift(x[a][some], x[b][some], d.logsumexp[a, some], d.logsumexp[b, some], v.group)
-            lossy[i, some] = _lossy(apart, d.ba[i, some], d.ab[i, some])
-    lists = found[len(x) :]
-    return _statistics(logits, d, lossy, found[: len(x)], pairs, lists[::2], lists[1::2], next_R, tracked_N, v)
+    n_slots, n_pairs = logits.n_slots, len(pairs)
+    if exact:
+        shifts = list(pairs)
+        maxima_NRB, d = _exactly(logits, pairs, v, at_once)
+        lossy = torch.zeros_like(d.ba, dtype=torch.bool)
+    else:
+        x = [logits.slot(s) for s in range(n_slots)]
+        shifts = compared(n_slots, pairs)
+        found = one_pass(x, shifts, v.n, v.group, at_once=at_once, space=space)
+        maxima_NRB = found.maxima_NRB
+        d = divergences(x, found.largest_SR, pairs, v.group, found.sums)
+        lossy = _rounded(x, d, pairs, v)
+    asked = [shifts.index(pair) for pair in pairs]
+    which = [*range(n_slots), *(n_slots + i for i in asked), *(n_slots + len(shifts) + i for i in asked)]
+    searches = [Search(partial(logits.slot, s)) for s in range(n_slots)]
+    searches += [Search(partial(logits.shift, a, b), lowest) for lowest in (False, True) for a, b in pairs]
+    lists = top_k(searches, maxima_NRB if len(which) == len(maxima_NRB) else maxima_NRB[which], v)
+    top, up, down = lists[:n_slots], lists[n_slots : n_slots + n_pairs], lists[n_slots + n_pairs :]
+    return _statistics(logits, d, lossy, top, pairs, up, down, next_R, tracked_N, v)
+
+
+def _exactly(
+    logits: Logits, pairs: Sequence[tuple[int, int]], v: Vocabulary, at_once: int
+) -> tuple[Tensor, Divergences]:
+    """Block maxima as `Pass` has them, and divergences pair by pair, from the logits' own shifts."""
+    maxima, parts = [], []
+    for start in range(0, logits.n_rows, at_once):
+        some = logits.some(slice(start, start + at_once))
+        x, shifts = [some.slot(s) for s in range(some.n_slots)], [some.shift(a, b) for a, b in pairs]
+        of_slots = [block_maxima(one, v.n) for one in x]
+        largest = v.group.max(torch.stack([largest_of(m, one) for m, one in zip(of_slots, x, strict=True)]))
+        of_shifts = [block_maxima(one, v.n, lowest=lowest) for lowest in (False, True) for one in shifts]
+        maxima.append(torch.stack(of_slots + of_shifts))
+        parts.append(vars(plain(x, largest, pairs, v.group, shifts)))
+    return torch.cat(maxima, 1), Divergences(**{name: torch.cat([p[name] for p in parts], 1) for name in parts[0]})
+
+
+def _rounded(x: Sequence[Tensor], d: Divergences, pairs: Sequence[tuple[int, int]], v: Vocabulary) -> Tensor:
+    """`lossy` of every pair, [pairs, R], from logits [R, V]: the small ones only are looked at once more."""
+    lossy = _small(d.ba, d.ab)
+    for i in lossy.any(1).nonzero().flatten().tolist():
+        (a, b), some = pairs[i], lossy[i].nonzero().flatten()
+        apart = mean_shift(x[a][some], x[b][some], d.logsumexp[a, some], d.logsumexp[b, some], v.group)
+        lossy[i, some] = _lossy(apart, d.ba[i, some], d.ab[i, some])
+    return lossy
 
 
 def _statistics(
@@ -129,9 +178,9 @@ def _statistics(
 ) -> Statistics:  # fmt: skip
     slots = []
     for s in range(logits.n_slots):
-        next_logit = logits.pick(s, lambda x: v.pick(x, next_R.clamp(min=0)[:, None])[:, 0]).double()
+        next_logit = logits.slot(s, lambda x: v.pick(x, next_R.clamp(min=0)[:, None])[:, 0]).double()
         next_logprob = torch.where(next_R >= 0, next_logit - d.logsumexp[s], torch.nan)
-        tracked = logits.pick(s, lambda x: v.pick(x, tracked_N))
+        tracked = logits.slot(s, lambda x: v.pick(x, tracked_N))
         slots.append(SlotStats(d.entropy[s], d.logsumexp[s], next_logprob, tracked, top[s]))
     return slots, {
         pair: PairStats(d.ba[i], d.ab[i], lossy[i], increased[i], decreased[i]) for i, pair in enumerate(pairs)
@@ -146,12 +195,6 @@ def _lossy(apart: Tensor, ba: Tensor, ab: Tensor) -> Tensor:
     """Where the rounding of logits costs a KL digits: noise e in each changes KL(b || a) by e times the mean of |d - KL| at most,
     d = log p_b - log p_a. Where both passes are sure of one token and d is large elsewhere, a KL may be small and exact."""
     return torch.stack([_small(kl) & (apart > LOSSY * kl) for kl in (ba, ab)]).any(0)
-
-
-def _largest(x_RV: Tensor, found: Search) -> Tensor:
-    """The largest entry of each row [R], with what the search knows already."""
-    rest = x_RV[:, found.maxima_RC.shape[1] * BLOCK :]
-    return torch.cat([found.maxima_RC, rest], dim=1).amax(1)
 
 
 Stats = TypeVar("Stats", SlotStats, PairStats, TopK)

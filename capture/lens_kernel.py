@@ -19,8 +19,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -30,6 +29,7 @@ from torch import Tensor
 
 from capture.divergence import Divergences, Pairs
 from capture.logits import Logits
+from capture.threads import in_threads
 from capture.topk import TopK
 
 log = logging.getLogger(__name__)
@@ -139,9 +139,7 @@ class Kernel:
         )  # fmt: skip
         n = max(1, min(torch.get_num_threads(), rows))
         space = torch.empty(n, self.space_bytes(n_slots, n_pairs, vocab) // 4)
-        _in_threads(
-            lambda i, first, last: self.lens_rows(ctypes.byref(tile), first, last, space[i].data_ptr()), rows, n
-        )
+        in_threads(lambda i, first, last: self.lens_rows(ctypes.byref(tile), first, last, space[i].data_ptr()), rows, n)
         lists = [TopK(i, v) for i, v in zip(ids, values, strict=True)]
         return Found(
             Divergences(sums[0], sums[1], kl[0], kl[1]), kl[2],
@@ -168,28 +166,14 @@ class Kernel:
             *[x.data_ptr() for x in (*which, *of)],
         )  # fmt: skip
         n = max(1, min(torch.get_num_threads(), rows, rows * size // CELLS_OF_A_THREAD))
-        _in_threads(lambda _, first, last: self.residual_rows(ctypes.byref(call), first, last), rows, n)
+        in_threads(lambda _, first, last: self.residual_rows(ctypes.byref(call), first, last), rows, n)
         norm, delta, turned, distance, difference = of
         return norm, delta, turned, distance, difference
-
-
-def _in_threads(part: Callable[[int, int, int], None], rows: int, n: int) -> None:
-    """part(thread, first row, last row) over all rows in n threads: ctypes lets the interpreter go while it runs."""
-    cuts = [i * rows // n for i in range(n + 1)]
-    others = [_threads(n).submit(part, i, cuts[i], cuts[i + 1]) for i in range(1, n)]
-    part(0, 0, cuts[1])
-    for other in others:
-        other.result()
 
 
 def _terms(of: Sequence[Sequence[int]]) -> Tensor:
     """Numbers of tensors, from 1, negative where they are taken off; zeros behind the last: [n, MOST_TERMS] int32."""
     return torch.tensor([[*terms, *[0] * (MOST_TERMS - len(terms))] for terms in of], dtype=torch.int32)
-
-
-@cache
-def _threads(n: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(n, thread_name_prefix="lens")
 
 
 @cache

@@ -8,7 +8,9 @@ from capture.errors import ConfigError
 from capture.lens_kernel import Kernel
 from capture.topk import Vocabulary
 
-CELLS_IN_CACHE = 400_000  # logits of one slot that the statistics work on at a time, on a CPU
+CELLS_IN_CACHE = 1 << 17  # logits of one slot that the statistics go through at a time, on a CPU
+ROWS_TOGETHER = 8  # so many times that is worked on together where it is small
+CELLS_ON_DEVICE = 25_600_000  # logits of one slot that the statistics work on at a time, on a GPU
 ROWS_AT_ONCE = 128  # rows of a slot for which a product's weights weigh little beside its arithmetic
 GROUPS = 8  # of layers, at least: a walk commits between them
 TILE_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}  # logits of all slots of one tile
@@ -18,8 +20,8 @@ TILE_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}  # logits of all slots of one t
 class LensPlan:
     """Which layers the lens reads, and how. layers: -1..L; n_vocab: rows compared; n_tokens: ids that may be in top-k lists.
 
-    vocabulary: this rank's share of it. rows: rows whose statistics are worked on at a time. compiled: the compiled way, or
-    why it is not taken, in words. layers_at_once: whose rows go through one product together.
+    vocabulary: this rank's share of it. rows: rows whose statistics are worked on at a time; at_once: of those, the rows whose
+    vocabulary is gone through at a time. compiled: the compiled way, or why it is not taken, in words. layers_at_once: whose rows go through one product together.
     """
 
     layers: frozenset[int]
@@ -32,6 +34,7 @@ class LensPlan:
     tracked: tuple[int, ...]
     tile_bytes: int
     rows: int
+    at_once: int
     compiled: Kernel | str = ""
     layers_at_once: int = 1
 
@@ -55,6 +58,16 @@ class LensPlan:
         """Of a tile's rows, those whose shifts are products of their own at a time: the plain way adds these up, which takes more
         for each row; the kernel does not."""
         return rows if self.kernel is not None else max(1, rows * n_slots // (n_slots + 3))
+
+
+def statistics_rows(n_vocab: int, *, on_cpu: bool, alone: bool) -> tuple[int, int]:
+    """(rows, at_once) of LensPlan for the logits of n_vocab entries. alone: no other rank has a share of them; each step of a
+    group waits for all of its ranks, so that it takes all of its rows at once."""
+    if not on_cpu:
+        rows = max(1, CELLS_ON_DEVICE // n_vocab)
+        return rows, rows
+    at_once = max(1, CELLS_IN_CACHE // n_vocab)
+    return ROWS_TOGETHER * at_once, at_once if alone else ROWS_TOGETHER * at_once
 
 
 def layers_at_once(n_tokens: int, n_layers: int) -> int:

@@ -180,7 +180,8 @@ class LensQueue:
     def _of(self, logits: Logits, rows: Waiting, *, exact: bool) -> Statistics:
         return lens_tile(
             logits, rows.kind.pairs, rows.following, self.tracked, self.lens.vocabulary,
-            rows=self.lens.statistics_rows(exact=exact), exact=exact, kernel=self.lens.kernel,
+            rows=self.lens.statistics_rows(exact=exact), at_once=self.lens.at_once, exact=exact, kernel=self.lens.kernel,
+            threads=torch.get_num_threads(),
         )  # fmt: skip
 
     def _common(self, logits: Logits, heads: Sequence[Owner]) -> Logits:

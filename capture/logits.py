@@ -20,6 +20,12 @@ from capture.config import Owner
 from capture.lockstep import Pair
 from capture.unembed import Space, head_is_linear, own_logits, shift_of_heads, shift_of_rows, some_logits
 
+Take = Callable[[Tensor], Tensor]
+
+
+def _whole(x_RV: Tensor) -> Tensor:
+    return x_RV
+
 
 @dataclass(frozen=True)
 class Logits:
@@ -44,37 +50,31 @@ class Logits:
         """The same for some of the rows."""
         return Logits([x[rows] for x in self.tensors], self.slots)
 
-    def slot(self, s: int) -> Tensor:
-        """Logits [R, V] of one slot; read only."""
-        return self._sum(self.slots[s])
+    def slot(self, s: int, take: Take = _whole) -> Tensor:
+        """Logits [R, V] of one slot; read only. take: what to take out of them, of entries as they are."""
+        return self._sum(self.slots[s], take)
 
     def shift_terms(self, a: int, b: int) -> tuple[int, ...]:
         """The tensors that take slot a to slot b: numbers from 1, negative where a tensor is taken off."""
         plus = [i for i in self.slots[b] if i not in self.slots[a]]
         return (*plus, *(-i for i in self.slots[a] if i not in self.slots[b]))
 
-    def shift(self, a: int, b: int) -> Tensor:
-        """Logits of slot b minus those of slot a, [R, V]; read only."""
-        return self._sum(self.shift_terms(a, b))
+    def shift(self, a: int, b: int, take: Take = _whole) -> Tensor:
+        """Logits of slot b minus those of slot a, [R, V]; read only. take: as for `slot`."""
+        return self._sum(self.shift_terms(a, b), take)
 
-    def _sum(self, terms: tuple[int, ...]) -> Tensor:
+    def _sum(self, terms: tuple[int, ...], take: Take) -> Tensor:
         if not terms:
-            return torch.zeros_like(self.tensors[0])
+            return torch.zeros_like(take(self.tensors[0]))
         first, *rest = terms
-        x = self.tensors[abs(first) - 1]
+        x = take(self.tensors[abs(first) - 1])
         if first < 0:
             x = -x
         for i, term in enumerate(rest):
-            other = self.tensors[abs(term) - 1]
+            other = take(self.tensors[abs(term) - 1])
             out = x if i or first < 0 else None  # new memory once
             x = torch.add(x, other, alpha=1 if term > 0 else -1, out=out)
         return x
-
-    def pick(self, s: int, pick: Callable[[Tensor], Tensor]) -> Tensor:
-        """What `pick` takes out of the logits of one slot, where it takes entries as they are."""
-        return sum(
-            (pick(self.tensors[i - 1]) for i in self.slots[s][1:]), start=pick(self.tensors[self.slots[s][0] - 1])
-        )
 
 
 def separate(logits: Sequence[Tensor]) -> Logits:

@@ -311,38 +311,43 @@ class Measure:
         if self.lens.kernel is not None:
             return self._compiled(tile, self.lens.kernel)
         rows = min(tile, self.lens.statistics_rows(exact=exact))
-        key = ("statistics", exact)
+        on_cpu = self.device.type == "cpu"
+        sample = rows if on_cpu else SAMPLE_ROWS  # elsewhere a row takes as much, however many there are
+        key = ("statistics", exact, sample)
         if key not in self._forward:
             v = self.lens.vocabulary
             heads, pairs = len(self.passes), [(a, b) for a in range(len(self.passes)) for b in range(a)][: self.n_pairs]
             most = 0
             for spread in (1e-3, 300.0):
                 generator = torch.Generator().manual_seed(0)
-                first = torch.randn(SAMPLE_ROWS, self.lens.n_vocab, generator=generator)
+                first = torch.randn(sample, self.lens.n_vocab, generator=generator)
                 slots = [first + spread * torch.randn(first.shape, generator=generator) for _ in range(heads)]
                 with Live(torch.device("cpu")) as live:
                     lens_tile(
                         separate(slots),
                         pairs,
-                        torch.zeros(SAMPLE_ROWS, dtype=torch.long),
+                        torch.zeros(sample, dtype=torch.long),
                         torch.zeros(0, dtype=torch.long),
                         v,
-                        rows=SAMPLE_ROWS,
+                        rows=sample,
+                        at_once=self.lens.at_once if on_cpu else None,
                         exact=exact,
                     )
                 most = max(most, live.peak)
             made = 4 * heads * self.lens.n_vocab if exact else 0  # sums of products, where these were there before
-            self._forward[key] = -(-most // SAMPLE_ROWS) + made
-        return self._forward[key] * rows
+            self._forward[key] = -(-most // sample) + made
+        threads = min(tile, torch.get_num_threads()) if on_cpu else 1
+        return self._forward[key] * rows * threads + self._found(tile)
+
+    def _found(self, tile: int) -> int:
+        """Results of a tile, while its last rows are worked on."""
+        n_slots, lists = len(self.passes), len(self.passes) + 2 * self.n_pairs
+        return tile * (lists * self.lens.vocabulary.k * (8 + 4) + 64 * (n_slots + self.n_pairs))
 
     def _compiled(self, tile: int, kernel: Kernel) -> int:
         """The same where the kernel does it: room for each thread, and results for each row."""
-        v, n_slots = self.lens.vocabulary, len(self.passes)
         threads = min(tile, torch.get_num_threads())
-        lists = (n_slots + 2 * self.n_pairs) * v.k * (8 + 4)
-        return threads * kernel.space_bytes(n_slots, self.n_pairs, self.lens.n_vocab) + tile * (
-            lists + 64 * (n_slots + self.n_pairs)
-        )
+        return threads * kernel.space_bytes(len(self.passes), self.n_pairs, self.lens.n_vocab) + self._found(tile)
 
 
 def can_shift_without_data(pair: Pair, heads: Sequence[Owner]) -> bool:

@@ -5,8 +5,9 @@ Shapes: R rows, V vocabulary, n <= V entries that may be listed, K top-k, BLOCK 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,7 +15,8 @@ from torch.nn.functional import pad
 
 from capture.group import ALONE, Group
 
-BLOCK = 16  # entries per block, and blocks per block of blocks
+BLOCK = 16  # entries per block
+FEW = 4  # blocks per block of blocks
 
 
 @dataclass(frozen=True)
@@ -44,36 +46,35 @@ class TopK:
     values: Tensor
 
 
-def block_view(x_RN: Tensor) -> Tensor:
-    """The entries of whole blocks as [R, BLOCK, C], C = N // BLOCK: block c holds entries c, C + c, 2C + c, ...
+def block_view(x_RN: Tensor, block: int = BLOCK) -> Tensor:
+    """The entries of whole blocks as [..., block, C], C = N // block: block c holds entries c, C + c, 2C + c, ...
 
     The maximum over the middle axis is then a run of vector maxima; over a short last axis it is seven times slower.
     """
-    columns = x_RN.shape[1] // BLOCK
-    return x_RN[:, : columns * BLOCK].unflatten(1, (BLOCK, columns))
+    columns = x_RN.shape[-1] // block
+    return x_RN[..., : columns * block].unflatten(-1, (block, columns))
 
 
 @dataclass
 class Search:
     """One search in rows x [R, V]: for the largest of the first n entries or, with `lowest`, for the smallest.
 
-    maxima [R, C]: of block_view(x[:, :n]); for `lowest` of -x.
+    entries(take): what `take` takes out of x, of entries as they are; so x need not be in memory.
     """
 
-    x_RV: Tensor
-    maxima_RC: Tensor
+    entries: Callable[[Callable[[Tensor], Tensor]], Tensor]
     lowest: bool = False
 
 
-def search(x_RV: Tensor, n: int, *, lowest: bool = False) -> Search:
-    """A search, with the block maxima that it needs."""
+def block_maxima(x_RV: Tensor, n: int, *, lowest: bool = False) -> Tensor:
+    """What a search needs, [R, B]: the maxima of block_view(x[:, :n]); for `lowest` of -x."""
     blocks = block_view(x_RV[:, :n])
-    return Search(x_RV, -blocks.amin(1) if lowest else blocks.amax(1), lowest)
+    return -blocks.amin(1) if lowest else blocks.amax(1)
 
 
-def top_k(searches: Sequence[Search], v: Vocabulary) -> list[TopK]:
+def top_k(searches: Sequence[Search], maxima_NRB: Tensor, v: Vocabulary) -> list[TopK]:
     """The answer to each search over the whole vocabulary. Each rank sends its own k best; the best of those are the answer."""
-    mine = local_top_k(searches, v.n, v.k)
+    mine = local_top_k(searches, maxima_NRB, v.n, v.k)
     if v.group.size == 1:
         return mine
     return [_merge(one, s.lowest, v) for one, s in zip(mine, searches, strict=True)]
@@ -90,42 +91,58 @@ def _merge(mine: TopK, lowest: bool, v: Vocabulary) -> TopK:
     return TopK(by_id.values.gather(1, best.indices[:, :k]), best.values[:, :k])
 
 
-def local_top_k(searches: Sequence[Search], n: int, k: int) -> list[TopK]:
-    """The k best of the first n entries for each search; fewer where n is smaller.
+def local_top_k(searches: Sequence[Search], maxima_NRB: Tensor, n: int, k: int) -> list[TopK]:
+    """The k best of the first n entries for each of N searches; fewer where n is smaller. maxima: `block_maxima` of each.
 
-    The m blocks of largest maxima hold the m largest entries of all blocks, up to the choice among equal ones; so do the m
-    blocks of blocks of largest maxima, for the m best blocks. The few entries after the last whole block are candidates
-    too. All searches go down together with m = k + 1: where no two of those m values are equal, the first k are the
-    answer. A row with equal values is searched again in full, so that ties never depend on the order of the search.
+    The m blocks of largest maxima hold the m largest entries of all blocks, up to the choice among equal ones. The few entries
+    after the last whole block are candidates too. All searches go down together with m = k + 1: where no two of those m values
+    are equal, the first k are the answer. A row with equal values is searched again in full, so that ties never depend on the
+    order of the search.
     """
     k = min(k, n)
     m = min(k + 1, n)
-    rows = searches[0].x_RV.shape[0]
-    maxima = torch.cat([s.maxima_RC for s in searches])
-    columns = maxima.shape[1]
-    above = block_view(maxima).amax(1)
-    blocks = _within(above.topk(min(m, above.shape[1]), dim=1).indices, above.shape[1], columns)
-    chosen = maxima.gather(1, blocks).topk(min(m, blocks.shape[1]), dim=1).indices
-    ids = _within(blocks.gather(1, chosen), columns, n)
-    parts = [s.x_RV.gather(1, i) for s, i in zip(searches, ids.split(rows), strict=True)]
+    rows = maxima_NRB.shape[1]
+    ids = _within(_largest(maxima_NRB.flatten(0, 1), m)[1], BLOCK, n)
+    parts = [s.entries(partial(_at, ids=i)) for s, i in zip(searches, ids.split(rows), strict=True)]
     values = torch.cat([-x if s.lowest else x for s, x in zip(searches, parts, strict=True)])
-    best, where = values.topk(m, dim=1)
+    best, where = _largest(values, m)
     best_ids = ids.gather(1, where)
     ties = (best[:, :-1] == best[:, 1:]).any(1).nonzero().flatten().tolist()
     for row in ties:
         s = searches[row // rows]
-        x_V = s.x_RV[row % rows, :n]
+        x_V = s.entries(partial(_first, row=row % rows, n=n))
         best_ids[row, :k], best[row, :k] = _with_ties(-x_V if s.lowest else x_V, best[row, k - 1], k)
     answers = zip(searches, best_ids.split(rows), best.split(rows), strict=True)
     return [TopK(i[:, :k], -x[:, :k] if s.lowest else x[:, :k]) for s, i, x in answers]
 
 
-def _within(blocks_RM: Tensor, columns: int, n: int) -> Tensor:
-    """Indices of the entries of the given blocks, and of the entries after the last whole block: [R, M * BLOCK + rest]."""
-    steps = torch.arange(0, BLOCK * columns, columns, device=blocks_RM.device) if columns else blocks_RM.new_empty(0)
-    inside = (blocks_RM[:, :, None] + steps).flatten(1) if columns else blocks_RM.flatten(1)
-    rest = torch.arange(columns * BLOCK, n, device=blocks_RM.device).expand(blocks_RM.shape[0], -1)
-    return torch.cat([inside, rest], dim=1)
+def _at(x_RV: Tensor, ids: Tensor) -> Tensor:
+    return x_RV.gather(1, ids)
+
+
+def _first(x_RV: Tensor, row: int, n: int) -> Tensor:
+    return x_RV[row, :n]
+
+
+def _largest(x_RN: Tensor, m: int) -> tuple[Tensor, Tensor]:
+    """Values and places of the m largest entries of each row, best first: by blocks of few, their blocks, and so on, because
+    `topk` takes longer the longer rows are."""
+    n = x_RN.shape[1]
+    if n < 2 * FEW * max(1, m):
+        best = x_RN.topk(min(m, n), dim=1)
+        return best.values, best.indices
+    places = _within(_largest(block_view(x_RN, FEW).amax(1), m)[1], FEW, n)
+    best = x_RN.gather(1, places).topk(m, dim=1)
+    return best.values, places.gather(1, best.indices)
+
+
+def _within(blocks_RM: Tensor, block: int, n: int) -> Tensor:
+    """Of n entries in blocks of so many, the places of those in the given blocks and after the last whole one: [R, M * block + rest]."""
+    columns = n // block
+    steps = torch.arange(0, block * columns, columns or 1, device=blocks_RM.device)
+    inside = (blocks_RM[:, :, None] + steps).flatten(1)
+    rest = torch.arange(columns * block, n, device=blocks_RM.device).expand(blocks_RM.shape[0], -1)
+    return torch.cat([inside, rest], dim=1) if columns * block < n else inside
 
 
 def _with_ties(x_V: Tensor, threshold: Tensor, k: int) -> tuple[Tensor, Tensor]:

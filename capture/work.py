@@ -23,7 +23,7 @@ from capture.group import ALONE, join_group, leave_group
 from capture.layout import RunDir
 from capture.ledger import Ledger
 from capture.lens_kernel import Kernel, load_kernel
-from capture.lens_plan import CELLS_IN_CACHE, TILE_BYTES, LensPlan, layers_at_once, plan_layers
+from capture.lens_plan import TILE_BYTES, LensPlan, layers_at_once, plan_layers, statistics_rows
 from capture.lockstep import Pair, Split
 from capture.measure import Measure
 from capture.memory import ModeChoice, Promise
@@ -202,6 +202,7 @@ class Work:
             )
         mine = max(0, min(n_tokens - first, shard.shape[0]))
         cuda = self.device.type == "cuda"
+        rows, at_once = statistics_rows(shard.shape[0], on_cpu=not cuda, alone=self.group.size == 1)
         return LensPlan(
             layers=self.layers & plan_layers(lens.layers, base.n_layers, "lens.layers")
             if lens.enabled
@@ -214,7 +215,8 @@ class Work:
             keep_topk=self.entry.output.topk,
             tracked=tuple(t[0] for t in self.tracked),
             tile_bytes=TILE_BYTES["cuda" if cuda else "cpu"] // self.tile_divisor,
-            rows=max(1, CELLS_IN_CACHE * (64 if cuda else 1) // shard.shape[0]),
+            rows=rows,
+            at_once=at_once,
             compiled=self._compiled(),
             layers_at_once=layers_at_once(sum(map(len, self.ids)), base.n_layers),
         )

@@ -195,7 +195,7 @@ def our_statistics(rival: Rival, found: States, ids_T: Tensor, n_tokens: int, to
     from capture import statistics
     from capture.lens import lens_tile
     from capture.lens_kernel import Kernel, load_kernel
-    from capture.lens_plan import CELLS_IN_CACHE
+    from capture.lens_plan import statistics_rows
     from capture.logits import separate
     from capture.topk import Vocabulary
 
@@ -208,13 +208,14 @@ def our_statistics(rival: Rival, found: States, ids_T: Tensor, n_tokens: int, to
     kernel = compiled if isinstance(compiled, Kernel) else None
     done = []
     for layer, states_PTD in enumerate(found):
-        rows = [
+        states = [
             _normed(m, x, last=layer == len(found) - 1) for m, x in zip((base, sft, base, sft), states_PTD, strict=True)
         ]
-        a, b = (m.lm_head(torch.cat(two)).chunk(2) for m, two in ((base, rows[0::2]), (sft, rows[1::2])))
+        a, b = (m.lm_head(torch.cat(two)).chunk(2) for m, two in ((base, states[0::2]), (sft, states[1::2])))
         logits = separate([a[0], b[0], a[1], b[1]])
-        rows_at_once = max(1, CELLS_IN_CACHE // n_vocab)
-        lens = lens_tile(logits, PAIRS, next_T, tracked, vocabulary, rows=rows_at_once, kernel=kernel)
+        rows, at_once = statistics_rows(n_vocab, on_cpu=True, alone=True)
+        how = {"rows": rows, "at_once": at_once, "kernel": kernel, "threads": torch.get_num_threads()}
+        lens = lens_tile(logits, PAIRS, next_T, tracked, vocabulary, **how)
         norms = [statistics.norm(x) for x in states_PTD]
         across = [(statistics.norm_of_difference(states_PTD[i], states_PTD[j]),
                    statistics.cosine_distance(states_PTD[i], states_PTD[j])) for i, j in PAIRS]  # fmt: skip

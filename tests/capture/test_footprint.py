@@ -81,7 +81,7 @@ def test_a_checkpoint_against_itself_is_held_once(pairs):
 
 def test_the_engines_constants_are_the_plans():
     assert lens_plan.TILE_BYTES["cuda"] == footprint.LENS_TILE_BYTES
-    assert footprint.LENS_STATISTICS_CELLS == lens_plan.CELLS_IN_CACHE * 64
+    assert footprint.LENS_STATISTICS_CELLS == lens_plan.CELLS_ON_DEVICE
     assert footprint.LENS_HEAD_CHUNK == unembed.HEAD_CHUNK
     assert footprint.FP8_STRIP == assemble.STRIP
 

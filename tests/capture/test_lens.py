@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from capture.lens import lens_tile
 from capture.lens_kernel import Kernel, load_kernel
 from capture.logits import separate
-from capture.topk import Vocabulary, local_top_k, search
+from capture.threads import alone, in_threads
+from capture.topk import Search, Vocabulary, block_maxima, local_top_k
 
 PAIRS = [(a, b) for a in range(4) for b in range(a + 1, 4)]
 NEXT = torch.tensor([3, 0, -1, 7, 1])
@@ -73,11 +74,16 @@ def test_equal_slots_differ_by_exactly_nothing(kernel):
     assert torch.equal(pairs[(0, 3)].increased.ids[0], torch.arange(3))
 
 
+@pytest.mark.parametrize("exact", [False, True])
 @pytest.mark.parametrize("vocab", [307, 20011])
-def test_how_many_rows_are_worked_on_at_a_time_changes_no_bit(vocab):
+def test_how_many_rows_are_worked_on_at_a_time_and_in_how_many_threads_changes_no_bit(vocab, exact):
     x = logits(vocab, 1.0)
     few = Vocabulary(vocab - 7, 5)
-    tiles = [lens_tile(separate(x), PAIRS, NEXT, TRACKED, few, rows=rows) for rows in (1, 2, 5)]
+    ways = [(1, 1, 1), (2, 2, 1), (5, 1, 1), (5, 2, 1), (5, 5, 1), (2, 1, 2), (5, 2, 3), (1, 1, 9)]
+    tiles = [
+        lens_tile(separate(x), PAIRS, NEXT, TRACKED, few, rows=rows, at_once=at_once, exact=exact, threads=threads)
+        for rows, at_once, threads in ways
+    ]
     for other in tiles[1:]:
         for a, b in zip(tiles[0][0], other[0], strict=True):
             assert torch.equal(a.entropy, b.entropy)
@@ -88,15 +94,49 @@ def test_how_many_rows_are_worked_on_at_a_time_changes_no_bit(vocab):
             assert torch.equal(tiles[0][1][pair].increased.ids, other[1][pair].increased.ids)
 
 
+def test_threads_leave_torch_its_own_and_tell_what_went_wrong_in_one_of_them():
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        seen = {}
+        with alone():
+            in_threads(lambda i, first, last: seen.update({i: (first, last, torch.get_num_threads())}), 7, 3)
+        assert seen == {0: (0, 2, 1), 1: (2, 4, 1), 2: (4, 7, 1)}
+        assert torch.get_num_threads() == 3
+        with pytest.raises(ZeroDivisionError), alone():
+            in_threads(lambda i, first, last: 1 // (2 - i), 3, 3)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("pairs", [[(0, 3)], [(1, 2), (0, 2)], [(2, 1), (3, 0)], []])
+def test_some_pairs_alone_are_as_they_are_among_all(pairs):
+    x = logits(307, 1.0)
+    few = Vocabulary(301, 5)
+    slots, found = lens_tile(separate(x), pairs, NEXT, TRACKED, few, rows=5)
+    all_slots, every = lens_tile(separate(x), PAIRS, NEXT, TRACKED, few, rows=5)
+    assert list(found) == pairs
+    for one, other in zip(slots, all_slots, strict=True):
+        assert torch.equal(one.entropy, other.entropy)
+    for (a, b), stats in found.items():
+        turned = a > b
+        want = every[min(a, b), max(a, b)]
+        assert torch.equal(stats.kl_ba, want.kl_ab if turned else want.kl_ba)
+        assert torch.equal(stats.increased.ids, (want.decreased if turned else want.increased).ids)
+        assert torch.equal(stats.decreased.ids, (want.increased if turned else want.decreased).ids)
+
+
 @settings(max_examples=80, deadline=None)
 @given(st.data())
 def test_ties_are_broken_by_the_smaller_id(data):
     vocab = data.draw(st.sampled_from([5, 15, 16, 63, 130, 257, 600]))
-    n = data.draw(st.integers(1, vocab))
+    n = data.draw(st.integers(0, vocab))
     values = data.draw(st.lists(st.integers(-2, 2), min_size=vocab, max_size=vocab))
     k = data.draw(st.integers(1, 12))
     x = torch.tensor([values], dtype=torch.float32)
-    highest, lowest = local_top_k([search(x, n), search(x, n, lowest=True)], n, k)
+    maxima = torch.stack([block_maxima(x, n, lowest=lowest) for lowest in (False, True)])
+    highest, lowest = local_top_k([Search(lambda take: take(x), lowest) for lowest in (False, True)], maxima, n, k)
     assert highest.ids[0].tolist() == sorted(range(n), key=lambda i: (-values[i], i))[:k]
     assert lowest.ids[0].tolist() == sorted(range(n), key=lambda i: (values[i], i))[:k]
 

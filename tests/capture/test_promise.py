@@ -39,6 +39,9 @@ CASES = {  # what dominates -> architecture, its shape, the entry
         "mixtral", {"num_hidden_layers": 3}, {"prompts": prompts(4, 120), "lens": Lens(enabled=False)},
     ),
     "the lens": ("llama", {"vocab": 4001, "num_hidden_layers": 2}, {"prompts": prompts(2, 60)}),
+    "the plain lens": (
+        "llama", {"vocab": 4001, "num_hidden_layers": 2}, {"prompts": prompts(2, 60), "lens": Lens(compile=False)},
+    ),
 }  # fmt: skip
 
 
