@@ -9,7 +9,7 @@ from capture.lens_kernel import Kernel
 from capture.topk import Vocabulary
 
 CELLS_IN_CACHE = 1 << 17  # logits of one slot that the statistics go through at a time, on a CPU
-ROWS_TOGETHER = 8  # so many times that is worked on together where it is small
+ROWS_TOGETHER = 4  # so many times that is worked on together where it is small
 CELLS_ON_DEVICE = 25_600_000  # logits of one slot that the statistics work on at a time, on a GPU
 ROWS_AT_ONCE = 128  # rows of a slot for which a product's weights weigh little beside its arithmetic
 GROUPS = 8  # of layers, at least: a walk commits between them
