@@ -54,6 +54,8 @@ class Entry(Frozen):
     dtype: str = "auto"
     mode: Mode = "auto"
     weights: Weights = "cache"
+    fetch_ahead: bool = True
+    cache_gib: float | None = None
     top_k: int = 20
     prompts: tuple[str, ...]
     prompt_sources: tuple[str, ...] = ()  # where each prompt stands, FILE:LINE or config key; for messages
@@ -196,6 +198,8 @@ class Config:
             dtype=pick("dtype"),
             mode=pick("mode"),
             weights=pick("weights"),
+            fetch_ahead=block.fetch_ahead,
+            cache_gib=block.cache_gib,
             top_k=block.top_k,
             prompts=tuple(text for text, _ in self._prompts),
             prompt_sources=tuple(source for _, source in self._prompts),

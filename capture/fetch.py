@@ -110,6 +110,12 @@ class Fetcher:
             self._let_go(unit, span)
             return unit.view(span[1], span[2])
 
+    @property
+    def idle(self) -> bool:
+        """Nothing of what was announced is still to come."""
+        with self._changed:
+            return not self._queue and not self._begun and not any(unit.open for unit in self._units.values())
+
     def cancel(self, spans: Iterable[Span]) -> None:
         """These will not be taken after all."""
         with self._changed:

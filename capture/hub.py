@@ -76,13 +76,19 @@ def model_without_weights(
 
 
 def download_bytes(repo: str, revision: str | None, *, allow_pickle: bool, token: str | bool | None) -> int:
-    """Bytes that `model_snapshot` would download now: asks the hub for sizes and small files only. Raises CheckpointError."""
-    from huggingface_hub.errors import EntryNotFoundError, HFValidationError, HTTPError
+    """Bytes that `model_snapshot` would download now: asks the hub for sizes and small files only; 0 offline, and where the hub
+    cannot be reached, since the cache is then taken as it is. Raises CheckpointError."""
+    from huggingface_hub import constants
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, HTTPError
 
+    if constants.HF_HUB_OFFLINE:
+        return 0
     try:
         info = _info(repo, revision, token)
         sizes = _needed(repo, info, token, _model_files(repo, allow_pickle, lambda config: None))
     except (OSError, HTTPError, EntryNotFoundError, HFValidationError) as error:
+        if isinstance(error, OSError | HTTPError) and not isinstance(error, HfHubHTTPError):
+            return 0
         raise hub_error(repo, revision, error) from error
     return sum(sizes[n] for n in _missing(repo, info.sha, sizes))
 

@@ -38,6 +38,8 @@ NOT_IN_ID = {
     "device": "where it runs",
     "mode": "all modes give the same numbers",
     "weights": "the way that bytes take changes none of them",
+    "fetch_ahead": "when bytes come changes none of them",
+    "cache_gib": "which files stay for later captures",
     "spans": "where a walk is cut changes no number",
     "local_run": "guards; what they override is in dtype and the kwargs",
     "tensor_parallel": "where it runs; capture.json records it",

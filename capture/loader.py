@@ -12,6 +12,9 @@ Step = Sequence[tuple[StreamedModel, Any]]  # what is loaded together: (model, g
 
 
 ANNOUNCED = 4  # steps behind the one being read whose bytes may be fetched, as far as their window reaches
+AHEAD_LAYERS = (
+    ANNOUNCED // 2 + 1
+)  # layers behind the one at work that are announced, where each model's is a step of its own
 
 
 class Loader:

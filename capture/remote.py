@@ -137,6 +137,11 @@ class Source:
     def cancel(self, keys: Iterable[tuple[str, str]]) -> None:
         self.fetcher.cancel((self.files[p], *self._span(p, k)) for p, k in keys if p in self.files)
 
+    @property
+    def idle(self) -> bool:
+        """Nothing of what was announced is still to come."""
+        return self._fetcher is None or bool(self._fetcher.idle)
+
     def _span(self, path: str, key: str) -> tuple[int, int]:
         file = self.files[path]
         if file not in self._places:

@@ -238,6 +238,20 @@ class Settings(Frozen):
         "and kept in its cache. download: all of it is downloaded and checked first; so are, with cache, weights for tensor_parallel and "
         "quantized ones. All give the same numbers",
     )
+    fetch_ahead: bool = Field(
+        default=True,
+        description="in a sweep: once an entry's weights have come, and while it computes, the files of the entry that is likely to run "
+        "there next are fetched into the hub's cache, one entry ahead; false fetches each entry's in its own turn only. Not for "
+        "entries with weights: stream, spans.workers above 1, or allow_pickle",
+    )
+    cache_gib: Number | None = Field(
+        default=None,
+        gt=0,
+        description="in a sweep: GiB that the models in a node's hub cache may take. Beyond it models are removed that no entry of the "
+        "sweep needs any more, then those that only later entries need, never one in use; on a machine that was not rented only "
+        "what this sweep fetched counts and is removed. A pair that does not fit by itself fails with weights: download, and is "
+        "read without being kept with weights: cache. null: room is made when a rented node's disk is full",
+    )
     batching: Batching = Field(default=Batching(), description="how prompts are batched")
     output: Output = Field(default=Output(), description="how tables are written")
     spans: Spans = Field(default=Spans(), description="how often a walk commits what it has")

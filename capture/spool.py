@@ -27,12 +27,26 @@ log = logging.getLogger(__name__)
 BLOCK = 8 << 20
 
 
+def part_of(file: RemoteFile, snapshot: Path) -> Path:
+    """Where a file lies until it is whole. snapshot: the commit's folder in the cache, <cache>/models--.../snapshots/<commit>."""
+    return snapshot.parents[1] / "blobs" / f"{file.etag}.pairscope"
+
+
+def is_begun(part: Path) -> bool:
+    """Whether something was kept of a file that is not whole, to go on from. part: as part_of gives it."""
+    return _note_of(part).exists()
+
+
+def _note_of(part: Path) -> Path:
+    return part.with_name(part.name + ".json")
+
+
 class Spool:
     """One file. `open` gives None where another process writes it, or the cache cannot be written."""
 
     def __init__(self, file: RemoteFile, part: Path, pointer: Path, fd: int, have: list[tuple[int, int]]) -> None:
         self.file, self.part, self.pointer = file, part, pointer
-        self.note = part.with_name(part.name + ".json")
+        self.note = _note_of(part)
         self._fd: int | None = fd
         self._have = have  # ranges [start, stop) that are there, rising, apart
         # SHA-256; of a file that the hub keeps in git, the SHA-1 that git gives it
@@ -43,10 +57,9 @@ class Spool:
     @classmethod
     def open(cls, file: RemoteFile, snapshot: Path) -> Spool | None:
         """snapshot: the commit's folder in the cache, <cache>/models--.../snapshots/<commit>."""
-        blobs = snapshot.parents[1] / "blobs"
-        part, pointer = blobs / f"{file.etag}.pairscope", snapshot / file.name
+        part, pointer = part_of(file, snapshot), snapshot / file.name
         try:
-            blobs.mkdir(parents=True, exist_ok=True)
+            part.parent.mkdir(parents=True, exist_ok=True)
             fd = os.open(part, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
             log.warning("%s is read from the hub and not kept: %s", file, error)
@@ -57,12 +70,10 @@ class Spool:
                 raise OSError(errno.EWOULDBLOCK, "")
             have: list[tuple[int, int]] = []
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-                note = json.loads(part.with_name(part.name + ".json").read_text())
+                note = json.loads(_note_of(part).read_text())
                 if note["size"] == file.size == os.fstat(fd).st_size:
                     have = [(int(a), int(b)) for a, b in note["have"]]
-            part.with_name(part.name + ".json").unlink(
-                missing_ok=True
-            )  # good once: what is written from now on is not in it
+            _note_of(part).unlink(missing_ok=True)  # good once: what is written from now on is not in it
             os.ftruncate(fd, file.size)
         except OSError as error:
             os.close(fd)
@@ -107,6 +118,12 @@ class Spool:
                 return
             self._have = list(joined([*self._have, (start, start + len(view))]))
 
+    @property
+    def given_up(self) -> bool:
+        """It is not written any more: the disk refused it, or it has its end behind it."""
+        with self._lock:
+            return self._fd is None
+
     def finish(self) -> bool:
         """Check the whole file and put it into the cache; False where something is missing or it was given up.
 
@@ -124,6 +141,7 @@ class Spool:
             )
         blob = self.part.with_name(str(self.file.etag))
         try:
+            self.note.unlink(missing_ok=True)
             os.replace(self.part, blob)
             self.pointer.parent.mkdir(parents=True, exist_ok=True)
             with contextlib.suppress(FileExistsError):
@@ -141,17 +159,26 @@ class Spool:
             return
         try:
             if self._have:
-                self.note.write_text(json.dumps({"size": self.file.size, "have": self._have}))
+                self.save()
                 self._close()
             else:
                 self.discard()
         except OSError:
             self.discard()
 
+    def save(self) -> None:
+        """Note what is there, so that it is not lost with this process. Raises OSError."""
+        with self._lock:
+            text = json.dumps({"size": self.file.size, "have": self._have})
+        temporary = self.note.with_name(self.note.name + ".new")
+        temporary.write_text(text)
+        os.replace(temporary, self.note)
+
     def discard(self) -> None:
         """Remove it."""
-        with contextlib.suppress(OSError):
-            self.part.unlink()
+        for path in (self.part, self.note):
+            with contextlib.suppress(OSError):
+                path.unlink()
         self._close()
 
     def hash(self) -> None:

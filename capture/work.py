@@ -24,6 +24,7 @@ from capture.layout import RunDir
 from capture.ledger import Ledger
 from capture.lens_kernel import Kernel, load_kernel
 from capture.lens_plan import TILE_BYTES, LensPlan, layers_at_once, plan_layers, statistics_rows
+from capture.loader import AHEAD_LAYERS
 from capture.lockstep import Pair, Split
 from capture.measure import Measure
 from capture.memory import ModeChoice, Promise
@@ -107,7 +108,7 @@ class Work:
             self.peaks.begin("write")
             if writer is not None:
                 started = time.monotonic()
-                self.report(Progress(entry.name, "write", self.pair.n_layers, self.pair.n_layers))
+                self.report(Progress(entry.name, "write", self.pair.n_layers, self.pair.n_layers, here=True))
                 self._write(writer)
                 self.seconds["write"] += time.monotonic() - started
                 self.peaks.begin("write")
@@ -127,7 +128,7 @@ class Work:
 
     def _open(self) -> None:
         entry = self.entry
-        self.report(Progress(entry.name, "open", message="opening both models"))
+        self.report(Progress(entry.name, "open", message="opening both models", here=self.source is None))
         self.tokenizer = load_tokenizer(entry, self.resolved.tokenizer_dir)
         self.tracked = tracked_tokens(entry, self.tokenizer)
         self._open_source()
@@ -311,7 +312,14 @@ class Work:
         elapsed = time.monotonic() - started
         speed = self.prompts.n_tokens * here / n_layers / elapsed if here and elapsed else None
         left = elapsed / here * (n_layers - done) if here else None
-        self.report(Progress(self.entry.name, "layers", done, n_layers, speed, left))
+        self.report(Progress(self.entry.name, "layers", done, n_layers, speed, left, here=self._all_here(layer)))
+
+    def _all_here(self, layer: int) -> bool:
+        """Whether no more weights are to come: those of the last layer were announced, and nothing announced is under way.
+        Where matrices come and go inside a layer nobody knows before the walk has ended."""
+        if self.source is None:
+            return True
+        return self.mode.mode != "sub-layer" and layer + AHEAD_LAYERS >= self.course.last and self.source.idle
 
     def _check_zeros(self) -> None:
         """A checkpoint compared with itself must differ by exactly nothing."""

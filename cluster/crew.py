@@ -62,6 +62,7 @@ class Crew:
         self.running: list[Any] = []
         self.sending: Any = None
         self.sent: Sent | None = None
+        self.here = False  # whether all weights of its work have come
         self.given = False  # whether it was given what enters its layers
         self.log = ""  # of the work that it was last asked to do
         self.watch: Any = None
@@ -73,6 +74,11 @@ class Crew:
     def leader(self) -> Any:
         return self.actors[0]
 
+    @property
+    def node_id(self) -> str:
+        """Ray's name of the node that it is on, once it has a place."""
+        return str(self.place["node_id"]) if self.place is not None else ""
+
     def placed(self, place: dict[str, Any]) -> None:
         self.place, self.ready, self.began = place, None, time.monotonic()
 
@@ -83,7 +89,7 @@ class Crew:
 
     def work(self, entry: Any, out: str, log: str, *more: Any) -> None:
         """Start all ranks; rank 0 writes the attempt's log, each other one its own beside it."""
-        self.log = log
+        self.log, self.here = log, False
         size = len(self.actors)
         address, port = ray.get(self.leader.meeting_place.remote()) if size > 1 else ("", 0)
         tasks = [

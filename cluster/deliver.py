@@ -173,18 +173,21 @@ def _remove_uploads_of_the_dead(root: Path) -> None:
 
 
 @contextlib.contextmanager
-def at_head(run: RunDir, cluster: Cluster) -> Iterator[str]:
-    """What a cluster's workers share on the driver's node, for the length of the block: the gate to the hub and the desk.
+def at_head(run: RunDir, cluster: Cluster, *, hub: bool = True) -> Iterator[str]:
+    """What a sweep's workers share on the driver's node, for the length of the block: the gate to the hub and the desk.
+
+    hub: whether something of the sweep is on the hub; a Ray of our own has a gate only then.
 
     Yields what actors are given as their output: the run directory itself where every node sees it, else the desk's address.
     Every node sees an object store, and a cluster of one node that does not grow sees its own disk.
     """
     out = run.root if run.is_local else run.out
     with contextlib.ExitStack() as stack:
-        if not cluster.local:
-            stack.enter_context(gate_at_head())
-            if run.is_local and (cluster.growing or len(cluster.nodes) > 1):
-                out = stack.enter_context(desk_at_head(run.root))
+        if hub or not cluster.local:
+            sweep = run.root if run.is_local else run.out
+            stack.enter_context(gate_at_head(hashlib.sha256(sweep.encode()).hexdigest()[:16]))
+        if not cluster.local and run.is_local and (cluster.growing or len(cluster.nodes) > 1):
+            out = stack.enter_context(desk_at_head(run.root))
         yield out
 
 

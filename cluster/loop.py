@@ -21,6 +21,7 @@ from capture.manifest import Attempt
 from capture.show import WAITING, Show
 from capture.stop import Stop
 from cluster.actor import CaptureActor
+from cluster.ahead import Ahead
 from cluster.crew import Crew, brought_home
 from cluster.job import Job
 from cluster.lost import SILENT_S, UNHEARD, lost, silent
@@ -53,11 +54,13 @@ class Loop:
         self.runs_dir, self.out, self.force, self.work = run, out, force, work
         self.queue, self.show, self.stop = Queue(jobs), show, stop
         self.patience = Patience(growing=growing, within=place_within, now=time.monotonic())
+        self.ahead = Ahead([], show)
         self.kill_at: float | None = None
         self.actor_class = ray.remote(concurrency_groups={"control": 1})(CaptureActor)
 
     def run(self, jobs: list[Job]) -> None:
         """Work through the jobs. A KeyboardInterrupt (the second Ctrl-C) ends all at once; no actor is left behind."""
+        self.ahead = Ahead(jobs, self.show)
         self.queue.waiting = list(jobs)
         for job in jobs:
             self.show.doing(job.name, WAITING)
@@ -69,6 +72,7 @@ class Loop:
         finally:
             for job in list(self.queue.active):
                 self._interrupt(job)
+            self.ahead.close()
             for job in self.queue.waiting:
                 self.show.end(job.name)
 
@@ -88,6 +92,7 @@ class Loop:
             if job in self.queue.active and crew in job.crews.values():  # else it was settled in this same turn
                 then(ref)
         now = time.monotonic()
+        self.ahead.look(self.queue, now)
         told, given_up = self.patience.look(self.queue.active, now)
         for job, text in told:
             self.show.event(job.name, text)
@@ -129,12 +134,15 @@ class Loop:
     def _placed(self, job: Job, span: int, ref: Any) -> None:
         """The actors are there (or died on the way): hand over the work, and give the next span's crew a head start."""
         crew = job.crews[span]
-        job.begin_attempt(self.runs_dir)
         try:
-            place = ray.get(ref)
-            crew.placed(place)
+            crew.placed(ray.get(ref))
+            if (better := self.ahead.better(job, crew.node_id, self.queue)) is not None:
+                self.queue.trade(job, better)
+                job = better
+            job.begin_attempt(self.runs_dir)
             self._begin(job, span, crew)
         except RayError as error:
+            job.begin_attempt(self.runs_dir)
             self._failed(job, span, self._lost(job, error, crew))
             return
         if span == job.span:
@@ -154,6 +162,7 @@ class Loop:
         self.show.event(job.name, f"started on {node}{f' ({notes})' if notes else ''}, log {name}")
         if first:
             self.show.doing(job.name, "starting")
+        self.ahead.begins(job, crew.node_id)
         crew.work(job.entry, self.out, log, job.tried, self.force, self.work)
 
     def _let_go(self, job: Job, crew: Crew) -> None:
@@ -235,8 +244,11 @@ class Loop:
     def _pass_on(self, job: Job, outcome: Outcome) -> tuple[Job, Crew] | None:
         """Take the worker of an entry that is complete, for the next entry that asks for the same: the start of a process
         and the import of all libraries take longer than a small capture."""
-        following = self.queue.follower(job) if outcome.state == "complete" and outcome.tidy else None
-        if following is None or job.crew is None or self.stop.requested():
+        if outcome.state != "complete" or not outcome.tidy or job.crew is None or self.stop.requested():
+            return None
+        node = job.crew.node_id
+        following = self.queue.follower(job, lambda other: self.ahead.rank(other, node))
+        if following is None:
             return None
         return following, job.crews.pop(job.span)
 
@@ -288,6 +300,7 @@ class Loop:
             if (
                 progress is not None and span == job.span and progress.entry == job.name
             ):  # a worker may know its last entry yet
+                job.crews[span].here |= progress.here
                 self.show.progress(progress)
 
     def _stop_active(self) -> None:
@@ -295,6 +308,7 @@ class Loop:
         if self.kill_at is None:
             asked = min(GRACE, GRACE_TERM) if self.stop.signal == signal.SIGTERM else GRACE
             self.kill_at = time.monotonic() + asked
+            self.ahead.stop()
             for job in list(self.queue.active):
                 if job.attempt is None:
                     self._drop(job)

@@ -23,7 +23,8 @@ from typing import Any
 from capture.config import Entry
 from capture.errors import CheckpointError
 from capture.progress import Progress
-from cluster.prepare_disk import GIB, hub_cache, in_use, make_room, one_at_a_time
+from cluster.prepare_disk import GIB, Keeping, in_use, make_room, mark_fetched, one_at_a_time
+from cluster.prepare_files import cache_bytes, download, hub_models
 from cluster.prepare_gate import find_gate
 
 log = logging.getLogger(__name__)
@@ -41,8 +42,10 @@ def capture_prepared(
     from capture.run import capture_pair
 
     gate = find_gate()
+    used: list[Any] = []
     with _online_again():
-        used = prepare(entry, gate, progress or (lambda _: None), stop or (lambda: False)) if gate is not None else []
+        if gate is not None:
+            entry, used = prepare(entry, gate, progress or (lambda _: None), stop or (lambda: False))
         try:
             return capture_pair(entry, out, progress=progress, stop=stop, **more)
         finally:
@@ -50,56 +53,74 @@ def capture_prepared(
                 stream.close()
 
 
-def hub_models(entry: Entry) -> list[tuple[str, str | None]]:
-    """(repository, revision) of the models of an entry that are not directories, each once."""
-    both = [(entry.base_model, entry.base_revision), (entry.sft_model, entry.sft_revision)]
-    return [m for m in dict.fromkeys(both) if not Path(m[0]).expanduser().is_dir()]
-
-
-def prepare(entry: Entry, gate: Any, say: Say, stop: Callable[[], bool]) -> list[Any]:
-    """Fetch what the entry needs first, and go offline where that is all. Returns open files that keep its models from being removed.
+def prepare(entry: Entry, gate: Any, say: Say, stop: Callable[[], bool]) -> tuple[Entry, list[Any]]:
+    """Fetch what the entry needs first, and go offline where that is all. Returns the entry, whose weights are streamed where there
+    is no room to keep them, and open files that keep its models from being removed.
 
     Raises CheckpointError (no room, gated, missing, a hub that stays unwell) and KeyboardInterrupt where `stop` said so.
     """
+    from capture.run import way_of_weights
+
     models = hub_models(entry)
     used = [in_use(repo) for repo, _ in models]
     if models:
-        _in_turn(entry, models, gate, say, stop)
-    from capture.run import way_of_weights
-
+        nbytes, seconds = ask(gate.came_ahead, entry.name, node_id()) or (0, 0.0)
+        if nbytes:
+            log.info(
+                "fetched ahead of its turn: %.2f GiB in %.0f s, while another entry computed", nbytes / GIB, seconds
+            )
+        entry = _in_turn(entry, models, gate, say, stop)
     if way_of_weights(entry) == "download":
         _go_offline(entry)
-    return used
+    return entry, used
 
 
-def _in_turn(entry: Entry, models: list[tuple[str, str | None]], gate: Any, say: Say, stop: Callable[[], bool]) -> None:
+def keeping(entry: Entry, gate: Any) -> Keeping:
+    """What stays in this node's cache."""
+    sweep, needed = ask(gate.wanted) or ("", frozenset())
+    return Keeping(sweep, needed, None if entry.cache_gib is None else int(entry.cache_gib * GIB))
+
+
+def node_id() -> str:
+    """Ray's name of this node."""
+    import ray
+
+    return str(ray.get_runtime_context().get_node_id()) if ray.is_initialized() else ""
+
+
+def _in_turn(
+    entry: Entry, models: list[tuple[str, str | None]], gate: Any, say: Say, stop: Callable[[], bool]
+) -> Entry:
     """Wait for this node's other entries, then for the gate, then fetch; again after a pause where the hub is overrun."""
     who = f"{socket.gethostname()}-{os.getpid()}"
     for attempt in range(1, TRIES + 1):
         with _this_node(entry, say, stop):
-            _wait(lambda: _ask(gate.ask, who), entry, "waiting for a turn at the hub", say, stop)
+            _wait(lambda: ask(gate.ask, who), entry, "waiting for a turn at the hub", say, stop)
             try:
-                _fetch(entry, models, gate, who, say, stop)
-                _ask(gate.leave, who)
-                return
+                entry = _fetch(entry, models, gate, who, say, stop)
+                ask(gate.leave, who)
+                return entry
             except CheckpointError as error:
                 if not overrun(error) or attempt == TRIES:
-                    _ask(gate.leave, who)
+                    ask(gate.leave, who)
                     raise
-                pause = float(_ask(gate.too_much, who)) * random.uniform(1.0, 1.3)
+                pause = float(ask(gate.too_much, who)) * random.uniform(1.0, 1.3)
                 log.warning("%s; trying again in %.0f s", error, pause)
         _sleep(pause, stop)
+    raise AssertionError("the last try returns or raises")
 
 
 def _fetch(
     entry: Entry, models: list[tuple[str, str | None]], gate: Any, who: str, say: Say, stop: Callable[[], bool]
-) -> None:
+) -> Entry:
     """Check the disk for all models together, then download them, in a thread, while progress is told."""
     from capture.hub import download_bytes
     from capture.run import way_of_weights
 
-    way = way_of_weights(entry)
+    way, keep = way_of_weights(entry), keeping(entry, gate)
     token = entry.model_kwargs.get("token")
+    for repo, _ in models:
+        mark_fetched(repo, keep.sweep)
 
     def measured() -> int:
         return sum(download_bytes(repo, rev, allow_pickle=entry.allow_pickle, token=token) for repo, rev in models)
@@ -107,51 +128,29 @@ def _fetch(
     try:
         need = measured()
     except CheckpointError as error:
-        if not wants_login(error) or not _log_in(gate):
+        if not wants_login(error) or not log_in(gate):
             raise
         log.info("using the head's login at the hub")
         need = measured()
-    if need and way != "stream":
+    if way != "stream":
         try:
-            make_room(need, [repo for repo, _ in models])
+            make_room(need, [repo for repo, _ in models], keep)
         except CheckpointError as error:
             if way == "download":
                 raise
             log.warning("%s; the weights are read all the same, and not kept", error)
-    before = _cache_bytes(models)
-    done = _Thread(lambda: _download(entry))
+            if keep.most is not None:  # a disk is looked at once more, model by model
+                entry = entry.model_copy(update={"weights": "stream"})
+    before = cache_bytes(models)
+    done = InThread(lambda: download(entry))
     while not done.wait(LOOK_EVERY_S):
         if stop():
             raise KeyboardInterrupt
-        _ask(gate.ask, who)  # keeps the place
-        fetched = max(0, _cache_bytes(models) - before)
+        ask(gate.ask, who)  # keeps the place
+        fetched = max(0, cache_bytes(models) - before)
         say(Progress(entry.name, "prepare", message=f"downloading, {fetched / GIB:.1f} of {need / GIB:.1f} GiB"))
     done.result()
-
-
-def _download(entry: Entry) -> None:
-    """What is there before the entry is opened: configs, tokenizer, and weights that do not come later. Checks the files once
-    more, as the capture will."""
-    from capture.files import check_remote_code, resolve_tokenizer
-    from capture.hub import model_snapshot, model_without_weights
-    from capture.run import way_of_weights
-
-    token = entry.model_kwargs.get("token")
-    remote = bool(entry.model_kwargs.get("trust_remote_code"))
-    for repo, revision in hub_models(entry):
-
-        def check(config: dict[str, Any], repo: str = repo) -> None:
-            check_remote_code(config, repo, remote)
-
-        if way_of_weights(entry) == "download":
-            model_snapshot(
-                repo, revision, download=True, allow_pickle=entry.allow_pickle, token=token, check_config=check
-            )
-        else:
-            model_without_weights(repo, revision, allow_pickle=entry.allow_pickle, token=token, check_config=check)
-    by_model = {entry.sft_model: entry.sft_revision, entry.base_model: entry.base_revision}
-    revision = entry.tokenizer_kwargs.get("revision", by_model.get(entry.tokenizer))
-    resolve_tokenizer(entry.tokenizer, revision, download=True, token=entry.tokenizer_kwargs.get("token", token))
+    return entry
 
 
 def _go_offline(entry: Entry) -> None:
@@ -198,23 +197,14 @@ def wants_login(error: CheckpointError) -> bool:
     return isinstance(error.__cause__, GatedRepoError | RepositoryNotFoundError)
 
 
-def _log_in(gate: Any) -> bool:
+def log_in(gate: Any) -> bool:
     """Take the head's login into this process's memory, unless it has one. False where there is none to take."""
     from huggingface_hub import get_token
 
-    token = None if get_token() else _ask(gate.login)
+    token = None if get_token() else ask(gate.login)
     if token:
         os.environ["HF_TOKEN"] = token
     return bool(token)
-
-
-def _cache_bytes(models: list[tuple[str, str | None]]) -> int:
-    """Bytes in the cache of these models, files under way included."""
-    total = 0
-    for repo, _ in models:
-        blobs = hub_cache() / f"models--{repo.replace('/', '--')}" / "blobs"
-        total += sum(p.stat().st_size for p in blobs.glob("*") if p.exists())
-    return total
 
 
 @contextlib.contextmanager
@@ -226,7 +216,7 @@ def _this_node(entry: Entry, say: Say, stop: Callable[[], bool]) -> Iterator[Non
                 yield
                 return
         say(Progress(entry.name, "prepare", message="waiting for another entry's download on this node"))
-        _sleep(LOOK_EVERY_S, stop)
+        _sleep(0.25, stop)  # one that is ahead of its turn gives way at once
 
 
 def _wait(ask: Callable[[], float], entry: Entry, what: str, say: Say, stop: Callable[[], bool]) -> None:
@@ -243,7 +233,7 @@ def _sleep(seconds: float, stop: Callable[[], bool]) -> None:
         time.sleep(min(0.2, max(0.0, until - time.monotonic())))
 
 
-def _ask(method: Any, *args: Any) -> Any:
+def ask(method: Any, *args: Any) -> Any:
     """A call on the gate's actor. A gate that is gone stops nobody: its head is gone too, and the sweep with it."""
     import ray
 
@@ -254,7 +244,7 @@ def _ask(method: Any, *args: Any) -> Any:
         return 0.0
 
 
-class _Thread:
+class InThread:
     """A function in a thread, its result or what it raised."""
 
     def __init__(self, work: Callable[[], Any]) -> None:

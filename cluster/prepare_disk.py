@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
@@ -30,6 +31,11 @@ def hub_cache() -> Path:
     return cache
 
 
+def model_folder(repo: str) -> Path:
+    """Where a model lies in the hub's cache, if it is there."""
+    return hub_cache() / f"models--{repo.replace('/', '--')}"
+
+
 def in_use(repo: str) -> TextIO:
     """Marks a model as used by this process for as long as the returned file is open."""
     stream = open(_note(repo), "a")  # noqa: SIM115  the caller keeps it
@@ -37,20 +43,60 @@ def in_use(repo: str) -> TextIO:
     return stream
 
 
-def make_room(need: int, wanted: Sequence[str]) -> None:
-    """See that `need` bytes fit the disk of the cache, on a rented node by removing models that nobody uses any more.
+@dataclass(frozen=True)
+class Keeping:
+    """What a sweep keeps in a node's cache. sweep: its name, the same when it is run again. needed: models that entries which
+    are not done read. most: bytes that models may take in the cache, None where only the disk sets a bound."""
 
-    wanted: the models to come, which stay. Raises CheckpointError where there is too little all the same.
+    sweep: str = ""
+    needed: frozenset[str] = frozenset()
+    most: int | None = None
+
+
+EVERYTHING = Keeping()
+
+
+def make_room(need: int, wanted: Sequence[str], keeping: Keeping = EVERYTHING, *, ahead: bool = False) -> None:
+    """See that `need` bytes fit the disk of the cache, and the bound, by removing models that nobody uses any more.
+
+    Removed are those that the sweep does not need any more, then, unless `ahead`, those that only later entries need; of each
+    kind those first that were not read for the longest time. On a machine that was not rented nothing is removed but what this
+    sweep fetched, and that only for a bound. wanted: the models to come, which stay. Raises CheckpointError where there is too
+    little room all the same.
     """
     cache = hub_cache()
-    if need + SPARE_BYTES > shutil.disk_usage(cache).free and _is_rented():
-        _remove_unused(need + SPARE_BYTES, wanted)
-    free = shutil.disk_usage(cache).free
-    if need + SPARE_BYTES > free:
+    if _lacking(need, wanted, keeping):
+        ours = [m for m in _removable(keeping) if m.repo not in wanted and not (ahead and m.repo in keeping.needed)]
+        for model in sorted(ours, key=lambda m: (m.repo in keeping.needed, m.read)):
+            with _nobody_uses(model.repo) as free:
+                if free:
+                    log.info("removing %s from the cache (%.1f GiB) to make room", model.repo, model.nbytes / GIB)
+                    shutil.rmtree(model.folder, ignore_errors=True)
+                    _mark(model.repo).unlink(missing_ok=True)
+            if not _lacking(need, wanted, keeping):
+                return
+    if not need:
+        return  # all is there: nobody can be asked for less
+    names = f"{' and '.join(repr(w) for w in wanted)} need {need / GIB:.1f} GiB more"
+    if keeping.most is not None and _lacking(need, wanted, keeping, of_disk=False):
+        held = _held(wanted, keeping)
         raise CheckpointError(
-            f"{' and '.join(repr(w) for w in wanted)} need {need / GIB:.1f} GiB more on disk and {SPARE_BYTES / GIB:.0f} to spare, "
-            f"{cache} has {free / GIB:.1f} GiB free; rent with a larger disk_gb, or set HF_HOME to a larger disk"
+            f"{names} in the hub's cache, where {held / GIB:.1f} GiB are in use or still needed, and cache_gib is "
+            f"{keeping.most / GIB:.3g}; raise it, or set weights: stream"
         )
+    free_bytes = shutil.disk_usage(cache).free
+    if need + SPARE_BYTES > free_bytes:
+        raise CheckpointError(
+            f"{names} on disk and {SPARE_BYTES / GIB:.0f} to spare, "
+            f"{cache} has {free_bytes / GIB:.1f} GiB free; rent with a larger disk_gb, or set HF_HOME to a larger disk"
+        )
+
+
+def _lacking(need: int, wanted: Sequence[str], keeping: Keeping, *, of_disk: bool = True) -> bool:
+    """Whether there is too little room, of the bound or, on a machine where that can be changed, of the disk."""
+    if keeping.most is not None and _held(wanted, keeping) + need > keeping.most:
+        return True
+    return of_disk and need > 0 and need + SPARE_BYTES > shutil.disk_usage(hub_cache()).free
 
 
 def _is_rented() -> bool:
@@ -58,20 +104,57 @@ def _is_rented() -> bool:
     return (mesh_folder() / "node.json").exists()
 
 
-def _remove_unused(need: int, wanted: Sequence[str]) -> None:
-    from huggingface_hub import scan_cache_dir
+@dataclass(frozen=True)
+class _Model:
+    """A model in the cache. nbytes: what it takes on disk; partly: what of that are files that are not whole. read: when it was
+    last read."""
 
-    cache = hub_cache()
-    repos = sorted(scan_cache_dir(cache).repos, key=lambda r: r.last_accessed)
-    for repo in repos:
-        if shutil.disk_usage(cache).free >= need:
-            return
-        if repo.repo_id in wanted:
-            continue
-        with _nobody_uses(repo.repo_id) as free:
-            if free:
-                log.info("removing %s from the cache (%.1f GiB) to make room", repo.repo_id, repo.size_on_disk / GIB)
-                shutil.rmtree(repo.repo_path, ignore_errors=True)
+    repo: str
+    folder: Path
+    nbytes: int
+    partly: int
+    read: float
+
+
+def _models() -> list[_Model]:
+    found = []
+    for folder in hub_cache().glob("models--*"):
+        blobs: list[tuple[Path, os.stat_result]] = []
+        for path in folder.glob("blobs/*"):
+            with contextlib.suppress(OSError):  # it got its place, or was removed, just now
+                blobs.append((path, path.stat()))
+        sizes = {path: min(s.st_blocks * 512, s.st_size) for path, s in blobs}  # files that are not whole have holes
+        partly = sum(size for path, size in sizes.items() if path.name.endswith(".pairscope"))
+        read = max((s.st_atime for _, s in blobs), default=0.0)
+        repo = folder.name.removeprefix("models--").replace("--", "/")
+        found.append(_Model(repo, folder, sum(sizes.values()), partly, read))
+    return found
+
+
+def _ours(keeping: Keeping) -> list[_Model]:
+    """The models that count for the bound: all of a rented node's, elsewhere those that this sweep fetched."""
+    return [m for m in _models() if _is_rented() or (keeping.sweep and _fetched_by(m.repo) == keeping.sweep)]
+
+
+def _removable(keeping: Keeping) -> list[_Model]:
+    return _ours(keeping) if _is_rented() or keeping.most is not None else []
+
+
+def _held(wanted: Sequence[str], keeping: Keeping) -> int:
+    """Bytes that count for the bound; files of the models to come that are there in part are in what those need."""
+    return sum(m.nbytes - (m.partly if m.repo in wanted else 0) for m in _ours(keeping))
+
+
+def mark_fetched(repo: str, sweep: str) -> None:
+    """Note that a model which is not in the cache yet is there because of this sweep."""
+    if sweep and not model_folder(repo).exists():
+        _mark(repo).write_text(sweep)
+
+
+def _fetched_by(repo: str) -> str | None:
+    with contextlib.suppress(OSError):
+        return _mark(repo).read_text()
+    return None
 
 
 @contextlib.contextmanager
@@ -87,6 +170,10 @@ def _nobody_uses(repo: str) -> Iterator[bool]:
 
 def _note(repo: str) -> Path:
     return hub_cache() / f".used-{re.sub(r'[^A-Za-z0-9.-]', '_', repo)}"
+
+
+def _mark(repo: str) -> Path:
+    return hub_cache() / f".fetched-{re.sub(r'[^A-Za-z0-9.-]', '_', repo)}"
 
 
 @contextlib.contextmanager

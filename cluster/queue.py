@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from cluster.crew import Crew
 from cluster.job import Job
@@ -38,15 +38,27 @@ class Queue:
         self.active.append(job)
         job.attempt, job.spent, job.waiting_told = None, None, False
 
-    def follower(self, done: Job) -> Job | None:
-        """The next job without a worker that can go on with the worker of this one; None where there is none."""
+    def follower(self, done: Job, rank: Callable[[Job], int] = lambda job: 0) -> Job | None:
+        """The next job without a worker that can go on with the worker of this one; None where there is none. rank: the first
+        of those with the least is the next."""
         if not done.shares:
             return None
         unplaced = (job for job in self.active if not job.working and job.attempt is None)
         fitting = (
             job for jobs in (unplaced, self.waiting) for job in jobs if job.shares and job.request == done.request
         )
-        return next(fitting, None)
+        return min(fitting, key=rank, default=None)
+
+    def trade(self, placed: Job, other: Job) -> None:
+        """Give the place that was found for one job to another, which asks for the same and has none; the first waits on."""
+        crew, asked = placed.crews.pop(placed.span), other.crews.pop(other.span, None)
+        if asked is None:
+            self.active.remove(placed)
+            self.waiting.insert(0, placed)
+            self.activate(other)
+        else:
+            placed.crews[placed.span] = asked
+        other.crews[other.span] = crew
 
     def take_over(self, job: Job, crew: Crew) -> None:
         """Give a job a worker that is done. What it had asked for, and has no place yet, is for the next one in the queue."""

@@ -213,6 +213,7 @@ def _through_ray(
             from cluster.deliver import at_head
             from cluster.job import Job
             from cluster.loop import Loop
+            from cluster.prepare import hub_models
 
             stop.install()  # Ray puts a handler of its own on SIGTERM
 
@@ -228,7 +229,8 @@ def _through_ray(
                         run, item, DeviceError(f"entry '{item.name}' {reason}; change gpus, accelerator_type or device")
                     )
                     show.event(item.name, f"failed: {item.row['error']}")
-            with at_head(run, cluster) as out:
+            on_hub = work == WORK and any(hub_models(job.entry) for _, job in ready)
+            with at_head(run, cluster, hub=on_hub) as out:
                 loop = Loop(
                     run, out, force=force, work=work, jobs=jobs, show=show, stop=stop, growing=cluster.growing,
                     place_within=place_within,

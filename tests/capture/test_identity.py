@@ -61,6 +61,8 @@ OTHERS: dict[str, Any] = {
     "device": "cuda:3",
     "mode": "streamed",
     "weights": "stream",
+    "fetch_ahead": False,
+    "cache_gib": 10.0,
     "local_run": LocalRun(enabled=True),
     "gpus": 2,
     "accelerator_type": "H100",

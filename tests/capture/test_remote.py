@@ -25,6 +25,7 @@ from capture.footprint import MODES
 from capture.layout import RunDir
 from capture.ledger import Ledger
 from capture.lockstep import Pair
+from capture.progress import Progress
 from capture.remote import Source
 from capture.run import capture_pair, resolve
 
@@ -141,7 +142,11 @@ def test_what_passes_is_kept_and_the_next_capture_asks_for_no_weights(
         Fault("cut", after=900, times=3), Fault("status", status=503, times=2), Fault("status", status=403),
         Fault("status", where="hub", part="safetensors", status=429),
     ]  # fmt: skip
-    first = capture_pair(entry_of("cache"), str(tmp_path / "one"))
+    said: list[Progress] = []
+    first = capture_pair(entry_of("cache"), str(tmp_path / "one"), progress=said.append)
+    assert [p.here for p in said] == sorted(p.here for p in said), "once its weights have come they have"
+    assert not any(p.here for p in said if p.stage == "open")
+    assert said[-1].here
     assert not [f for f in served.faults if f.times]
     for label in ("base", "sft"):
         folder = next((tmp_path / "cache" / f"models--org--{label}" / "snapshots").iterdir())
@@ -149,7 +154,9 @@ def test_what_passes_is_kept_and_the_next_capture_asks_for_no_weights(
             assert (folder / name).read_bytes() == path.read_bytes()
     assert not list((tmp_path / "cache").rglob("*pairscope*"))
     served.requests.clear()
-    again = capture_pair(entry_of("download"), str(tmp_path / "two"))
+    said.clear()
+    again = capture_pair(entry_of("download"), str(tmp_path / "two"), progress=said.append)
+    assert all(p.here for p in said[1:]), "from the moment on that its files are found"
     assert served.seen("content") == []
     assert again.capture == first.capture, "the way that weights come is not in the id"
     assert tables(tmp_path / "two") == tables(tmp_path / "one") != {}

@@ -144,7 +144,7 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeHub:
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(prepare_disk.shutil, "disk_usage", lambda path: usage(0, 0, 100 * prepare_disk.GIB))
-    monkeypatch.setattr(prepare_module, "_ask", lambda method, *args: method(*args))
+    monkeypatch.setattr(prepare_module, "ask", lambda method, *args: method(*args))
     monkeypatch.setattr(prepare_module, "_sleep", lambda seconds, stop: None)
     monkeypatch.setenv("PAIRSCOPE_HOME", str(tmp_path / "pairscope"))
     for name in ("HF_HUB_OFFLINE", "HF_TOKEN"):
@@ -158,7 +158,7 @@ class NoWait(Gate):
 
     token: str | None = None
 
-    def ask(self, who: str) -> float:
+    def ask(self, who: str, early: bool = False) -> float:
         self.heard[who] = 0.0
         return 0.0
 
@@ -172,7 +172,7 @@ def entry(base: str = "org/base", sft: str = "org/sft", tokenizer: str = "org/sf
 
 def run(one: Entry, gate: Gate | None = None) -> list[Progress]:
     said: list[Progress] = []
-    for stream in prepare(one, gate or NoWait(), said.append, lambda: False):
+    for stream in prepare(one, gate or NoWait(), said.append, lambda: False)[1]:
         stream.close()
     return said
 

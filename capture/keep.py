@@ -1,0 +1,100 @@
+"""Weight files fetched into the hub's cache, whole, before anybody reads them; stopped at any moment, and gone on with later.
+
+The hub's own library begins a file anew after a stop. What came here of one lies beside the cache's files, as capture/spool.py
+has it, so that a capture that reads the same file from the hub goes on from there, too. No torch: a process that only fetches
+stays small.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+from capture.errors import CheckpointError
+from capture.ranges import CONNECTIONS, Ranges, RemoteFile, Stopped
+from capture.spool import Hasher, Spool
+
+PART = 4 << 20  # bytes of one request
+SAVE_EVERY_S = 5.0  # between two notes of what is there of a file: so much is lost where the process is killed
+
+
+class Keeper:
+    """Fetches files one after the other, each by several connections. fetched: bytes that have come so far."""
+
+    def __init__(self, token: str | bool | None = None, connections: int = CONNECTIONS) -> None:
+        self.ranges, self.connections, self.fetched = Ranges(token), connections, 0
+        self._lock = threading.Lock()
+
+    def fetch(self, files: Iterable[tuple[RemoteFile, Path]]) -> int:
+        """files: each with the folder of its commit in the cache. Returns how many of them were put into the cache; one that
+        another process writes is left to that.
+
+        Raises CheckpointError (the hub refuses, other bytes than the hub's, a full disk) and Stopped, once `stop` was called.
+        What has come of a file is left for whoever goes on with it.
+        """
+        with ThreadPoolExecutor(1, thread_name_prefix="check") as checks:  # while the next file comes
+            kept: list[Future[bool]] = []
+            for file, snapshot in files:
+                spool = Spool.open(file, snapshot)
+                if spool is not None:
+                    self._whole(spool)
+                    kept.append(checks.submit(spool.finish))
+            return sum(one.result() for one in kept)
+
+    def stop(self) -> None:
+        """End `fetch`, from any thread."""
+        self.ranges.close()
+
+    def _whole(self, spool: Spool) -> None:
+        """Fetch what is missing of one file."""
+        parts = ((at, min(at + PART, stop)) for start, stop in spool.missing for at in range(start, stop, PART))
+        failed: list[BaseException] = []
+        threads = [
+            threading.Thread(target=self._work, args=(spool, parts, failed), name="fetch", daemon=True)
+            for _ in range(self.connections)
+        ]
+        hasher = Hasher([spool])
+        try:
+            for thread in threads:
+                thread.start()
+            while any(thread.is_alive() for thread in threads) and not failed:
+                with contextlib.suppress(OSError):
+                    spool.save()
+                self._wait(threads, failed)
+                if self.ranges.stop.is_set():  # whether or not a thread has heard of it
+                    raise Stopped
+            if failed:
+                raise next((e for e in failed if not isinstance(e, Stopped)), failed[0])
+        except BaseException:
+            spool.pause()  # a thread that waits for a silent server finds it closed
+            raise
+        finally:
+            hasher.close()
+
+    def _wait(self, threads: list[threading.Thread], failed: list[BaseException]) -> None:
+        left = SAVE_EVERY_S
+        for thread in threads:
+            while thread.is_alive() and left > 0 and not failed and not self.ranges.stop.is_set():
+                thread.join(0.1)
+                left -= 0.1
+
+    def _work(self, spool: Spool, parts: Iterator[tuple[int, int]], failed: list[BaseException]) -> None:
+        buffer = memoryview(bytearray(PART))
+        try:
+            while not failed:
+                with self._lock:
+                    part = next(parts, None)
+                if part is None:
+                    return
+                view = buffer[: part[1] - part[0]]
+                self.ranges.read(spool.file, part[0], view)
+                spool.write(part[0], view)
+                if spool.given_up:
+                    raise CheckpointError(f"{spool.file} cannot be kept: the disk refuses it")
+                with self._lock:
+                    self.fetched += len(view)
+        except BaseException as error:
+            failed.append(error)

@@ -1,0 +1,96 @@
+"""Which of an entry's files are on the hub, and how they come into the cache."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from capture.config import Entry
+from capture.errors import CheckpointError
+from cluster.prepare_disk import model_folder
+
+if TYPE_CHECKING:
+    from capture.ranges import RemoteFile
+
+log = logging.getLogger(__name__)
+
+
+def hub_models(entry: Entry) -> list[tuple[str, str | None]]:
+    """(repository, revision) of the models of an entry that are not directories, each once."""
+    both = [(entry.base_model, entry.base_revision), (entry.sft_model, entry.sft_revision)]
+    return [m for m in dict.fromkeys(both) if not Path(m[0]).expanduser().is_dir()]
+
+
+def download(entry: Entry) -> None:
+    """What is there before the entry is opened: configs, tokenizer, and weights that do not come later. Checks the files once
+    more, as the capture will."""
+    from capture.files import check_remote_code
+    from capture.hub import model_snapshot
+    from capture.run import way_of_weights
+
+    if way_of_weights(entry) != "download":
+        without_weights(entry)
+        return
+    _finish_begun(entry)
+    remote = bool(entry.model_kwargs.get("trust_remote_code"))
+    for repo, revision in hub_models(entry):
+        model_snapshot(
+            repo, revision, download=True, allow_pickle=entry.allow_pickle, token=entry.model_kwargs.get("token"),
+            check_config=lambda config, repo=repo: check_remote_code(config, repo, remote),  # type: ignore[misc]
+        )  # fmt: skip
+    _tokenizer(entry)
+
+
+def without_weights(entry: Entry) -> list[tuple[RemoteFile, Path]]:
+    """Fetch an entry's small files. Returns its weight files that are not in the cache, each with its commit's folder there."""
+    from capture.files import check_remote_code
+    from capture.hub import model_without_weights
+
+    missing: list[tuple[RemoteFile, Path]] = []
+    remote = bool(entry.model_kwargs.get("trust_remote_code"))
+    for repo, revision in hub_models(entry):
+        folder, files = model_without_weights(
+            repo, revision, allow_pickle=entry.allow_pickle, token=entry.model_kwargs.get("token"),
+            check_config=lambda config, repo=repo: check_remote_code(config, repo, remote),  # type: ignore[misc]
+        )  # fmt: skip
+        missing += [(file, folder) for file in files]
+    _tokenizer(entry)
+    return missing
+
+
+def _finish_begun(entry: Entry) -> None:
+    """Go on with weight files that were fetched ahead and are not whole; whatever fails is fetched anew by the hub's library."""
+    from capture.keep import Keeper
+    from capture.spool import is_begun, part_of
+
+    if not any(
+        is_begun(file) for repo, _ in hub_models(entry) for file in model_folder(repo).glob("blobs/*.pairscope")
+    ):
+        return
+    try:
+        files = [(f, folder) for f, folder in without_weights(entry) if is_begun(part_of(f, folder))]
+        Keeper(entry.model_kwargs.get("token")).fetch(files)
+    except CheckpointError as error:
+        log.warning("%s; it is downloaded anew", error)
+
+
+def _tokenizer(entry: Entry) -> None:
+    from capture.files import resolve_tokenizer
+
+    token = entry.model_kwargs.get("token")
+    by_model = {entry.sft_model: entry.sft_revision, entry.base_model: entry.base_revision}
+    revision = entry.tokenizer_kwargs.get("revision", by_model.get(entry.tokenizer))
+    resolve_tokenizer(entry.tokenizer, revision, download=True, token=entry.tokenizer_kwargs.get("token", token))
+
+
+def cache_bytes(models: list[tuple[str, str | None]]) -> int:
+    """Bytes in the cache of these models, files under way included."""
+    total = 0
+    for repo, _ in models:
+        for path in model_folder(repo).glob("blobs/*"):
+            with contextlib.suppress(OSError):  # it got its place just now
+                found = path.stat()
+                total += min(found.st_size, found.st_blocks * 512)  # files that are not whole have holes
+    return total
