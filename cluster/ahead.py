@@ -47,7 +47,8 @@ class Fetch:
     def stop(self) -> None:
         if self.ending is None:
             self.ending = time.monotonic()
-            self.actor.stop.options(concurrency_group="control").remote()
+            with contextlib.suppress(Exception):  # what is gone needs not be stopped
+                self.actor.stop.options(concurrency_group="control").remote()
 
     def kill(self) -> None:
         with contextlib.suppress(Exception):

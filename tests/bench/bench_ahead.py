@@ -1,0 +1,127 @@
+"""A sweep of three pairs from a hub of a given bandwidth, with the next pair's files fetched while one computes, and without.
+
+    python tests/bench/bench_ahead.py [--mb-per-s 25] [--rounds 2] [--prompts 24] [--ways download cache]
+
+The hub is tests/e2e/local_hub.py in a process of its own, on loopback, throttled; every sweep begins with an empty cache. The pairs
+are one random pair under three names, each about 0.3 GB, and there are prompts enough that computing takes about as long as
+fetching: where one of the two takes far longer than the other, little can be gained. The sweeps run one entry at a time, through
+a Ray of their own, whose start is in the figures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import zlib
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from measured import CACHE, ROOT, Bench, in_turns, ratios
+from pairs import make_pair, prompts_of
+
+NAMES = ("one", "two", "three")
+SHAPE: dict[str, Any] = {
+    "vocab": 4096,
+    "tokenizer_size": 4096,
+    "hidden_size": 1024,
+    "intermediate_size": 2816,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 256,
+    "attention_bias": False,
+    "mlp_bias": False,
+}
+
+
+def serve(folder: Path, paths: Any) -> None:
+    """The pair as org/<name>-base and org/<name>-sft, for each name."""
+    for name in NAMES:
+        for kind, path in (("base", paths.base), ("sft", paths.sft)):
+            link = folder / "org" / f"{name}-{kind}"
+            link.parent.mkdir(parents=True, exist_ok=True)
+            if not link.is_symlink():
+                link.symlink_to(path)
+
+
+def sweep_seconds(weights: str, ahead: bool, prompts: tuple[str, ...], env: dict[str, str]) -> float:
+    """A whole `pairscope sweep` of the three pairs into an empty cache, in a process of its own."""
+    home = Path(tempfile.mkdtemp(prefix="bench-ahead-", dir=CACHE))
+    sweep = [{"name": n, "base_model": f"org/{n}-base", "sft_model": f"org/{n}-sft"} for n in NAMES]
+    block = {"model_sweep": sweep, "device": "cpu", "dtype": "float32", "mode": "streamed", "weights": weights,
+             "prompts": list(prompts), "noise_floor": False, "lens": {"enabled": False}, "fetch_ahead": ahead}  # fmt: skip
+    try:
+        (home / "sweep.yaml").write_text(json.dumps({"residual_compare": block}))  # JSON is YAML
+        began = time.perf_counter()
+        done = subprocess.run(
+            [sys.executable, "-m", "cluster", "sweep", str(home / "sweep.yaml"), "--out", str(home / "out"), "--jobs", "1"],
+            cwd=ROOT, capture_output=True, text=True, env=os.environ | env | {"HF_HOME": str(home), "HF_HUB_CACHE": str(home / "hub")},
+        )  # fmt: skip
+        seconds = time.perf_counter() - began
+        print("\n".join(f"    {line}" for line in done.stderr.splitlines() if "ahead" in line or "complete in" in line))
+        if done.returncode:
+            raise RuntimeError(f"the sweep failed:\n{done.stderr[-3000:]}")
+        return seconds
+    finally:
+        shutil.rmtree(home, ignore_errors=True)
+
+
+def measure(
+    bench: Bench, rounds: int, ways: list[str], prompts: tuple[str, ...], env: dict[str, str], over: str
+) -> None:
+    for way in ways:
+        parts: dict[str, Callable[[], float]] = {
+            "with": partial(sweep_seconds, way, True, prompts, env), "without": partial(sweep_seconds, way, False, prompts, env)
+        }  # fmt: skip
+        found = in_turns(parts, rounds, warm=0)
+        said = ", ".join(f"{name} {min(s):.1f} to {max(s):.1f} s" for name, s in found.items())
+        bench.add(
+            way, f"a sweep of three pairs, weights: {way}, fetching ahead", ratios(found["with"], found["without"]),
+            over=f"the same without, {over}", note=f"{said}; one entry at a time, the cache is empty",
+        )  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mb-per-s", type=float, default=25.0, help="bandwidth of the hub (default 25)")
+    parser.add_argument("--rounds", type=int, default=2, help="sweeps of each kind (default 2)")
+    parser.add_argument("--prompts", type=int, default=24, help="prompts of 64 tokens (default 24)")
+    parser.add_argument("--ways", nargs="+", default=["download", "cache"], help="values of weights to measure")
+    parser.add_argument("--json", type=Path, help="where the figures go (default .cache/bench/ahead.json)")
+    args = parser.parse_args()
+
+    folder = CACHE / f"three-{zlib.crc32(repr(sorted(SHAPE.items())).encode()):08x}"
+    paths = make_pair(folder / "pair", SHAPE)
+    serve(folder / "hub", paths)
+    nbytes = sum(f.stat().st_size for p in (paths.base, paths.sft) for f in p.glob("*.safetensors"))
+    command = [
+        sys.executable,
+        str(ROOT / "tests/e2e/local_hub.py"),
+        str(folder / "hub"),
+        "--mb-per-s",
+        str(args.mb_per_s),
+    ]
+    hub = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert hub.stdout is not None
+        env = {"HF_ENDPOINT": hub.stdout.readline().strip(), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": "",
+               "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}  # fmt: skip
+        bench = Bench("ahead", "make bench")
+        over = f"{nbytes / 1e9:.2f} GB a pair at {args.mb_per_s:g} MB/s"
+        measure(bench, args.rounds, args.ways, prompts_of(64, args.prompts), env, over)
+    finally:
+        hub.kill()
+        hub.wait()
+    return bench.write(args.json)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
