@@ -85,7 +85,8 @@ bench: $(STAMP)  ## time a capture against the bare floor, a streamed pair again
 	 $(BIN)/python tests/bench/bench_ray.py; c=$$?; \
 	 $(BIN)/python tests/bench/bench_hub.py; d=$$?; \
 	 $(BIN)/python tests/bench/bench_storage.py; e=$$?; \
-	 $(BIN)/python tests/bench/bench_cold.py; f=$$?; exit $$((a | b | c | d | e | f))
+	 $(BIN)/python tests/bench/bench_cold.py; f=$$?; \
+	 $(BIN)/python tests/bench/bench_ahead.py; g=$$?; exit $$((a | b | c | d | e | f | g))
 
 # What a capture is compared with is installed apart, on top of .venv: nothing of it can change what tests and users run.
 RIVALS := .cache/rivals

@@ -23,6 +23,7 @@ TITLES = {  # in the page's order
     "streaming": "Streamed against resident",
     "cold": "From a cold disk",
     "hub": "Straight from a hub",
+    "ahead": "The next pair's files, fetched while one computes",
     "rivals": "Against other programs, on the same pair and prompts",
     "ray": "Ray's share of a sweep",
     "storage": "Bytes of the tables",

@@ -144,13 +144,6 @@ class Stage:
         }  # fmt: skip
 
 
-def once(stage: Stage) -> dict[str, Any]:
-    """Three entries; each computes until the next one's files are there."""
-    return stage.sweep(
-        stage.entry("a", lambda: stage.has("b")), stage.entry("b", lambda: stage.has("c")), stage.entry("c")
-    )
-
-
 def failing(stage: Stage) -> dict[str, Any]:
     """The second is not on the hub; of the third other bytes come than the hub's, the first time."""
     stage.hub.faults.append(Fault("wrong", part="e-sft", times=1))

@@ -29,8 +29,8 @@ def all_complete(found: dict[str, Any]) -> bool:
 
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What the sweeps of the tests below did, on one node; one after the other on one Ray."""
-    return scenarios(tmp_path_factory.mktemp("ahead"), 1, "bounded", "failing")
+    """What the sweep of the tests below did, on one node."""
+    return scenarios(tmp_path_factory.mktemp("ahead"), 1, "bounded")
 
 
 def test_the_next_entrys_weights_are_there_before_the_present_one_ends(seen: dict[str, Any]) -> None:
@@ -66,8 +66,9 @@ def test_the_cache_stays_within_its_bound_over_four_pairs(seen: dict[str, Any]) 
     assert not {"org/g-base", "org/h-base"} & set(whole), "what was done first has made room"
 
 
-def test_what_cannot_be_fetched_ahead_harms_nothing_and_its_own_turn_tells_why(seen: dict[str, Any]) -> None:
-    found = seen["failing"]
+@pytest.mark.slow
+def test_what_cannot_be_fetched_ahead_harms_nothing_and_its_own_turn_tells_why(tmp_path: Path) -> None:
+    found = scenarios(tmp_path, 1, "failing")["failing"]
     assert found["states"] == {"d": "complete", "x": "failed", "f": "complete", "e": "complete"}
     assert "x: not fetched ahead: CheckpointError: no model 'org/x-base'" in found["said"]
     assert found["errors"]["x"].startswith("no model 'org/x-base' on the hub")
