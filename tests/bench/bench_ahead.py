@@ -55,7 +55,8 @@ def serve(folder: Path, paths: Any) -> None:
 def sweep_seconds(weights: str, ahead: bool, prompts: tuple[str, ...], env: dict[str, str]) -> float:
     """A whole `pairscope sweep` of the three pairs into an empty cache, in a process of its own."""
     home = Path(tempfile.mkdtemp(prefix="bench-ahead-", dir=CACHE))
-    sweep = [{"name": n, "base_model": f"org/{n}-base", "sft_model": f"org/{n}-sft"} for n in NAMES]
+    sweep = [{"name": n, "base_model": f"org/{n}-base", "sft_model": f"org/{n}-sft", "tokenizer": f"org/{n}-base"}
+             for n in NAMES]  # fmt: skip
     block = {"model_sweep": sweep, "device": "cpu", "dtype": "float32", "mode": "streamed", "weights": weights,
              "prompts": list(prompts), "noise_floor": False, "lens": {"enabled": False}, "fetch_ahead": ahead}  # fmt: skip
     try:
