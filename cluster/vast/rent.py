@@ -115,6 +115,10 @@ class Renter:
             self.asking.add(label.attempt)
         try:
             return self._request(offer, wish, label, dict(env(label.k, offer)), onstart)
+        except KeyboardInterrupt:  # before the reply, it may be: the next request finds out, as after a lost one
+            if label.attempt in self.fleet.state.read()["intents"]:
+                self._leave_open(label)
+            raise
         finally:
             self.asking.discard(label.attempt)
 
@@ -236,6 +240,12 @@ class Renter:
             content = fleet.state.read()
             if not content["unknown"] and not any(row.get("spare") for row in content["seen"].values()):
                 return None
+            # whoever was interrupted has not looked for as long as a lost reply is looked for
+            young = (
+                max((v["since"] for v in content["unknown"].values()), default=0.0) + self.found_within_s - time.time()
+            )
+            if young > 0:
+                fleet.vast.sleep(min(young, self.found_within_s))
             nodes = fleet.refresh(force=True)
             with fleet.state.edit() as changed:
                 for attempt in content["unknown"]:  # a listing has answered, and does not show it

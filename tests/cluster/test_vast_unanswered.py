@@ -183,3 +183,27 @@ def test_a_head_that_turns_up_after_ray_down_is_told_of_and_can_be_ended(fake: F
     assert run("destroy", "--cluster", "pairscope", "--yes").exit_code == 0
     assert fake.live() == []
     assert [line for line in warned if "pairscope is not answered yet" in line]
+
+
+@pytest.mark.parametrize("made", [True, False])
+def test_ray_up_that_is_interrupted_as_it_asks_for_the_head_can_be_typed_again(
+    fake: Fake, monkeypatch: Any, made: bool
+) -> None:
+    laptop, _ = ray_up(monkeypatch)
+    create = laptop.vast.create
+
+    def interrupted(*args: Any, **fields: Any) -> None:
+        if made:
+            create(*args, **fields)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(laptop.vast, "create", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        laptop.create_node(node_config(), HEAD_TAGS, 1)
+    again, _ = ray_up(monkeypatch)
+    waited: list[float] = []
+    monkeypatch.setattr(again.vast, "sleep", waited.append)
+    if not again.non_terminated_nodes({"ray-node-type": "head"}):
+        again.create_node(node_config(), HEAD_TAGS, 1)
+        assert 20 < sum(waited) <= 30, "as long as a lost reply is looked for"
+    assert len(fake.live()) == 1
