@@ -23,6 +23,7 @@ from cluster.vast.offers import find_offers, traffic
 from cluster.vast.settings import Settings
 
 CONSTRAINTS = "constraints.txt"
+CLOCK_S = 300.0  # that this machine may be off
 RENTED_AS = ("image", "gpus", "num_gpus", "disk_gb", "bid")  # what a running head cannot change, wherever it is written
 
 
@@ -73,6 +74,15 @@ def check_versions(image: Mapping[str, str], constraints: Path | None = None) ->
         raise VersionError(
             f"this machine differs from what provider: image_versions says of the image ({'; '.join(wrong)}). Python's minor version "
             "and Ray's version must be the same on every machine: choose another image, or start `ray` from an environment like it"
+        )
+
+
+def check_clock(ahead_s: float) -> None:
+    """Raise ConfigError where this machine's clock would give nodes a deadline that is hours too early or too late."""
+    if abs(ahead_s) > CLOCK_S:
+        raise ConfigError(
+            f"this machine's clock is {abs(ahead_s) / 60:.0f} minutes {'ahead of' if ahead_s > 0 else 'behind'} Vast's, and the limits "
+            "are kept by the clock. Set it right, then run `ray up` again"
         )
 
 
@@ -146,6 +156,7 @@ def refuse_to_replace(node: Node) -> None:
 def quote(settings: Settings, caps: Caps, fleet: Fleet) -> float:
     """Show what the head would cost, the workers that may come, and the limits; the head's dollars an hour. Raises NoOfferError or
     CapError for the head."""
+    check_clock(fleet.vast.clock_ahead())
     wish = settings.wish(settings.head_config, settings.head_type)
     where = f"node type '{settings.head_type}'"
     bill = fleet.bill()
@@ -155,16 +166,28 @@ def quote(settings: Settings, caps: Caps, fleet: Fleet) -> float:
         "Cheapest machine for the head now: {}; traffic, which is not in the limits, for {} GB: ${}",
         offer.text, f"{wish.download_gb:g}", f"{traffic(offer.row, wish):.2f}",
     )  # fmt: skip
+    bill = dataclasses.replace(bill, rate=bill.rate + offer.dph)
     for name, growth in settings.may_grow.items():
         try:
             more = settings.wish(growth["node_config"], name)
             found = find_offers(fleet.vast, more, fleet.state.blocked_machines(), f"node type '{name}'")
-            price = caps.within(dataclasses.replace(bill, rate=bill.rate + offer.dph), found)[0].dph
-            cli_logger.print(
-                "While entries wait: up to {} more of type {}, now ${}/h each.", growth["most"], name, f"{price:.3f}"
-            )
+            cheapest = caps.within(bill, found)[0]
         except (NoOfferError, CapError) as error:
+            if growth["least"] and isinstance(error, CapError):
+                raise
             cli_logger.warning("No workers for now: {}", error)
+            continue
+        price, least = f"{cheapest.dph:.3f}", growth["least"]
+        if least:
+            caps.check(bill, least * cheapest.dph, f"min_workers {least} of node type '{name}'")
+            bill = dataclasses.replace(bill, rate=bill.rate + least * cheapest.dph)
+            cli_logger.print(
+                "At once, and as long as the cluster is up: {} more of type {}, now ${}/h each.", least, name, price
+            )
+        if growth["most"] > least:
+            cli_logger.print(
+                "While entries wait: up to {} more of type {}, now ${}/h each.", growth["most"] - least, name, price
+            )
     cli_logger.print(
         "Limits: ${}/h for all nodes, ${} in all, {} hours; after that every node destroys itself.",
         f"{caps.max_price_per_hour:g}", f"{caps.max_total_dollars:g}", f"{caps.max_hours:g}",

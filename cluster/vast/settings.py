@@ -148,8 +148,16 @@ def bootstrap(config: dict[str, Any]) -> dict[str, Any]:
     user = ssh_user(config.get("auth") or {}, settings.api_url)
     provider |= {"slots": slots, "head_type": head, "head_config": types[head]["node_config"], "user": user}
     most = {name: min(t.get("max_workers", slots - 1), slots - 1) for name, t in types.items()}
+    least = {}
+    for name, n in most.items():
+        wanted, counted = types[name].get("min_workers", 0), int(name == head)  # Ray counts the head among them
+        if wanted > n + counted:
+            raise ConfigError(f"node type '{name}': min_workers {wanted} is more than there may be, {n}")
+        least[name] = max(wanted - counted, 0)
     provider["may_grow"] = {
-        name: {"most": n, "node_config": types[name]["node_config"]} for name, n in most.items() if n
+        name: {"most": n, "least": least[name], "node_config": types[name]["node_config"]}
+        for name, n in most.items()
+        if n
     }
     if settings.api_url:
         provider["api_url"] = settings.api_url

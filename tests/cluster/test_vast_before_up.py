@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import types
 from pathlib import Path
 from typing import Any
 
@@ -332,3 +333,37 @@ def test_a_cluster_that_was_destroyed_by_hand_leaves_no_spending_to_the_next_of_
     done = CliRunner().invoke(command, ["destroy", "--cluster", "pairscope", "--yes"], catch_exceptions=False)
     assert "nothing to destroy" in done.output
     assert on_laptop().fleet.bill().dollars == 0
+
+
+def test_workers_that_come_at_once_are_told_of_and_counted(fake: Fake, monkeypatch: Any) -> None:
+    content = config()
+    content["available_node_types"]["rtx4090"]["min_workers"] = 2  # the head is one of them
+    content["available_node_types"]["rtx4090-spot"] |= {"min_workers": 2, "max_workers": 2}
+    _, shown = ray_up(monkeypatch, content)
+    assert shown[1] == "At once, and as long as the cluster is up: 1 more of type rtx4090, now $0.441/h each."
+    assert shown[2] == "While entries wait: up to 2 more of type rtx4090, now $0.441/h each."
+    assert shown[3] == "At once, and as long as the cluster is up: 2 more of type rtx4090-spot, now $0.291/h each."
+    assert "rtx4090-spot" not in shown[4]
+
+
+def test_workers_that_would_come_at_once_and_cross_the_limit_are_refused(fake: Fake, monkeypatch: Any) -> None:
+    content = config(max_price_per_hour=1.4)
+    content["available_node_types"]["rtx4090-spot"] |= {"min_workers": 4, "max_workers": 4}
+    content["max_workers"] = 8
+    assert "min_workers 4 of node type 'rtx4090-spot' costs $1.164/h; with $0.441/h rented" in refused(
+        monkeypatch, content
+    )
+
+
+def test_more_workers_at_once_than_there_may_be_are_refused(fake: Fake, monkeypatch: Any) -> None:
+    content = config()
+    content["available_node_types"]["rtx4090-spot"] |= {"min_workers": 2, "max_workers": 1}
+    assert "node type 'rtx4090-spot': min_workers 2 is more than there may be, 1" in refused(monkeypatch, content)
+
+
+@pytest.mark.parametrize(("off_h", "word"), [(13.0, "780 minutes ahead of"), (-13.0, "780 minutes behind")])
+def test_a_clock_that_is_wrong_is_refused_before_it_sets_a_deadline(
+    fake: Fake, monkeypatch: Any, off_h: float, word: str
+) -> None:
+    monkeypatch.setattr("cluster.vast.api.time", types.SimpleNamespace(time=lambda: time.time() + off_h * 3600))
+    assert f"this machine's clock is {word} Vast's" in refused(monkeypatch)
