@@ -12,7 +12,7 @@ from capture.printable import escape
 from cluster.vast import headkey
 from cluster.vast.api import Vast
 from cluster.vast.errors import NotGoneError, VastError
-from cluster.vast.fleet import Fleet, raise_for
+from cluster.vast.fleet import Fleet, even_unnoted, raise_for
 from cluster.vast.labels import check_names
 from cluster.vast.node import Node, listed
 from cluster.vast.orphans import rented_by
@@ -177,7 +177,8 @@ def _destroy(client: Vast, clusters: dict[str, str], nodes: dict[str, Node]) -> 
     for id_, name in clusters.items():
         fleet = _fleet(client, name)
         if id_ in nodes:
-            fleet.add(nodes[id_])
+            with even_unnoted(id_):
+                fleet.add(nodes[id_])
         try:
             there = fleet.destroy(id_, "pairscope vast destroy")
         except VastError as error:

@@ -11,10 +11,11 @@ import logging
 import socket
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from capture.errors import StoreError
 from cluster.vast.api import Vast
 from cluster.vast.errors import NotGoneError, VastBusyError, VastError
 from cluster.vast.money import Bill, add_up
@@ -50,6 +51,15 @@ def raise_for(errors: Mapping[str, BaseException]) -> None:
         )
 
 
+@contextlib.contextmanager
+def even_unnoted(id_: str) -> Iterator[None]:
+    """A machine is ended also where the disk is full and it cannot be written down."""
+    try:
+        yield
+    except StoreError as error:
+        logger.warning("the end of instance %s is not noted: %s", id_, error)
+
+
 class Fleet:
     """The nodes of one cluster. `kinds`: which of them this machine looks after, head or worker; the others are only listed."""
 
@@ -75,7 +85,7 @@ class Fleet:
             # all that was ever seen and not heard to be gone, also what was destroyed and could not be looked up since
             for id_ in (set(self.nodes) | set(content["seen"])) - set(found):
                 try:
-                    node = look_up(self.vast, id_)
+                    node = look_up(self.vast, id_, self.cluster)
                 except VastError as error:
                     logger.warning("instance %s is not in the listing, and asking for it failed (%s): kept", id_, error)
                     kept[id_] = self.nodes.get(id_) or self.doomed.get(id_)
@@ -115,7 +125,7 @@ class Fleet:
             if id_ in found:
                 continue
             try:
-                gone = look_up(self.vast, id_) is None
+                gone = look_up(self.vast, id_, self.cluster) is None
             except VastError as error:
                 logger.warning("instance %s is not in the listing, and asking for it failed (%s)", id_, error)
                 gone = False
@@ -149,7 +159,10 @@ class Fleet:
             nodes = [*self.nodes.values(), *self.doomed.values()]
         live = [(self._since(content, node), node.dph) for node in nodes]
         live += [(i["since"], i.get("dph", 0.0)) for i in open_requests(content).values()]
-        return add_up(live, content["gone"])
+        known = {row["id"] for row in content["gone"]} | {node.id for node in nodes}
+        gone = [*content["gone"], *(row for row in self.state.given_spending() if row["id"] not in known)]
+        rows = [*gone, *(content["seen"].get(node.id, {}) for node in nodes)]
+        return add_up(live, [*gone, *(change for row in rows for change in row.get("repriced", []))])
 
     def destroy(self, id_: str, reason: str, *, tries: int = 6, pause_s: float = 2.0) -> bool:
         """Destroy an instance and see that it is gone, asking again where Vast forgot. NotGoneError where it stays.
@@ -159,7 +172,7 @@ class Fleet:
         with self.lock:
             node = self.nodes.get(id_)
         k = node.label.k if node else 0
-        with self.state.edit() as content:
+        with even_unnoted(id_), self.state.edit() as content:
             content["destroyed"].setdefault(id_, {"since": time.time(), "k": k, "reason": reason})
         logger.info("destroying instance %s: %s", id_, reason)
         known = False
@@ -191,7 +204,7 @@ class Fleet:
         with self.lock:
             node = self.nodes.pop(id_, None)
             self.greeted.pop(id_, None)
-        with self.state.edit() as content:
+        with even_unnoted(id_), self.state.edit() as content:
             content["tags"].pop(id_, None)
             if id_ in content["destroyed"]:
                 content["destroyed"][id_]["gone"] = time.time()
@@ -216,6 +229,10 @@ class Fleet:
                 seen = content["seen"].setdefault(id_, fresh)
                 if not node.row.get("dph_total") and seen.get("dph"):  # a row that does not say is not free of charge
                     node.row["dph_total"] = seen["dph"]
+                was = seen.get("dph")
+                if was and abs(was - node.dph) > 1e-6:  # a bid that was changed, say: what it cost until now stays
+                    change = {"since": seen["since"], "until": now, "dph": was - node.dph}
+                    seen["repriced"] = [*seen.get("repriced", []), change]
                 seen["dph"] = node.dph
                 if node.status == "running":
                     seen.pop("odd", None)

@@ -9,6 +9,7 @@ import subprocess
 from pathlib import Path
 
 from capture.errors import ConfigError
+from cluster.vast.state import not_written
 
 SSH_KEY, MESH_KEY, TOKEN, API_KEY, KNOWN_HOSTS = (
     "id_ed25519",
@@ -21,12 +22,15 @@ SSH_KEY, MESH_KEY, TOKEN, API_KEY, KNOWN_HOSTS = (
 
 def make_missing(folder: Path) -> None:
     """Make the keys and the token that are not there yet. The head's API key is made when the head is: see headkey."""
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    for name in (SSH_KEY, MESH_KEY):
-        if not (folder / name).exists():
-            _generate(folder / name)
-    if not (folder / TOKEN).exists():
-        write_secret(folder / TOKEN, secrets.token_hex(32))
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        for name in (SSH_KEY, MESH_KEY):
+            if not (folder / name).exists():
+                _generate(folder / name)
+        if not (folder / TOKEN).exists():
+            write_secret(folder / TOKEN, secrets.token_hex(32))
+    except OSError as error:
+        raise not_written(f"the cluster's keys in '{folder}'", error) from error
 
 
 def remove(folder: Path) -> None:

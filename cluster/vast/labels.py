@@ -11,6 +11,7 @@ import secrets
 from dataclasses import dataclass
 
 from capture.errors import ConfigError
+from cluster.mesh.ports import HEAD, MOST_NODES
 
 PREFIX = "ps"
 LONGEST = 60
@@ -44,6 +45,8 @@ def parse(text: str | None) -> Label | None:
     if len(parts) != 6 or parts[0] != PREFIX or parts[2] not in kinds or not K.fullmatch(parts[3]):
         return None
     if not NAME.fullmatch(parts[1]):  # it names a folder
+        return None
+    if int(parts[3]) > MOST_NODES or (kinds[parts[2]] == "head") != (int(parts[3]) == HEAD):  # no place of the mesh
         return None
     return Label(parts[1], kinds[parts[2]], int(parts[3]), parts[4], parts[5])
 

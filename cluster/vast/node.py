@@ -52,8 +52,9 @@ def listed(vast: Vast, cluster: str | None = None) -> list[Node]:
     return [Node(id_, label, row) for id_, label, row in rows if label and cluster in (None, label.cluster)]
 
 
-def look_up(vast: Vast, id_: str) -> Node | None:
-    """A node that the listing left out, by its id; None if Vast has none. Raises VastError where that cannot be told."""
+def look_up(vast: Vast, id_: str, cluster: str | None = None) -> Node | None:
+    """A node that the listing left out, by its id; None if Vast has none, or not with a label of ours, or of that cluster's where one
+    is named: ids also come from the books of a head, which is a stranger's machine. Raises VastError where that cannot be told."""
     row = vast.instance(int(id_))
     label = parse((row or {}).get("label"))
-    return Node(id_, label, row) if row and label else None
+    return Node(id_, label, row) if row and label and cluster in (None, label.cluster) else None

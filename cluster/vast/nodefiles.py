@@ -20,14 +20,15 @@ VERSIONS = {"~/.pairscope/versions.json": as_json(versions())}
 
 
 def for_head(node: Node, places: int, state: State, deadline: int) -> dict[str, str]:
-    """Who the head is, and its own host key as the laptop pinned it, to be passed on to workers; machines not to rent; when it
-    has to be gone, which a second `ray up` with other limits moves. state: the cluster's on the laptop.
+    """Who the head is, and its own host key as the laptop pinned it, to be passed on to workers; machines not to rent; what
+    was spent on machines that are gone, such as a head before this one; when it has to be gone, which a second `ray up` with other limits moves. state: the cluster's on the laptop.
     """
     pinned = keys.pinned(state.folder / keys.KNOWN_HOSTS, f"vast-{node.id}")
     return _for_all(node) | {
         f"{MESH}/node.json": Mesh(HEAD, places).node_text,
         f"{MESH}/known_hosts": pinned,
         f"~/.pairscope/clusters/{node.label.cluster}/machines.json": as_json(state.read()["machines"]),
+        f"~/.pairscope/clusters/{node.label.cluster}/spent.json": as_json(state.read()["gone"]),
         "~/.pairscope/deadline": f"{deadline}\n",
     }
 

@@ -33,7 +33,7 @@ from cluster.vast import before_up, headkey, keys, machines, nodefiles
 from cluster.vast.api import Vast
 from cluster.vast.container import environment, start_script
 from cluster.vast.errors import VastError
-from cluster.vast.fleet import Fleet
+from cluster.vast.fleet import Fleet, even_unnoted
 from cluster.vast.money import Caps
 from cluster.vast.node import Node
 from cluster.vast.offers import Offer, Wish
@@ -205,7 +205,8 @@ class VastNodeProvider(NodeProvider):
         for id_ in node_ids:
             node = self.fleet.get(id_)
             if node and self.node_tags(id_).get(TAG_RAY_NODE_STATUS) == "update-failed":
-                self.state.block_machine(node.machine, "its set-up failed")
+                with even_unnoted(id_):
+                    self.state.block_machine(node.machine, "its set-up failed")
             if node and node.label.kind == "head" and not self.settings.on_head:
                 before_up.refuse_to_replace(node)
                 machines.fetch(node, self.folder, self.settings.user, self.state)

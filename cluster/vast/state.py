@@ -14,12 +14,14 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from capture.errors import StoreError
+from capture.errors import StoreError, why_not_written
 from cluster.vast.labels import check_names
 
 OPEN_S = 900.0  # how long a request of unknown outcome counts as a machine and keeps its k
+BLOCKED_S = 24 * 3600.0  # how long a bad machine is not rented
+MOST_SEEN = 500  # instances that a head is believed to have rented
 EMPTY: dict[str, Any] = {
     "tags": {},  # instance id -> tags
     "intents": {},  # attempt -> {k, kind, since}: sent, outcome not known yet
@@ -27,12 +29,19 @@ EMPTY: dict[str, Any] = {
     "abandoned": {},  # attempt -> {k, since}: to be destroyed if it ever shows up
     "destroyed": {},  # instance id -> {since, k}: must not come back
     "machines": {},  # machine id -> {reason, until}: not to be rented
-    "seen": {},  # instance id -> {since, dph, kind}: first sight and price. key: it lets us in. spare: no request has it yet
+    "seen": {},  # instance id -> {since, dph, kind}: first sight and price. repriced: [{since, until, dph}], added to the bill. key: it lets us in. spare: no request has it yet
     "head_key": {},  # {id}: the API key that was made for the head
     "deadline": {},  # {at}: when the head was last told to be gone, by `ray up`
     "made": {},  # what the head was made with, see before_up.as_made
     "gone": [],  # {id, kind, dph, since, until}: what was paid for and is no more
 }
+
+
+def not_written(what: str, error: OSError) -> StoreError:
+    """The error for a user where a cluster's books or keys cannot be kept."""
+    return StoreError(
+        f"cannot write {what}: {why_not_written(error)}. Make room there, or set PAIRSCOPE_HOME to a folder that may be written to"
+    )
 
 
 class State:
@@ -60,8 +69,9 @@ class State:
 
     @contextlib.contextmanager
     def edit(self) -> Iterator[dict[str, Any]]:
-        """The content, to be changed in place; written whole when the block ends without an error."""
-        with self.lock, open(self.folder / "state.lock", "a") as guard:
+        """The content, to be changed in place; written whole when the block ends without an error. StoreError where it
+        cannot be."""
+        with self.lock, self._guard() as guard:
             fcntl.flock(guard, fcntl.LOCK_EX)
             content = self.read()
             before = json.dumps(content, sort_keys=True)
@@ -69,8 +79,17 @@ class State:
             after = json.dumps(content, sort_keys=True)
             if after != before:
                 tmp = self.path.with_suffix(".tmp")
-                tmp.write_text(json.dumps(content, indent=1))
-                os.replace(tmp, self.path)
+                try:
+                    tmp.write_text(json.dumps(content, indent=1))
+                    os.replace(tmp, self.path)
+                except OSError as error:
+                    raise not_written(f"'{self.path}'", error) from error
+
+    def _guard(self) -> IO[str]:
+        try:
+            return open(self.folder / "state.lock", "a")
+        except OSError as error:
+            raise not_written(f"'{self.path}'", error) from error
 
     def begin_anew(self) -> None:
         """Forget a cluster that has ended, its spending included; keep what must not be used or come back.
@@ -96,21 +115,56 @@ class State:
         except (OSError, ValueError):
             return {}
 
+    def given_spending(self) -> list[dict[str, Any]]:
+        """What was paid for before this machine was there, as `gone` in the state: spent.json, which the laptop hands a head."""
+        try:
+            return list(json.loads((self.folder / "spent.json").read_text()))
+        except (OSError, ValueError):
+            return []
+
     def merge_machines(self, machines: dict[str, Any]) -> None:
-        """Add what another machine found out; what is out of date is dropped."""
+        """Add what a head found out, taken as a stranger's; what is out of date is dropped."""
+        latest = time.time() + BLOCKED_S
+        fit = {
+            m: {"reason": v["reason"], "until": min(v["until"], latest)}
+            for m, v in machines.items()
+            if _is_id(m) and isinstance(v["reason"], str) and _is_time(v["until"])
+        }
         with self.edit() as content:
-            both = {**content["machines"], **machines}
+            both = {**content["machines"], **fit}
             content["machines"] = {m: v for m, v in both.items() if v["until"] > time.time()}
 
     def merge_seen(self, seen: dict[str, Any]) -> None:
-        """Add instances that another machine rented for the cluster, so that they are looked up also where a listing lacks them."""
-        with self.edit() as content:
-            content["seen"] = {**{id_: dict(row) for id_, row in seen.items()}, **content["seen"]}
+        """Add instances that a head rented for the cluster, so that they are looked up also where a listing lacks them.
 
-    def block_machine(self, machine: int | None, reason: str, hours: float = 24.0) -> None:
+        Taken as a stranger's: ids that are none would end every later look, and what they are is asked of Vast.
+        """
+        now = time.time()
+        rows = [(id_, dict(row)) for id_, row in list(seen.items())[:MOST_SEEN] if _is_id(id_)]
+        fit = {
+            id_: {
+                "since": row["since"] if _is_time(row.get("since")) else now,
+                "dph": row["dph"] if _is_time(row.get("dph")) else 0.0,
+                "kind": "head" if row.get("kind") == "head" else "worker",
+            }
+            for id_, row in rows
+        }
+        with self.edit() as content:
+            content["seen"] = {**fit, **content["seen"]}
+
+    def block_machine(self, machine: int | None, reason: str, hours: float = BLOCKED_S / 3600) -> None:
         if machine is not None:
             with self.edit() as content:
                 content["machines"][str(machine)] = {"reason": reason, "until": time.time() + hours * 3600}
+
+
+def _is_id(text: Any) -> bool:
+    return isinstance(text, str) and text.isascii() and text.isdecimal() and len(text) < 20
+
+
+def _is_time(value: Any) -> bool:
+    """A finite number from 0 up."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1e12
 
 
 def open_requests(content: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -1,0 +1,204 @@
+"""A cluster's books: what they carry on, what a stranger's machine may put into them, and what is done where they cannot be written."""
+
+from __future__ import annotations
+
+import errno
+import json
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+from click.testing import CliRunner
+from fake_server import Fake, wait_for
+from provider_stage import HEAD_TAGS, WORKER_TAGS, config, node_config, on_head, on_laptop
+
+from cluster.vast import machines
+from cluster.vast.cli import vast as command
+from cluster.vast.labels import parse
+
+pytest.importorskip("vastai", reason="the Vast SDK is not installed: pip install 'pairscope[vast]'")
+
+
+def up(content: dict[str, Any] | None = None) -> Any:
+    """A laptop whose cluster has a head that answers."""
+    laptop = on_laptop(content)
+    laptop.create_node(node_config(), HEAD_TAGS, 1)
+    wait_for(lambda: [h for h in laptop.non_terminated_nodes({}) if laptop.is_running(h)])
+    return laptop
+
+
+def down(laptop: Any) -> None:
+    """As Ray does it."""
+    while doomed := laptop.nodes_for_teardown({}):
+        laptop.terminate_nodes(doomed)
+    laptop.cleanup_cluster_resources()
+
+
+def age(provider: Any, id_: str, hours: float) -> None:
+    with provider.state.edit() as content:
+        content["seen"][id_]["since"] -= hours * 3600
+
+
+@pytest.fixture
+def head_says(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], None]:
+    """Make the head answer with these books when the laptop fetches its own."""
+
+    def say(books: Any) -> None:
+        real = subprocess.run
+
+        def ssh(words: list[str], **options: Any) -> Any:
+            if words[0] != "ssh":
+                return real(words, **options)
+            return subprocess.CompletedProcess(words, 0, stdout=json.dumps(books), stderr="")
+
+        monkeypatch.setattr(machines.subprocess, "run", ssh)
+
+    return say
+
+
+@pytest.fixture
+def full(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Make the disk under the books full."""
+
+    def fill() -> None:
+        write = Path.write_text
+
+        def no_room(self: Path, *args: Any, **options: Any) -> int:
+            if self.name.startswith("state"):
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return write(self, *args, **options)
+
+        monkeypatch.setattr(Path, "write_text", no_room)
+
+    return fill
+
+
+def test_what_a_head_before_this_one_has_spent_counts_against_the_limit_on_the_new_one(
+    fake: Fake, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr("cluster.vast.fleet.NEW_S", 0.0)
+    laptop = up()
+    (first,) = laptop.fleet.refresh()
+    age(laptop, first, hours=10)
+    fake.control(f"vanish/{first}")
+    laptop.fleet.refresh(force=True)
+    spent = laptop.fleet.bill().dollars
+    assert spent > 4
+    laptop.create_node(node_config(), HEAD_TAGS, 1)
+    (second,) = laptop.fleet.refresh(force=True)
+    files = laptop._files(second)
+    head = on_head(laptop, tmp_path / "head", monkeypatch)
+    (head.folder / "spent.json").write_text(files["~/.pairscope/clusters/pairscope/spent.json"])
+    head.fleet.refresh(force=True)
+    assert head.fleet.bill().dollars == pytest.approx(spent, abs=0.01)
+    fake.control(f"vanish/{second}")
+    head.fleet.refresh(force=True)
+    (head.folder / "spent.json").write_text(json.dumps(head.state.read()["gone"]))  # what both know counts once
+    before = head.state.read()["gone"]
+    assert head.fleet.bill().dollars == pytest.approx(sum((r["until"] - r["since"]) * r["dph"] for r in before) / 3600)
+
+
+def test_a_price_that_changes_changes_what_is_to_come_and_not_what_was(fake: Fake, monkeypatch: Any) -> None:
+    monkeypatch.setattr("cluster.vast.fleet.NEW_S", 0.0)
+    laptop = up()
+    (head,) = laptop.fleet.refresh()
+    age(laptop, head, hours=10)
+    listed, dph = laptop.vast.instances, laptop.fleet.get(head).dph
+    for price in (0.01, 1.0):
+        monkeypatch.setattr(laptop.vast, "instances", lambda p=price: [row | {"dph_total": p} for row in listed()])
+        for _ in range(2):
+            laptop.fleet.refresh(force=True)
+        bill = laptop.fleet.bill()
+        assert (bill.rate, bill.dollars) == (price, pytest.approx(10 * dph, abs=0.01))
+    fake.control(f"vanish/{head}")
+    laptop.fleet.refresh(force=True)
+    assert (laptop.fleet.bill().rate, laptop.fleet.bill().dollars) == (0, pytest.approx(10 * dph, abs=0.01))
+
+
+@pytest.mark.parametrize("seen", [{"abc": {}}, {"9" * 40: {}}, {"1": {"since": "x", "dph": []}}, {"7": None}])
+def test_ray_down_ends_all_whatever_the_head_says_that_it_has_rented(
+    fake: Fake, head_says: Callable[[Any], None], seen: Any
+) -> None:
+    laptop = up()
+    head_says({"machines": {}, "seen": seen})
+    down(laptop)
+    assert fake.live() == []
+
+
+def test_a_head_cannot_have_another_clusters_machines_destroyed(fake: Fake, head_says: Callable[[Any], None]) -> None:
+    up(config() | {"cluster_name": "other"})
+    (theirs,) = (line["id"] for line in fake.live())
+    laptop = up()
+    head_says({"machines": {}, "seen": {str(theirs): {"kind": "worker", "since": 1.0, "dph": 0.1}}})
+    down(laptop)
+    assert [line["id"] for line in fake.live()] == [theirs]
+
+
+@pytest.mark.parametrize("found", [{"abc": {"reason": "x", "until": 9e9}}, {"1": {"reason": "x", "until": "z"}}])
+def test_what_a_head_says_of_machines_does_not_keep_the_next_cluster_from_renting(
+    fake: Fake, head_says: Callable[[Any], None], found: Any
+) -> None:
+    laptop = up()
+    head_says({"machines": found, "seen": {}})
+    down(laptop)
+    on_laptop().create_node(node_config(), HEAD_TAGS, 1)
+    assert len(fake.live()) == 1
+
+
+def test_a_machine_that_a_head_calls_bad_is_left_alone_for_a_day_at_most(
+    fake: Fake, head_says: Callable[[Any], None]
+) -> None:
+    laptop = up()
+    head_says({"machines": {"77": {"reason": "x", "until": 9e11}}, "seen": {}})
+    down(laptop)
+    assert laptop.state.read()["machines"]["77"]["until"] <= time.time() + 24 * 3600
+
+
+@pytest.mark.parametrize("place", ["w/49", "w/99", "w/1", "h/2"])
+def test_a_label_with_a_place_that_the_mesh_does_not_have_is_not_ours(
+    fake: Fake, tmp_path: Path, monkeypatch: Any, place: str
+) -> None:
+    laptop = up()
+    label = f"ps/pairscope/{place}/rtx4090/abcd1234"
+    foreign = laptop.vast.create(1003, image="x", disk=5, label=label)
+    wait_for(lambda: any(r["id"] == foreign and r["actual_status"] == "running" for r in laptop.vast.instances()))
+    head = on_head(laptop, tmp_path / "head", monkeypatch)
+    assert len(head.non_terminated_nodes({})) == 1  # and the poll came to its end
+    assert parse(label) is None
+    assert parse("ps/pairscope/w/48/rtx4090/abcd1234")
+
+
+def test_a_head_whose_disk_is_full_still_gives_machines_back(
+    fake: Fake, tmp_path: Path, monkeypatch: Any, full: Callable[[], None]
+) -> None:
+    laptop = up()
+    head = on_head(laptop, tmp_path / "head", monkeypatch)
+    head.create_node(node_config(), WORKER_TAGS, 1)
+    (worker,) = head.non_terminated_nodes({"ray-node-type": "worker"})
+    head.set_node_tags(worker, {"ray-node-status": "update-failed"})
+    full()
+    head.terminate_nodes([worker])
+    assert ["/h/" in line["label"] for line in fake.live()] == [True]
+
+
+@pytest.mark.parametrize("by_id", [True, False])
+def test_destroy_destroys_where_nothing_can_be_written_down(fake: Fake, full: Callable[[], None], by_id: bool) -> None:
+    laptop = up()
+    (head,) = laptop.fleet.refresh()
+    full()
+    done = CliRunner().invoke(command, ["destroy", *([head] if by_id else ["--cluster", "pairscope"]), "--yes"])
+    assert fake.live() == []
+    assert f"{head} is gone" in done.output
+    if not by_id:  # its books are still open
+        assert "the disk is full" in str(done.exception)
+
+
+def test_a_home_that_cannot_be_is_one_line(fake: Fake, tmp_path: Path, monkeypatch: Any) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("PAIRSCOPE_HOME", str(tmp_path / "file"))
+    with pytest.raises(click.ClickException, match=r"cannot write .*set PAIRSCOPE_HOME to a folder"):
+        on_laptop()
