@@ -21,6 +21,7 @@ from cluster.vast.money import Caps
 from cluster.vast.node import Node
 from cluster.vast.offers import find_offers, traffic
 from cluster.vast.settings import Settings
+from cluster.vast.state import open_requests
 
 CONSTRAINTS = "constraints.txt"
 CLOCK_S = 300.0  # that this machine may be off
@@ -159,7 +160,10 @@ def quote(settings: Settings, caps: Caps, fleet: Fleet) -> float:
     check_clock(fleet.vast.clock_ahead())
     wish = settings.wish(settings.head_config, settings.head_type)
     where = f"node type '{settings.head_type}'"
-    bill = fleet.bill()
+    bill, content = fleet.bill(), fleet.state.read()
+    # what became of a head that was asked for and not heard of is found out before one is rented
+    unheard = [r for a, r in open_requests(content).items() if a in content["unknown"] and r["kind"] == "head"]
+    bill = dataclasses.replace(bill, rate=max(bill.rate - sum(r.get("dph", 0.0) for r in unheard), 0.0))
     offer = caps.within(bill, find_offers(fleet.vast, wish, fleet.state.blocked_machines(), where))[0]
     caps.check(bill, offer.dph, offer.text)
     cli_logger.print(

@@ -59,11 +59,13 @@ class State:
     def read(self) -> dict[str, Any]:
         try:
             found = json.loads(self.path.read_text())
+            if not isinstance(found, dict):
+                raise ValueError(f"a {type(found).__name__}, no object")
         except FileNotFoundError:
             found = {}
         except ValueError as error:
             raise StoreError(
-                f"'{self.path}' is not JSON ({error}); move it away, the listing has what matters"
+                f"'{self.path}' is not the JSON that it was written as ({error}); move it away, the listing has what matters"
             ) from error
         return {key: found.get(key, json.loads(json.dumps(value))) for key, value in EMPTY.items()}
 

@@ -16,6 +16,7 @@ from click.testing import CliRunner
 from fake_server import Fake, wait_for
 from provider_stage import HEAD_TAGS, WORKER_TAGS, config, node_config, on_head, on_laptop
 
+from capture.errors import StoreError
 from cluster.vast import machines
 from cluster.vast.cli import vast as command
 from cluster.vast.labels import parse
@@ -202,3 +203,12 @@ def test_a_home_that_cannot_be_is_one_line(fake: Fake, tmp_path: Path, monkeypat
     monkeypatch.setenv("PAIRSCOPE_HOME", str(tmp_path / "file"))
     with pytest.raises(click.ClickException, match=r"cannot write .*set PAIRSCOPE_HOME to a folder"):
         on_laptop()
+
+
+@pytest.mark.parametrize("text", ["", "[]", "null"])
+def test_books_that_are_damaged_are_named(fake: Fake, text: str) -> None:
+    laptop = on_laptop()
+    laptop.state.path.write_text(text)
+    done = CliRunner().invoke(command, ["orphans"])
+    assert isinstance(done.exception, StoreError)
+    assert f"'{laptop.state.path}' is not the JSON that it was written as" in str(done.exception)

@@ -10,7 +10,7 @@ import click
 import pytest
 from click.testing import CliRunner
 from fake_server import Fake, wait_for
-from provider_stage import HEAD_TAGS, WORKER_TAGS, node_config, on_head, on_laptop, ray_up
+from provider_stage import HEAD_TAGS, WORKER_TAGS, config, node_config, on_head, on_laptop, ray_up
 
 from cluster.vast import before_up
 from cluster.vast.cli import vast as command
@@ -200,7 +200,7 @@ def test_ray_up_that_is_interrupted_as_it_asks_for_the_head_can_be_typed_again(
     monkeypatch.setattr(laptop.vast, "create", interrupted)
     with pytest.raises(KeyboardInterrupt):
         laptop.create_node(node_config(), HEAD_TAGS, 1)
-    again, _ = ray_up(monkeypatch)
+    again, _ = ray_up(monkeypatch, config(max_price_per_hour=0.8))  # there is no room for two
     waited: list[float] = []
     monkeypatch.setattr(again.vast, "sleep", waited.append)
     if not again.non_terminated_nodes({"ray-node-type": "head"}):
