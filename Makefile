@@ -42,8 +42,10 @@ look:
 	$(BIN)/pairscope grid $(OUT) --pair $(PAIR) --prompt 0 --comparison BB-SS --metric kl_div
 	@printf '\nNext:\n  source .venv/bin/activate\n  pairscope sql $(OUT) "SELECT layer, avg(kl_divergence) AS kl FROM pairwise GROUP BY layer ORDER BY layer"\n  pairscope catalog $(OUT)      # a .duckdb file for any client\n  pairscope --help\n  then your own pair: README.md, "Your own pair"\n'
 
-test: $(STAMP)  ## all tests, but for the slow ones and those that need a GPU
-	@$(BIN)/python -m pytest -m "not slow and not gpu" -n 2 --dist loadfile
+FAST := pytest -m "not slow and not gpu" -n 2 --dist loadfile
+
+test: $(STAMP)  ## all tests, but for the slow ones and those that need a GPU; fails where they run less than 90 % of the lines
+	@$(BIN)/python -m slipcover --silent -m $(FAST)
 
 slow: $(STAMP)  ## the slow tests: groups of ranks that die, groups of four, spans over two Ray nodes, benches (some minutes)
 	@$(BIN)/python -m pytest -m "slow and not gpu" tests/capture tests/cluster tests/bench
@@ -73,11 +75,8 @@ audit: $(STAMP)  ## known vulnerabilities in constraints.txt, by pip-audit in an
 	@test -x .cache/audit/bin/pip-audit || { $(PYTHON) -m venv .cache/audit && .cache/audit/bin/pip install -q --disable-pip-version-check pip-audit==2.10.1; }
 	@$(BIN)/python .ci/audit .cache/audit/bin/python
 
-coverage: $(STAMP)  ## make test with the lines counted that it runs, in Ray's workers too; below 90 % fails (half as long again)
-	@rm -rf .cache/coverage && mkdir -p .cache/coverage
-	@$(BIN)/coverage run -m pytest -m "not slow and not gpu" -n 2 --dist loadfile
-	@$(BIN)/coverage combine -q
-	@$(BIN)/coverage report
+coverage: $(STAMP)  ## make test, and which lines it did not run
+	@$(BIN)/python -m slipcover -m $(FAST)
 
 bench: $(STAMP)  ## time a capture against the bare floor, a streamed pair against the same resident, a hub's against its line, and Ray's share (some 20 minutes)
 	@$(BIN)/python tests/bench/bench_capture.py $(BENCH); a=$$?; \

@@ -10,8 +10,8 @@ import time
 import uuid
 from pathlib import Path
 
-STAGE = re.compile(r"^\.tmp-(?P<host>.+)-(?P<pid>\d+)-[^-]+$")  # a directory of capture/store.py
-TEMPORARY = re.compile(r"\.(?P<pid>\d+)-[0-9a-f]{8}@(?P<host>.+)\.tmp$")  # a file of RunDir.write_bytes
+STAGE = re.compile(r"^\.tmp-(?P<host>.+)-(?P<pid>\d+)-(?P<born>\d*)-[^-]+$")  # a directory of capture/store.py
+TEMPORARY = re.compile(r"\.(?P<pid>\d+)-(?P<born>\d*)-[0-9a-f]{8}@(?P<host>.+)\.tmp$")  # a file of RunDir.write_bytes
 LONG_AGO_S = 7 * 24 * 3600.0  # nobody can ask another machine: what it did not touch for so long is nobody's
 
 
@@ -22,21 +22,30 @@ def me() -> str:
 
 def born(pid: int) -> str | None:
     """When a process began, as the kernel counts; None where it is gone. Tells a process from a later one of its number."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except (OSError, IndexError):
-        return None
+    fields = _fields(pid)
+    return fields[19] if fields else None
 
 
-def alive(pid: int) -> bool:
-    """Whether a process of this number runs on this machine."""
+def alive(pid: int, when: str = "") -> bool:
+    """Whether a process of this number runs on this machine: that which was born then, where that is known. One that is dead and
+    that nobody asked for how it ended (a zombie) does not run."""
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
         pass
-    return True
+    fields = _fields(pid)
+    return fields is None or (fields[0] not in ("Z", "X") and when in ("", fields[19]))
+
+
+def _fields(pid: int) -> list[str] | None:
+    """What the kernel says of a process, from its state on; None where there is none, or no /proc."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return fields if len(fields) > 19 else None
 
 
 def is_here(who: str) -> bool:
@@ -47,12 +56,19 @@ def is_here(who: str) -> bool:
 def runs(who: str) -> bool:
     """Whether a process of this machine, called as by `me`, is still there."""
     _, pid, when = who.rsplit("/", 2)
-    return pid.isdigit() and alive(int(pid)) and when in ("", born(int(pid)) or "")
+    return pid.isdigit() and alive(int(pid), when)
 
 
 def temporary(path: str) -> str:
     """A name beside `path` to write to before it is renamed; says whose it is."""
-    return f"{path}.{os.getpid()}-{uuid.uuid4().hex[:8]}@{socket.gethostname()}.tmp"
+    pid = os.getpid()
+    return f"{path}.{pid}-{born(pid) or ''}-{uuid.uuid4().hex[:8]}@{socket.gethostname()}.tmp"
+
+
+def stage() -> str:
+    """The same for a directory, as the beginning of its name."""
+    pid = os.getpid()
+    return f".tmp-{socket.gethostname()}-{pid}-{born(pid) or ''}-"
 
 
 def remove_leftovers(directory: Path) -> None:
@@ -69,7 +85,7 @@ def remove_leftovers(directory: Path) -> None:
         path = directory / name
         try:
             if found["host"] == socket.gethostname():
-                left = not alive(int(found["pid"]))
+                left = not alive(int(found["pid"]), found["born"])
             else:
                 left = time.time() - path.stat().st_mtime > LONG_AGO_S
         except OSError:  # its writer was faster

@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import shutil
-import socket
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -24,7 +23,7 @@ import pyarrow.parquet as pq
 from capture.errors import cannot_write
 from capture.layout import MARKER, RunDir
 from capture.manifest import now
-from capture.process import remove_leftovers
+from capture.process import remove_leftovers, stage
 from capture.schema import BY_NAME, SCHEMA_VERSION, arrow_schema
 
 ROW_GROUP = 100_000
@@ -44,7 +43,7 @@ class CaptureWriter:
             if run.is_local:
                 run.fs.create_dir(self.path, recursive=True)
                 remove_leftovers(Path(self.path))
-                self.stage = Path(tempfile.mkdtemp(prefix=f".tmp-{socket.gethostname()}-{os.getpid()}-", dir=self.path))
+                self.stage = Path(tempfile.mkdtemp(prefix=stage(), dir=self.path))
             else:
                 self.stage = Path(tempfile.mkdtemp(prefix="pairscope-"))
 

@@ -140,7 +140,7 @@ def test_what_killed_writers_left_behind_is_removed_and_living_ones_are_let_be(t
     gone.wait()
     written(tmp_path).finish({})
     (path,) = tmp_path.glob("captures/*/*")
-    dead, alive = (path / f".tmp-{socket.gethostname()}-{pid}-x" for pid in (gone.pid, os.getpid()))
+    dead, alive = (path / f".tmp-{socket.gethostname()}-{pid}--x" for pid in (gone.pid, os.getpid()))
     dead.mkdir()
     alive.mkdir()
     written(tmp_path).finish({})

@@ -41,7 +41,7 @@ class Writers:
         for owner, name in ((os, "replace"), (os, "fsync"), (os, "unlink"), (os, "rmdir"), (store.shutil, "rmtree")):
             patch.setattr(owner, name, self._stepped(getattr(owner, name)))
         patch.setattr(os, "getpid", lambda real=os.getpid: getattr(self.local, "pid", None) or real())
-        patch.setattr(process, "alive", lambda pid: pid not in self.dead)
+        patch.setattr(process, "alive", lambda pid, when="": pid not in self.dead)
 
     def _stepped(self, inner: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:

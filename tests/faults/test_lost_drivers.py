@@ -77,7 +77,7 @@ def test_a_probe_that_was_killed_is_removed_by_the_next(tmp_path: Path) -> None:
     from capture.attempt import check_output
 
     (tmp_path / "manifest").mkdir()
-    left = tmp_path / f"manifest/.writable.999999-0123abcd@{os.uname().nodename}.tmp"
+    left = tmp_path / f"manifest/.writable.999999-7-0123abcd@{os.uname().nodename}.tmp"
     left.touch()
     check_output(RunDir(str(tmp_path)))
     assert list((tmp_path / "manifest").iterdir()) == []

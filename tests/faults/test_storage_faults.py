@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ import runner
 from inject import FOREVER, Fault
 
 from capture.layout import RunDir
+from capture.process import me, stage, temporary
 
 
 def last_row(out: Path) -> dict[str, Any]:
@@ -216,13 +218,22 @@ def test_what_dead_writers_left_is_removed_and_what_live_ones_write_is_not(tmp_p
     run = RunDir(str(tmp_path))
     capture = tmp_path / "captures/pair=a/capture=b"
     capture.mkdir(parents=True)
-    host = os.uname().nodename
-    dead, live = capture / f"x.999999-0123abcd@{host}.tmp", capture / f"x.{os.getpid()}-0123abcd@{host}.tmp"
-    elsewhere, long_ago = capture / "x.999999-0123abcd@other.tmp", capture / "y.999999-0123abcd@other.tmp"
-    stage = capture / f".tmp-{host}-999999-abcd"
-    for file in (dead, live, elsewhere, long_ago):
+    host, pid, born = me().split("/")
+    dead, later = capture / f"x.999999--0123abcd@{host}.tmp", capture / f"x.{pid}-{int(born) - 1}-0123abcd@{host}.tmp"
+    live, untold = (
+        Path(temporary(f"{capture}/x")),
+        capture / f"x.{pid}--0123abcd@{host}.tmp",
+    )  # where a system does not say when
+    elsewhere, long_ago = capture / "x.999999-7-0123abcd@other.tmp", capture / "y.999999-7-0123abcd@other.tmp"
+    zombie = subprocess.Popen([sys.executable, "-c", ""])
+    os.waitid(os.P_PID, zombie.pid, os.WEXITED | os.WNOWAIT)
+    unasked = capture / f"x.{zombie.pid}--0123abcd@{host}.tmp"
+    for file in (dead, later, live, untold, elsewhere, long_ago, unasked):
         file.touch()
-    stage.mkdir()
+    left, kept = capture / f".tmp-{host}-999999-7-abcd", capture / f"{stage()}abcd"
+    left.mkdir()
+    kept.mkdir()
     os.utime(long_ago, (0, 0))
     run.remove_leftovers()
-    assert sorted(p.name for p in capture.iterdir()) == sorted([live.name, elsewhere.name])
+    assert sorted(p.name for p in capture.iterdir()) == sorted(p.name for p in (live, untold, elsewhere, kept))
+    zombie.wait()
