@@ -177,13 +177,14 @@ def kl_both(shift_RV: Tensor, c_R: Tensor, pa_RV: Tensor, pb_RV: Tensor, group: 
     e^2 / 2 only; one in the shift counts in full.
     """
     d = shift_RV - c_R.float()[:, None]
-    if bool(group.max(d.amax(1)).max() > PLAIN_FAR):
-        ba, ab = _kl_far(d, pa_RV, pb_RV)
-    else:
-        w = torch.expm1(d)
-        z = w - d
-        y = d.mul_(w).sub_(z)
-        ba, ab = y.mul_(pa_RV).sum(1).double(), z.mul_(pa_RV).sum(1).double()
+    far = (group.max(d.amax(1)) > PLAIN_FAR).nonzero().flatten()  # each row for itself, whatever its neighbours are
+    led = _kl_far(d[far], pa_RV[far], pb_RV[far]) if len(far) else None
+    w = torch.expm1(d)
+    z = w - d
+    y = d.mul_(w).sub_(z)
+    ba, ab = y.mul_(pa_RV).sum(1).double(), z.mul_(pa_RV).sum(1).double()
+    if led is not None:
+        ba[far], ab[far] = led
     return group.sum(ba).clamp_(min=0), group.sum(ab).clamp_(min=0)
 
 
