@@ -112,8 +112,13 @@ class SpanStore:
         return unpack_states(self.read(self.state_path(span.last))[0], device)
 
     def read(self, path: str) -> tuple[dict[str, Tensor], str]:
-        """(tensors, meta) of a file of ours. Raises StoreError where it holds other bytes than were written."""
-        data = self.run.read_bytes(path)
+        """(tensors, meta) of a file of ours. Raises StoreError where it holds other bytes than were written, or is gone."""
+        try:
+            data = self.run.read_bytes(path)
+        except FileNotFoundError as error:
+            raise StoreError(
+                f"'{path}' is gone: another run of the same capture began it anew (--force); run again"
+            ) from error
         try:
             (size,) = struct.unpack("<Q", data[:8])
             said: dict[str, str] = json.loads(data[8 : 8 + size])["__metadata__"]

@@ -50,6 +50,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalHub]:
     for module in (prepare_module, ahead_fetch):
         monkeypatch.setattr(module, "ask", lambda method, *args: method(*args))
         monkeypatch.setattr(module, "find_gate", lambda: gate)
+        monkeypatch.setattr(module, "node_id", lambda: "")  # a Ray of other tests may be there
     monkeypatch.setattr(os, "nice", lambda by: by)
     make_models(tmp_path / "hub", "ab")
     (tmp_path / "cache").mkdir()

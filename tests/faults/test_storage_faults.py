@@ -115,6 +115,24 @@ def test_two_at_work_on_one_capture_do_not_harm_each_other(
     told("two-writers", sees="both are complete", seconds=time.monotonic() - began, again="what both did")
 
 
+def test_one_that_begins_anew_with_force_ends_another_at_work_on_the_same_with_an_error_that_says_so(
+    entry: Any, undisturbed: Path, tmp_path: Path
+) -> None:
+    out, said = tmp_path / "out", tmp_path / "said"
+    first = runner.start(entry, out, Fault("table", "slow", seconds=3.0), said=said)
+    while not list(out.glob("captures/*/*/spans/span-2-*")):
+        assert first.exitcode is None, said.read_text()
+        time.sleep(0.02)
+    anew = runner.start(entry, out, Fault("layer", "slow", nth=2, seconds=5.0), force=True, said=tmp_path / "anew")
+    first.join(60)
+    assert first.exitcode == 1, said.read_text()
+    assert "is gone: another run of the same capture began it anew (--force); run again" in said.read_text()
+    assert "(a bug)" not in said.read_text()
+    anew.join(60)
+    assert anew.exitcode == 0, (tmp_path / "anew").read_text()
+    assert invariants.wrong(out, as_undisturbed={"tiny": undisturbed}, attempts=2) == []
+
+
 def test_a_clock_that_is_set_back_does_not_change_which_attempt_was_the_last(
     entry: Any, undisturbed: Path, told: Any, tmp_path: Path
 ) -> None:
