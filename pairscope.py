@@ -7,6 +7,8 @@ import sys
 
 import click
 
+from capture.cli import HELP
+
 # verb -> (module:function, one line for --help). Kept here so that `pairscope --help` imports nothing heavy.
 VERBS: dict[str, tuple[str, str]] = {
     "capture": ("capture.cli:capture", "Capture one pair in this process, without Ray."),
@@ -55,7 +57,7 @@ class Verbs(click.Group):
             formatter.write_dl([(verb, line) for verb, (_, line) in VERBS.items()])
 
 
-@click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Verbs, context_settings=HELP)
 @click.version_option(package_name="pairscope")
 def cli() -> None:
     """Compare a base language model with its fine-tune, layer by layer and token by token.

@@ -12,8 +12,12 @@ import click
 if TYPE_CHECKING:
     from capture.config import Config, Entry
 
+HELP = {"help_option_names": ["-h", "--help"]}  # of every command, also where it is called without the group
 
-@click.command(epilog="\b\nExample:\n  pairscope capture configs/demo.yaml --pair pydoc --out out/demo")
+
+@click.command(
+    context_settings=HELP, epilog="\b\nExample:\n  pairscope capture configs/demo.yaml --pair pydoc --out out/demo"
+)
 @click.argument("config", required=False)
 @click.option("--pair", help="The entry to capture.  [default: the config's own pair, or its only entry]")
 @click.option("--out", help="Run directory: a path or a URI such as s3://bucket/run.  [default: out/<name of CONFIG>]")
@@ -68,7 +72,7 @@ def the_entry(config: Config, name: str | None) -> Entry:
     return config.entry(names[0])
 
 
-@click.command(epilog="\b\nExample:\n  pairscope doctor")
+@click.command(context_settings=HELP, epilog="\b\nExample:\n  pairscope doctor")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
 def doctor(as_json: bool) -> None:
     """Show what this machine has, and what to do about what it lacks.

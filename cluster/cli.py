@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from capture.cli import HELP
+
 if TYPE_CHECKING:
     from capture.config import Entry
     from capture.errors import ConfigError
@@ -38,7 +40,9 @@ class ListsEntries(click.Command):
         return super().parse_args(ctx, spread)
 
 
-@click.command(cls=ListsEntries, epilog="\b\nExample:\n  pairscope sweep configs/demo.yaml --out out/demo")
+@click.command(
+    cls=ListsEntries, context_settings=HELP, epilog="\b\nExample:\n  pairscope sweep configs/demo.yaml --out out/demo"
+)
 @click.argument("config", required=False)
 @click.option(
     "--out",

@@ -10,11 +10,15 @@ from typing import TYPE_CHECKING
 
 import click
 
+from capture.cli import HELP
+
 if TYPE_CHECKING:
     from capture.layout import RunDir
 
 
-@click.command(epilog="\b\nExample:\n  pairscope collect ray_cluster.yaml --out out/prod --teardown")
+@click.command(
+    context_settings=HELP, epilog="\b\nExample:\n  pairscope collect ray_cluster.yaml --out out/prod --teardown"
+)
 @click.argument("cluster", default="ray_cluster.yaml")
 @click.option("--out", required=True, help="Run directory at home; what is there and verified is not fetched again.")
 @click.option(

@@ -7,10 +7,11 @@ import sys
 
 import click
 
+from capture.cli import HELP
 from cluster.cli import ListsEntries
 
 
-@click.command(cls=ListsEntries)
+@click.command(cls=ListsEntries, context_settings=HELP)
 @click.argument("config", required=False)
 @click.option("--entries", multiple=True, metavar="NAME...", help="Only these entries of the config, in detail.")
 @click.option(

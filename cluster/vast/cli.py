@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from capture.cli import HELP
 from capture.errors import ConfigError
 from capture.printable import escape
 from cluster.vast import headkey
@@ -21,7 +22,7 @@ from cluster.vast.state import State, cluster_folder, open_requests
 LOOKS = 10  # for what turns up while a cluster is destroyed
 
 
-@click.group()
+@click.group(context_settings=HELP)
 def vast() -> None:
     """Machines on Vast.ai: what is on offer, what is rented, what was forgotten.
 
