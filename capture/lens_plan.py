@@ -8,7 +8,7 @@ from capture.errors import ConfigError
 from capture.lens_kernel import Kernel
 from capture.topk import Vocabulary
 
-CELLS_IN_CACHE = 1 << 17  # logits of one slot that the statistics go through at a time, on a CPU
+CELLS_IN_CACHE = 200_000  # logits of one slot that the statistics go through at a time, on a CPU
 ROWS_TOGETHER = 4  # so many times that is worked on together where it is small
 CELLS_ON_DEVICE = 25_600_000  # logits of one slot that the statistics work on at a time, on a GPU
 ROWS_AT_ONCE = 128  # rows of a slot for which a product's weights weigh little beside its arithmetic
