@@ -36,7 +36,8 @@ DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "float8"
 LENS_TILE_BYTES = 1 << 30
 LENS_STATISTICS_CELLS = 400_000 * 64
 LENS_HEAD_CHUNK = 16384
-# [rows, V] float32 tensors alive at most in lens.lens_tile, beside the logits (a test measures them)
+# [rows, V] float32 tensors that the statistics of lens.lens_tile may take beside the logits: an upper bound, for plans without torch;
+# before a capture they are measured where that can be done (capture/measure.py)
 LENS_TEMPORARIES = 40
 STATISTICS_CELLS = 1 << 19  # numbers of a state that the residual statistics work on at a time
 # float64 tensors of that size alive at most in statistics.residuals: a direction for each pass, and besides those
