@@ -42,7 +42,7 @@ look:
 	$(BIN)/pairscope grid $(OUT) --pair $(PAIR) --prompt 0 --comparison BB-SS --metric kl_div
 	@printf '\nNext:\n  source .venv/bin/activate\n  pairscope sql $(OUT) "SELECT layer, avg(kl_divergence) AS kl FROM pairwise GROUP BY layer ORDER BY layer"\n  pairscope catalog $(OUT)      # a .duckdb file for any client\n  pairscope --help\n  then your own pair: README.md, "Your own pair"\n'
 
-FAST := pytest -m "not slow and not gpu" -n 2 --dist loadfile
+FAST := pytest -m "not slow and not gpu" -n 3 --dist loadfile
 
 test: $(STAMP)  ## all tests, but for the slow ones and those that need a GPU; fails where they run less than 90 % of the lines
 	@$(BIN)/python -m slipcover --silent -m $(FAST)

@@ -12,7 +12,7 @@ import pytest
 
 # read when torch and transformers are first imported, by whichever test that is
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may ask the network
-# two workers on two cores: more threads make models this small five times slower
+# three workers on two cores, since much of a test is waiting: more threads make models this small five times slower
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 LONG = {"e2e", "faults"}
