@@ -32,8 +32,9 @@ class Space:
     """Memory for the logits of a few rows at work, kept, with the views of it that are used: fresh memory costs as much as the
     arithmetic, and a view a microsecond.
 
-    weights (e, g_1, ...) and factors (y, x_1, ...) [S, R, V] are what is multiplied: `left` and `right` in blocks of SUM_BLOCK
-    entries, zero behind V, [R * blocks, S, SUM_BLOCK] and [R * blocks, SUM_BLOCK, S]. spare [S, R, V]: for what does not stay.
+    weights (e, g_1, ...) [S, R, V] and factors (1, y, x_1, ...) [S + 1, R, V] are what is multiplied: `left` and `right` in blocks
+    of SUM_BLOCK entries, weights zero behind V, [R * blocks, S, SUM_BLOCK] and [R * blocks, SUM_BLOCK, S + 1]. spare [S, R, V]: for
+    what does not stay.
     """
 
     def __init__(self) -> None:
@@ -45,12 +46,18 @@ class Space:
             return
         self.shape = (n_slots, rows, size)
         self.n_blocks = max(2, -(-size // SUM_BLOCK))  # two: one matrix alone is multiplied otherwise
-        all_of = like.new_zeros(3, n_slots, rows, self.n_blocks * SUM_BLOCK)
-        self.weights, self.factors, self.spare = all_of[..., :size]
-        self.e, self.g = self.weights[0], self.weights[1:]
-        self.y, self.x = self.factors[0], self.factors[1:]
-        left, right = all_of[:2].view(2, n_slots, -1, SUM_BLOCK)
-        self.left, self.right = left.permute(1, 0, 2), right.permute(1, 2, 0)
+        all_of = like.new_zeros(3 * n_slots + 1, rows, self.n_blocks * SUM_BLOCK)
+        weights, factors, spare = all_of.split([n_slots, n_slots + 1, n_slots])
+        factors[0] = 1
+        self.e, self.g = weights[0, :, :size], weights[1:, :, :size]
+        self.y, self.x = factors[1, :, :size], factors[2:, :, :size]
+        self.spare = spare[..., :size]
+        self.left = weights.view(n_slots, -1, SUM_BLOCK).permute(1, 0, 2)
+        self.right = factors.view(n_slots + 1, -1, SUM_BLOCK).permute(1, 2, 0)
+
+    def products(self, n_weights: int) -> Tensor:
+        """Sums over blocks of the first weights times every factor, [R, blocks, n_weights, S + 1]."""
+        return torch.bmm(self.left[:, :n_weights], self.right).unflatten(0, (self.shape[1], self.n_blocks))
 
 
 def compared(n_slots: int, pairs: Pairs) -> list[tuple[int, int]]:
@@ -64,7 +71,7 @@ def one_pass(logits: Sequence[Tensor], shifts: Pairs, listed: int, group: Group,
     n_others = len(shifts) - n_lead
     maxima_NRB = logits[0].new_empty(n_slots + 2 * len(shifts), rows, listed // BLOCK)
     in_blocks = [block_view(x[:, :listed]).split(at_once) for x in logits]
-    products, weights, offsets, rests = [], [], [], []
+    products, offsets, rests = [], [], []
     for i, (x, maxima) in enumerate(
         zip(zip(*(x.split(at_once) for x in logits), strict=True), maxima_NRB.split(at_once, 1), strict=True)
     ):
@@ -81,19 +88,14 @@ def one_pass(logits: Sequence[Tensor], shifts: Pairs, listed: int, group: Group,
             rests.append(torch.stack([rest.amax(2), -rest.amin(2)]))
         torch.sub(x[0], group.max(largest_of(of_slots[0], x[0]))[:, None], out=space.y)
         torch.exp(space.y, out=space.e)
-        torch.mul(space.x, space.e, out=space.g)
-        means = group.sum(space.weights.sum(2))
-        offsets.append(means[1:] / means[0])
+        of_one, _, *of_shift = group.sum(space.products(1).sum((1, 2)).T)
+        offsets.append(torch.stack(of_shift) / of_one)
         space.x.sub_(offsets[-1][:, :, None])
         _expm1(space.x, space.g, space.spare).mul_(space.e)
-        products.append(torch.bmm(space.left, space.right))
-        weights.append(space.left.sum(2))
+        products.append(space.products(n_slots).sum(1, dtype=torch.float64))
     maxima_NRB[n_slots + len(shifts) :].neg_()  # of minima
     largest = group.max(torch.stack([largest_of(m, x) for m, x in zip(maxima_NRB, logits, strict=False)]))
-    sums = largest.new_empty(n_slots, n_slots + 1, rows, dtype=torch.float64)
-    blocks = (rows, space.n_blocks)
-    sums[:, 1:] = torch.cat(products).double().unflatten(0, blocks).sum(1).permute(1, 2, 0)
-    sums[:, 0] = torch.cat(weights).double().unflatten(0, blocks).sum(1).T
+    sums = torch.cat(products).permute(1, 2, 0)
     offsets_SR = torch.cat(offsets, 1)
     far = ~largest.isfinite().all(0)
     if n_lead:

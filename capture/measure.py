@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from capture.lockstep import Pair
 from capture.logits import can_shift, sampled_logits, separate, shifted_logits, tile_logits
 from capture.replay import Recording, record
 from capture.sublayer import sublayer_bytes
+from capture.topk import Vocabulary
 from capture.unembed import SAMPLE, SAMPLES, SMALL_VOCABULARY, keeps_space
 
 log = logging.getLogger(__name__)
@@ -313,31 +315,12 @@ class Measure:
         rows = min(tile, self.lens.statistics_rows(exact=exact))
         on_cpu = self.device.type == "cpu"
         sample = rows if on_cpu else SAMPLE_ROWS  # elsewhere a row takes as much, however many there are
-        key = ("statistics", exact, sample)
-        if key not in self._forward:
-            v = self.lens.vocabulary
-            heads, pairs = len(self.passes), [(a, b) for a in range(len(self.passes)) for b in range(a)][: self.n_pairs]
-            most = 0
-            for spread in (1e-3, 300.0):
-                generator = torch.Generator().manual_seed(0)
-                first = torch.randn(sample, self.lens.n_vocab, generator=generator)
-                slots = [first + spread * torch.randn(first.shape, generator=generator) for _ in range(heads)]
-                with Live(torch.device("cpu")) as live:
-                    lens_tile(
-                        separate(slots),
-                        pairs,
-                        torch.zeros(sample, dtype=torch.long),
-                        torch.zeros(0, dtype=torch.long),
-                        v,
-                        rows=sample,
-                        at_once=self.lens.at_once if on_cpu else None,
-                        exact=exact,
-                    )
-                most = max(most, live.peak)
-            made = 4 * heads * self.lens.n_vocab if exact else 0  # sums of products, where these were there before
-            self._forward[key] = -(-most // sample) + made
+        v, heads = self.lens.vocabulary, len(self.passes)
+        at_once = self.lens.at_once if on_cpu else None
+        most = _of_statistics(sample, heads, self.n_pairs, self.lens.n_vocab, v.n, v.k, at_once, exact)
+        made = 4 * heads * self.lens.n_vocab if exact else 0  # sums of products, where these were there before
         threads = min(tile, torch.get_num_threads()) if on_cpu else 1
-        return self._forward[key] * rows * threads + self._found(tile)
+        return (-(-most // sample) + made) * rows * threads + self._found(tile)
 
     def _found(self, tile: int) -> int:
         """Results of a tile, while its last rows are worked on."""
@@ -368,3 +351,25 @@ def largest(batches: Sequence[Batch]) -> list[Batch]:
         for size, b in by_size.items()
         if not any(o != size and o[0] >= size[0] and o[1] >= size[1] and o[2] <= size[2] for o in by_size)
     ]
+
+
+@cache
+def _of_statistics(
+    rows: int, n_slots: int, n_pairs: int, n_vocab: int, listed: int, k: int, at_once: int | None, exact: bool
+) -> int:
+    """Bytes that the plain lens makes of so many rows, at most: measured once for all pairs that this process captures, since with
+    a large vocabulary it takes longer than opening the models."""
+    pairs = [(a, b) for a in range(n_slots) for b in range(a)][:n_pairs]
+    nothing = torch.zeros(0, dtype=torch.long)
+    most = 0
+    for spread in (1e-3, 300.0):
+        generator = torch.Generator().manual_seed(0)
+        first = torch.randn(rows, n_vocab, generator=generator)
+        slots = [first + spread * torch.randn(first.shape, generator=generator) for _ in range(n_slots)]
+        with Live(torch.device("cpu")) as live:
+            lens_tile(
+                separate(slots), pairs, torch.zeros(rows, dtype=torch.long), nothing, Vocabulary(listed, k),
+                rows=rows, at_once=at_once, exact=exact,
+            )  # fmt: skip
+        most = max(most, live.peak)
+    return most
