@@ -30,7 +30,7 @@ from capture.measure import Measure
 from capture.memory import ModeChoice, Promise
 from capture.peaks import Peaks
 from capture.progress import Progress
-from capture.prompts import Prompts, check_ids, load_tokenizer, token_text, tracked_tokens
+from capture.prompts import Prompts, check_ids, load_tokenizer, token_texts, tracked_tokens
 from capture.ranks import Ranks
 from capture.relay import Handover, Relay
 from capture.replay import run_tail
@@ -351,7 +351,7 @@ class Work:
         writer.table("prompts", self.rows.prompts())
         writer.table("tokens", self.rows.tokens(dict(self.prompts.tokens), set(self.prompts.special_ids)))
         listed = self.rows.listed | {t[0] for t in self.tracked}
-        texts = dict(self.prompts.tokens) | {i: token_text(self.tokenizer, i) for i in listed}
+        texts = dict(self.prompts.tokens) | token_texts(self.tokenizer, listed)
         writer.table("vocabulary", self.rows.vocabulary(texts))
         if self.tracked:
             writer.table("tracked_tokens", self.rows.tracked_tokens(self.tracked))
