@@ -11,7 +11,7 @@ import uuid
 from pathlib import Path
 
 STAGE = re.compile(r"^\.tmp-(?P<host>.+)-(?P<pid>\d+)-(?P<born>\d*)-[^-]+$")  # a directory of capture/store.py
-TEMPORARY = re.compile(r"\.(?P<pid>\d+)-(?P<born>\d*)-[0-9a-f]{8}@(?P<host>[^@]+)\.tmp$")  # a file of RunDir.write_bytes
+TEMPORARY = re.compile(r"\.(?P<pid>\d+)-(?P<born>\d*)-[0-9a-f]{8}@(?P<host>[^@]+)\.tmp$")  # a file of write_bytes
 LONG_AGO_S = 7 * 24 * 3600.0  # nobody can ask another machine: what it did not touch for so long is nobody's
 
 

@@ -246,7 +246,7 @@ def test_what_dead_writers_left_is_removed_and_what_live_ones_write_is_not(tmp_p
     zombie = subprocess.Popen([sys.executable, "-c", ""])
     os.waitid(os.P_PID, zombie.pid, os.WEXITED | os.WNOWAIT)
     unasked = capture / f"x.{zombie.pid}--0123abcd@{host}.tmp"
-    probing = capture / f"x.999999-7-0123abcd@{host}.tmp.999999-7-4567cdef@{host}.tmp"  # to be renamed to a temporary name
+    probing = capture / f"{dead.name}.999999-7-4567cdef@{host}.tmp"  # was to be renamed to a temporary name
     for file in (dead, later, live, untold, elsewhere, long_ago, unasked, probing):
         file.touch()
     left, kept = capture / f".tmp-{host}-999999-7-abcd", capture / f"{stage()}abcd"
