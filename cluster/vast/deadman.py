@@ -75,7 +75,8 @@ def watch() -> None:
     """Check until it is time, then ask for the end until it comes."""
     silence = float(os.environ.get("PAIRSCOPE_SILENCE_S", "0"))
     heard = heard_before()
-    while time.time() < deadline():
+    offset = time.time() - time.monotonic()
+    while max(time.time(), offset + time.monotonic()) < deadline():  # a clock that is set back gives no more hours
         if head_speaks():
             heard = time.monotonic()
         beat(heard)

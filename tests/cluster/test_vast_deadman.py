@@ -278,6 +278,30 @@ def test_a_later_deadline_may_be_written_to_the_node(tmp_path: Path, monkeypatch
     assert deadman.deadline() == 200
 
 
+def test_a_clock_that_is_set_back_gives_a_node_no_more_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("PAIRSCOPE_DEADLINE", "1060")
+    passed, back = 0.0, 0.0
+
+    def sleep(_: float) -> None:
+        nonlocal passed, back
+        passed, back = passed + 20, 7200.0
+
+    class Ended(BaseException):
+        pass
+
+    def end() -> None:
+        raise Ended
+
+    monkeypatch.setattr(deadman, "end", end)
+    monkeypatch.setattr(deadman.time, "time", lambda: 1000 + passed - back)
+    monkeypatch.setattr(deadman.time, "monotonic", lambda: 5 + passed)
+    monkeypatch.setattr(deadman.time, "sleep", sleep)
+    with pytest.raises(Ended):
+        deadman.watch()
+    assert passed == 60
+
+
 @pytest.mark.parametrize("head", ["", "nowhere", "127.0.0.1:port", "127.0.0.1:99999"])
 def test_an_address_of_the_head_that_makes_no_sense_is_a_silent_head_and_ends_no_switch(
     monkeypatch: pytest.MonkeyPatch, head: str
