@@ -27,13 +27,16 @@ if TYPE_CHECKING:
 @click.option(
     "--every", type=click.FloatRange(min=1), default=20.0, show_default=True, help="Seconds between two looks."
 )
+@click.option("-n", "--cluster-name", metavar="NAME", help="The cluster's name, where `ray up -n` was given another.")
 @click.option("--once", is_flag=True, help="Look once instead of following the sweep to its end.")
 @click.option(
     "--remote-out",
     metavar="PATH",
     help="The sweep's --out on the head, or its s3:// or gs:// URI.  [default: the last sweep's]",
 )
-def collect(cluster: str, out: str, teardown: bool, every: float, once: bool, remote_out: str | None) -> None:
+def collect(
+    cluster: str, out: str, teardown: bool, every: float, cluster_name: str | None, once: bool, remote_out: str | None
+) -> None:
     """Bring finished captures home from the cluster of CLUSTER (the YAML of `ray up`) while its sweep runs.
 
     Each capture is fetched as soon as it is complete, checked against its marker (bytes, checksums, rows) and put in place,
@@ -50,7 +53,7 @@ def collect(cluster: str, out: str, teardown: bool, every: float, once: bool, re
     from cluster.collect_head import HeadWay
     from cluster.collect_source import HeadSource
 
-    way = HeadWay(cluster)
+    way = HeadWay(cluster, cluster_name)
     if remote_out is not None and "://" not in remote_out:
         remote_out = remote_out.rstrip("/") or "/"
         if not remote_out.startswith("/"):
@@ -67,7 +70,7 @@ def collect(cluster: str, out: str, teardown: bool, every: float, once: bool, re
     ):
         follow = Follow(
             HeadSource(way), remote_out, home, show, stop, every=every, once=once,
-            tear_down=(lambda: take_down(cluster)) if teardown else None,
+            tear_down=(lambda: take_down(cluster, cluster_name)) if teardown else None,
         )  # fmt: skip
         try:
             code = follow.run()
@@ -77,16 +80,16 @@ def collect(cluster: str, out: str, teardown: bool, every: float, once: bool, re
     sys.exit(code)
 
 
-def take_down(cluster: str) -> int:
+def take_down(cluster: str, name: str | None = None) -> int:
     """`ray down` as a person would; its exit code, 0 or 1."""
     beside = Path(sys.executable).with_name("ray")
     program = [str(beside)] if beside.exists() else [sys.executable, "-m", "ray.scripts.scripts"]
-    done = subprocess.run(
-        [*program, "down", "-y", cluster], stdin=subprocess.DEVNULL, stdout=sys.stderr, env=dict(os.environ)
-    )
+    words = ["down", "-y", cluster, *(["-n", name] if name else [])]
+    done = subprocess.run([*program, *words], stdin=subprocess.DEVNULL, stdout=sys.stderr, env=dict(os.environ))
     if done.returncode:
+        call = " ".join(["ray", *words])
         click.echo(
-            f"pairscope: `ray down {cluster}` ended with {done.returncode}: look at `pairscope vast nodes`, it may still cost money",
+            f"pairscope: `{call}` ended with {done.returncode}: look at `pairscope vast nodes`, it may still cost money",
             err=True,
         )
     return 1 if done.returncode else 0

@@ -26,12 +26,13 @@ CONNECT_S = 20
 class HeadWay:
     """Finds the head of a cluster's YAML. One listing of its instances serves a look and the fetches after it."""
 
-    def __init__(self, path: str) -> None:
-        """Raises ConfigError where the file is no cluster's."""
+    def __init__(self, path: str, name: str | None = None) -> None:
+        """name: in the place of the file's, as `ray up -n` was given it. Raises ConfigError where the file is no cluster's."""
         self.path = path
         self.config: dict[str, Any] = {}
         self.provider: Any = None
-        self.name = _read(path)["cluster_name"]
+        self.name = name or _read(path)["cluster_name"]
+        self.up = f"ray up {path}" + (f" -n {name}" if name else "")
 
     def __call__(self) -> Link:
         """Raises ClusterGoneError, UnreachableError, and what the provider says of keys."""
@@ -54,7 +55,7 @@ class HeadWay:
         from ray.autoscaler._private.providers import _get_node_provider
 
         with _explained():
-            self.config = _bootstrap_config(_read(self.path))
+            self.config = _bootstrap_config(_read(self.path) | {"cluster_name": self.name})
             self.provider = _get_node_provider(self.config["provider"], self.name)
 
     def _head(self) -> str:
@@ -64,7 +65,7 @@ class HeadWay:
             heads = self.provider.non_terminated_nodes({TAG_RAY_NODE_KIND: "head"})
         if not heads:
             raise ClusterGoneError(
-                f"cluster '{self.name}' has no head: it was never up, or is gone; `ray up {self.path}` makes it"
+                f"cluster '{self.name}' has no head: it was never up, or is gone; `{self.up}` makes it"
             )
         return str(heads[0])
 

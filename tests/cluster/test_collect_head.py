@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ import yaml
 from fake_server import Fake, running_fake, wait_for
 from provider_stage import HEAD_TAGS, config, laptop_home, node_config, on_laptop
 
+from cluster import collect_cli
 from cluster.collect_errors import ClusterGoneError, UnreachableError
 from cluster.collect_head import HeadWay
 from cluster.vast.errors import VastKeyError
@@ -51,6 +53,23 @@ def test_the_way_has_the_heads_own_port_and_its_pinned_key(fake: Fake, cluster: 
     assert f"UserKnownHostsFile={tmp_path}" in words
     assert "BatchMode=yes" in words, "a question would wait for ever"
     assert "ControlPath" not in words
+
+
+def test_a_cluster_that_was_given_another_name_is_found_and_ended_by_it(
+    fake: Fake, cluster: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    laptop = on_laptop(config() | {"cluster_name": "another"})
+    laptop.create_node(node_config(), HEAD_TAGS, 1)
+    wait_for(lambda: [h for h in laptop.non_terminated_nodes({}) if laptop.is_running(h)])
+    assert HeadWay(cluster, "another")().target.startswith("root@")
+    with pytest.raises(ClusterGoneError, match=r"cluster 'third' has no head.* `ray up .* -n third` makes it"):
+        HeadWay(cluster, "third")()
+    called: list[list[str]] = []
+    monkeypatch.setattr(
+        collect_cli.subprocess, "run", lambda words, **_: called.append(words) or subprocess.CompletedProcess(words, 0)
+    )
+    assert collect_cli.take_down(cluster, "another") == 0
+    assert called[0][1:] == ["down", "-y", cluster, "-n", "another"]
 
 
 def test_a_cluster_without_a_head_is_gone(fake: Fake, cluster: str) -> None:
