@@ -70,14 +70,15 @@ def join_group(ranks: Ranks, device: torch.device, *, minutes: float = 30, whole
         "MASTER_PORT": str(ranks.port),
     }
     if not dist.is_initialized():
+        wait = datetime.timedelta(minutes=minutes)
+        store = dist.TCPStore(
+            ranks.address, ranks.port, ranks.size, ranks.rank == 0, timeout=wait,
+            master_listen_fd=None if ranks.listener is None else os.dup(ranks.listener),
+        )  # fmt: skip
         dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo",
-            init_method=f"tcp://{ranks.address}:{ranks.port}",
-            rank=ranks.rank,
-            world_size=ranks.size,
-            timeout=datetime.timedelta(minutes=minutes),
+            "nccl" if device.type == "cuda" else "gloo", store=store, rank=ranks.rank, world_size=ranks.size, timeout=wait,
             device_id=device if device.type == "cuda" else None,
-        )
+        )  # fmt: skip
     return Group(ranks.rank, ranks.size, whole_attention)
 
 

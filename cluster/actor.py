@@ -35,6 +35,7 @@ class CaptureActor:
         self._stop = threading.Event()
         self._progress: Progress | None = None
         self._relay: Relay | None = None
+        self._meeting: socket.socket | None = None
         self._outcomes: dict[str, Outcome] = {}  # of the last attempt, by its log
 
     def prepare(self, turn: tuple[int, int] = (0, 1)) -> dict[str, Any]:
@@ -49,20 +50,27 @@ class CaptureActor:
         }  # fmt: skip
 
     def meeting_place(self) -> tuple[str, int]:
-        """Address and a free port of this node, where the ranks of a group meet: rank 0 is asked."""
-        with socket.socket() as found:
-            found.bind(("", 0))
-            return "127.0.0.1", int(found.getsockname()[1])  # all ranks are on one node
+        """Address and port of this node where the ranks of a group meet; rank 0 is asked, and holds the port until they have."""
+        self._leave_meeting()
+        self._meeting = socket.socket()
+        self._meeting.bind(("127.0.0.1", 0))  # all ranks are on one node
+        address, port = self._meeting.getsockname()
+        return address, port
 
     def run(
         self, entry: Entry, out: str, log: str, tried: Try, force: bool, work: str, ranks: Ranks | None = None
     ) -> Outcome:
         """One attempt; returns how it ended, and never raises for what the work does."""
         self._progress, self._outcomes = None, {}
-        outcome = work_on(
-            entry, out, log, tried=tried, force=force, work=PREPARED if work == WORK else work, progress=self._keep, stop=self._stop.is_set,
-            own_process=True, ranks=ranks, relay=self._relay,
-        )  # fmt: skip
+        if ranks is not None and self._meeting is not None:
+            ranks = replace(ranks, listener=self._meeting.fileno())
+        try:
+            outcome = work_on(
+                entry, out, log, tried=tried, force=force, work=PREPARED if work == WORK else work, progress=self._keep, stop=self._stop.is_set,
+                own_process=True, ranks=ranks, relay=self._relay,
+            )  # fmt: skip
+        finally:
+            self._leave_meeting()
         self._outcomes[log] = replace(outcome, tidy=holds_little())
         return self._outcomes[log]
 
@@ -91,6 +99,11 @@ class CaptureActor:
     def stop(self) -> None:
         """Ask the work to end at the next layer."""
         self._stop.set()
+
+    def _leave_meeting(self) -> None:
+        if self._meeting is not None:
+            self._meeting.close()
+        self._meeting = None
 
     def _keep(self, progress: Progress) -> None:
         self._progress = progress
