@@ -61,7 +61,7 @@ def resolve_model(
     from capture.hub import model_snapshot, model_without_weights
 
     def check(config: Mapping[str, Any]) -> None:
-        check_remote_code(config, model, trust_remote_code)
+        check_config(config, model, trust_remote_code)
 
     path: Path | None = None
     missing: list[RemoteFile] = []
@@ -108,18 +108,31 @@ def _local_weights(path: Path, model: str, allow_pickle: bool, trust_remote_code
                 raise ValueError("it holds no object")
         except (OSError, ValueError, RecursionError) as error:
             raise CheckpointError(f"{where}: config.json cannot be read: {error}") from error
-        check_remote_code(config, model, trust_remote_code)
-    weights = choose_weights(names, lambda n: (path / n).read_bytes(), where=where, allow_pickle=allow_pickle)
+        check_config(config, model, trust_remote_code)
+
+    def read(name: str) -> bytes:
+        try:
+            return (path / name).read_bytes()
+        except OSError as error:
+            raise CheckpointError(f"{where}: '{name}' cannot be read: {error.strerror or error}") from error
+
+    weights = choose_weights(names, read, where=where, allow_pickle=allow_pickle)
     if "config.json" not in names:
         raise CheckpointError(f"{where}: weights but no config.json; save the model with save_pretrained")
     return weights
 
 
-def check_remote_code(config: Mapping[str, Any], model: str, trust_remote_code: bool) -> None:
-    """Raise UnsupportedModelError if the model can only run with code that comes with its checkpoint.
+def check_config(config: Mapping[str, Any], model: str, trust_remote_code: bool) -> None:
+    """Raise UnsupportedModelError if config.json has transformers read other weights than those that are checked and that the
+    capture's id stands for, or if the model can only run with code that comes with its checkpoint.
 
     A config.json with `auto_map` is no matter where transformers has a class of its own for the model type: that one runs.
     """
+    if config.get("transformers_weights") is not None:
+        raise UnsupportedModelError(
+            f"'{model}': its config.json names weights beside the usual ones (transformers_weights), and nothing here reads those; "
+            "open it with transformers once and save it with save_pretrained"
+        )
     if "auto_map" not in config or trust_remote_code:
         return
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as OWN

@@ -102,7 +102,12 @@ def _model_files(repo: str, allow_pickle: bool, check_config: Callable[[dict[str
         weights = choose_weights(sizes, read, where=where, allow_pickle=allow_pickle)
         if "config.json" not in sizes:
             raise CheckpointError(f"{where} has no config.json; it is not in transformers' format")
-        config = json.loads(read("config.json"))
+        try:
+            config = json.loads(read("config.json"))
+            if not isinstance(config, dict):
+                raise ValueError("it holds no object")
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError(f"{where}: config.json cannot be read: {error}") from error
         check_config(config)
         code = (".py",) if "auto_map" in config else ()
         return [*_small(sizes, code), *weights.files]

@@ -38,21 +38,22 @@ def open_model(
     try:
         with nullcontext() if whole else borrowed.recording(record):
             model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, **kwargs)
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, ImportError) as error:
-        text = str(error)
+    except Exception as error:  # of any kind: whatever a config.json says goes into it
+        text = " ".join(str(error).split())[:500]
+        at_device = quantization.method is None and (whole or ranks is not None) and isinstance(error, RuntimeError)
+        if at_device or is_out_of_memory(error):
+            raise  # nothing that the files say
         if "does not recognize this architecture" in text or "Unrecognized configuration class" in text:
             raise UnsupportedModelError(
                 f"{where}: transformers {transformers.__version__} has no causal language model for the "
                 "model_type in its config.json"
             ) from error
-        raise CheckpointError(f"{where} cannot be opened: {text}") from error
-    except RuntimeError as error:
-        if quantization.method is None or is_out_of_memory(error):
-            raise
-        raise CheckpointError(
-            f"{where}: {quantization.method} cannot make weights of this kind on this machine; the log says why: "
-            f"{str(error).splitlines()[0]}"
-        ) from error
+        if isinstance(error, RuntimeError) and quantization.method is not None:
+            raise CheckpointError(
+                f"{where}: {quantization.method} cannot make weights of this kind on this machine; the log says why: "
+                f"{str(error).splitlines()[0]}"
+            ) from error
+        raise CheckpointError(f"{where} cannot be opened: {text or type(error).__name__}") from error
     if model.get_input_embeddings() is None or model.get_output_embeddings() is None:
         raise UnsupportedModelError(f"{type(model).__name__} has no input embedding or no unembedding")
     if whole:
@@ -76,6 +77,8 @@ def find_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     """The list of decoder layers: the outermost ModuleList as long as the config says."""
     config = model.config.get_text_config()
     wanted = config.num_hidden_layers
+    if wanted < 1:
+        raise UnsupportedModelError(f"{type(model).__name__} has no decoder layers: its config.json says {wanted}")
     lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == wanted]
     if not lists:
         raise UnsupportedModelError(

@@ -66,7 +66,9 @@ def load_tokenizer(entry: Entry, directory: str | None = None) -> Any:
     kwargs = {"trust_remote_code": False} | dict(entry.tokenizer_kwargs)
     try:
         return AutoTokenizer.from_pretrained(directory or entry.tokenizer, **kwargs)
-    except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError, RuntimeError) as error:
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:  # of any kind: the library that parses it has errors, and panics, of its own
         reason = " ".join(str(error).split())
         if "trust_remote_code" in reason:
             raise UnsupportedModelError(
@@ -95,7 +97,16 @@ def tokenize(entry: Entry, tokenizer: Any) -> Prompts:
             )
         for variant in entry.prompt_variants:
             text = make_variant(prompt, variant, entry.prompt_variant_options)
-            ids = tuple(tokenizer(text, add_special_tokens=entry.add_special_tokens)["input_ids"])
+            try:
+                ids = tuple(tokenizer(text, add_special_tokens=entry.add_special_tokens)["input_ids"])
+            except (
+                TypeError,
+                ValueError,
+                LookupError,
+            ) as error:  # of what its files say; a text itself is never refused
+                raise CheckpointError(
+                    f"the tokenizer '{entry.tokenizer}' does not work ({' '.join(str(error).split())[:300]}); fetch it again"
+                ) from error
             if not ids:
                 raise PromptError(
                     f"prompt {i} ({source}), variant {variant}: no tokens; the text is {text[:60]!r}. Take the prompt out, or use another tokenizer"

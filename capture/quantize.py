@@ -122,7 +122,12 @@ def quantization_of(directory: str, model_kwargs: Mapping[str, Any], label: str)
         from transformers import FineGrainedFP8Config
 
         block = stored.get("weight_block_size")
-        pair = (int(block[0]), int(block[1])) if block else None
+        try:
+            pair = (int(block[0]), int(block[1])) if block else None
+        except (ValueError, TypeError, LookupError):
+            raise CheckpointError(
+                f"{where}: the weight_block_size of its config.json is no two numbers: {block!r}"
+            ) from None
         return Quantization(kwargs={KEY: FineGrainedFP8Config(dequantize=True)}, stored="float8", block=pair)
     if stored:
         module, package = _STORED_BACKENDS.get(str(stored_method), (None, ""))
@@ -138,8 +143,11 @@ def stored_quantization(directory: str) -> dict[str, Any]:
         config = json.loads((Path(directory) / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"'{directory}': config.json cannot be read: {error}") from error
-    found = config.get(KEY) or (config.get("text_config") or {}).get(KEY) or {}
-    return dict(found)
+    text = config.get("text_config") or {}
+    found = config.get(KEY) or (text.get(KEY) if isinstance(text, dict) else None) or {}
+    if not isinstance(found, dict):
+        raise CheckpointError(f"'{directory}': the {KEY} of its config.json is no block of keys and values")
+    return found
 
 
 def _require(module: str, package: str, where: str, who: str) -> None:

@@ -69,18 +69,21 @@ def directory_sizes(path: Path, model: str, dtype: str, *, source: str, download
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         config = None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{where}: config.json cannot be read: {error}") from error
     names = {p.name for p in path.iterdir()}
     weights = choose_weights(names, lambda n: (path / n).read_bytes(), where=where, allow_pickle=False)
     if config is None:
         raise CheckpointError(f"{where}: weights but no config.json; save the model with save_pretrained")
-    tensors = {
-        key: (str(t["dtype"]), tuple(t["shape"]))
-        for name in weights.files
-        for key, t in read_header(path / name).items()
-    }
-    return sizes_of(model, tensors, config, dtype, source=source, download_bytes=None if download else 0)
+    try:
+        tensors = {
+            key: (str(t["dtype"]), tuple(t["shape"]))
+            for name in weights.files
+            for key, t in read_header(path / name).items()
+        }
+        return sizes_of(model, tensors, config, dtype, source=source, download_bytes=None if download else 0)
+    except (ValueError, TypeError, ArithmeticError, LookupError, AttributeError, MemoryError) as error:
+        raise CheckpointError(f"{where}: its config.json or a header says what is no size: {error}") from error
 
 
 def _cached(model: str, revision: str | None) -> Path | None:

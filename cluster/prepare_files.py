@@ -26,7 +26,7 @@ def hub_models(entry: Entry) -> list[tuple[str, str | None]]:
 def download(entry: Entry) -> None:
     """What is there before the entry is opened: configs, tokenizer, and weights that do not come later. Checks the files once
     more, as the capture will."""
-    from capture.files import check_remote_code
+    from capture.files import check_config
     from capture.hub import model_snapshot
     from capture.run import way_of_weights
 
@@ -38,14 +38,14 @@ def download(entry: Entry) -> None:
     for repo, revision in hub_models(entry):
         model_snapshot(
             repo, revision, download=True, allow_pickle=entry.allow_pickle, token=entry.model_kwargs.get("token"),
-            check_config=lambda config, repo=repo: check_remote_code(config, repo, remote),  # type: ignore[misc]
+            check_config=lambda config, repo=repo: check_config(config, repo, remote),  # type: ignore[misc]
         )  # fmt: skip
     _tokenizer(entry)
 
 
 def without_weights(entry: Entry) -> list[tuple[RemoteFile, Path]]:
     """Fetch an entry's small files. Returns its weight files that are not in the cache, each with its commit's folder there."""
-    from capture.files import check_remote_code
+    from capture.files import check_config
     from capture.hub import model_without_weights
 
     missing: list[tuple[RemoteFile, Path]] = []
@@ -53,7 +53,7 @@ def without_weights(entry: Entry) -> list[tuple[RemoteFile, Path]]:
     for repo, revision in hub_models(entry):
         folder, files = model_without_weights(
             repo, revision, allow_pickle=entry.allow_pickle, token=entry.model_kwargs.get("token"),
-            check_config=lambda config, repo=repo: check_remote_code(config, repo, remote),  # type: ignore[misc]
+            check_config=lambda config, repo=repo: check_config(config, repo, remote),  # type: ignore[misc]
         )  # fmt: skip
         missing += [(file, folder) for file in files]
     _tokenizer(entry)

@@ -12,7 +12,7 @@ from test_rank_groups import placement_groups
 
 from capture.layout import RunDir
 from capture.settings import Spans
-from cluster.sweep import Summary, run_sweep
+from cluster.sweep import Summary, plan, run_sweep
 
 
 def errors_of(summary: Summary) -> dict[str, str]:
@@ -110,3 +110,19 @@ class TestThroughRay:
 class _Holder:
     def here(self) -> bool:
         return True
+
+
+def test_a_bug_in_looking_at_one_entry_ends_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import fake_work
+
+    def resolve(entry: Any, *, download: bool) -> Any:
+        if entry.name == "odd":
+            raise RuntimeError("a bug")
+        return fake_work_resolve(entry, download=download)
+
+    fake_work_resolve = fake_work.resolve
+    monkeypatch.setattr(fake_work, "resolve", resolve)
+    checked = [(name, make_entry(name)) for name in ("odd", "even")]
+    items = plan(checked, RunDir(str(tmp_path)), force=False, resolve="fake_work:resolve")
+    assert [(item.name, item.state) for item in items] == [("odd", "planned"), ("even", "planned")]
+    assert items[1].capture is not None

@@ -1,0 +1,98 @@
+"""A checkpoint that says odd things of itself: no capture of other weights than its id stands for, and one error, never a bug."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import make_pair
+
+from capture.config import Entry
+from capture.errors import PairscopeError, UnsupportedModelError
+from capture.files import resolve_model
+from capture.run import capture_pair
+from cluster.plan_models import directory_sizes
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return make_pair("llama", tmp_path_factory.mktemp("models"), num_hidden_layers=2)
+
+
+@pytest.fixture
+def sft(made: Any, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made.sft, tmp_path / "sft"))
+
+
+@pytest.fixture
+def refused(made: Any, sft: Path, tmp_path: Path) -> Callable[..., str]:
+    """The one line that a capture ends with."""
+
+    def ask(tokenizer: Path = made.tokenizer) -> str:
+        entry = Entry(name="a", base_model=str(made.base), sft_model=str(sft), tokenizer=str(tokenizer), device="cpu",
+                      prompts=("a b",), top_k=3, mode="streamed")  # fmt: skip
+        with pytest.raises(PairscopeError) as caught:
+            capture_pair(entry, str(tmp_path / "out"))
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    return ask
+
+
+def say(directory: Path, **changes: Any) -> None:
+    file = directory / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def test_weights_that_only_its_config_names_are_not_read(made: Any, sft: Path, refused: Callable[..., str]) -> None:
+    shutil.copy(made.base / "model.safetensors", sft / "other.safetensors")
+    outside = {"metadata": {}, "weight_map": {"lm_head.weight": str(made.base / "model.safetensors")}}
+    (sft / "other.safetensors.index.json").write_text(json.dumps(outside))
+    for name in ("other.safetensors", "other.safetensors.index.json", "adapter_model.bin", 5):
+        say(sft, transformers_weights=name)
+        assert "transformers_weights" in refused()
+        with pytest.raises(UnsupportedModelError, match="transformers_weights"):
+            resolve_model(str(sft))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("hidden_size", "x"), ("hidden_size", -1), ("num_hidden_layers", 0), ("num_attention_heads", 0), ("num_attention_heads", -2),
+        ("num_key_value_heads", 0), ("vocab_size", 0), ("vocab_size", -1), ("pad_token_id", 10**9), ("head_dim", 0), ("dtype", []),
+        ("rope_parameters", 5), ("quantization_config", 5), ("quantization_config", [1]), ("text_config", 5),
+        ("quantization_config", {"quant_method": "fp8", "weight_block_size": "x"}),
+    ],
+)  # fmt: skip
+def test_odd_values_of_a_config_are_one_line(sft: Path, refused: Callable[..., str], key: str, value: Any) -> None:
+    say(sft, **{key: value})
+    assert str(sft) in (said := refused()) or "Llama" in said or key in said
+    with contextlib.suppress(PairscopeError):  # what a plan looks at may be in order
+        directory_sizes(sft, "sft", "auto", source="here")
+
+
+@pytest.mark.parametrize(
+    ("file", "key", "value"),
+    [
+        ("tokenizer.json", "model", {"type": "Odd"}), ("tokenizer.json", "pre_tokenizer", 5), ("tokenizer.json", "added_tokens", [{"id": -1}]),
+        ("tokenizer.json", "normalizer", {"type": "Precompiled", "precompiled_charsmap": "AAAA"}),
+        ("tokenizer_config.json", "model_max_length", "x"),
+    ],
+)  # fmt: skip
+def test_odd_values_of_a_tokenizer_are_one_line(
+    made: Any, tmp_path: Path, refused: Callable[..., str], file: str, key: str, value: Any
+) -> None:
+    tokenizer = Path(shutil.copytree(made.tokenizer, tmp_path / "tokenizer"))
+    (tokenizer / file).write_text(json.dumps(json.loads((tokenizer / file).read_text()) | {key: value}))
+    assert f"the tokenizer '{tokenizer}'" in refused(tokenizer)
+
+
+def test_an_index_that_is_a_directory_is_named(sft: Path, refused: Callable[..., str]) -> None:
+    (sft / "model.safetensors").unlink()
+    (sft / "model.safetensors.index.json").mkdir()
+    assert "'model.safetensors.index.json' cannot be read" in refused()
