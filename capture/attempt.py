@@ -294,8 +294,10 @@ def check_output(run: RunDir, *, write: bool = True) -> None:
     try:
         for _ in run.captures():
             pass
-    except OSError as error:
-        raise StoreError(f"cannot read the output '{run.out}': {' '.join(str(error).split())}") from error
+    except StoreError as error:
+        if not isinstance(error.__cause__, OSError):  # such as one of another schema version
+            raise
+        raise StoreError(f"cannot read the output '{run.out}': {' '.join(str(error.__cause__).split())}") from error
     if not write:
         return
     run.remove_leftovers()

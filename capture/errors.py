@@ -4,6 +4,7 @@ The command line prints them in one line and exits with `exit_code`; anything el
 """
 
 import errno
+import os
 
 _WHY_NOT = {
     errno.ENOSPC: "the disk is full",
@@ -76,7 +77,9 @@ def cannot_write(what: str, error: OSError) -> StoreError:
 
 
 def cannot_read(what: str, error: OSError) -> StoreError:
-    """The same for what could not be read."""
+    """The same for what could not be read: by a disk, which says why by a number, or by a store, which may answer the next time."""
+    if error.errno:
+        return StoreError(f"cannot read {what}: {os.strerror(error.errno)}")
     return StoreError(
         f"cannot read {what}: {' '.join(str(error).split())[:300].rstrip('.')}. Try again, it goes on where it was"
     )

@@ -78,13 +78,27 @@ class RunDir:
     def exists(self, path: str) -> bool:
         from pyarrow import fs
 
-        return bool(self.fs.get_file_info(path).type != fs.FileType.NotFound)
+        try:
+            return bool(self.fs.get_file_info(path).type != fs.FileType.NotFound)
+        except OSError as error:
+            raise cannot_read(f"'{path}'", error) from error
 
     def list_dir(self, path: str) -> list[Any]:
+        """What is in a directory, by name; nothing where there is none. What is no text in UTF-8 is no name of ours. Raises
+        StoreError."""
         from pyarrow import fs
 
-        infos = self.fs.get_file_info(fs.FileSelector(path, allow_not_found=True))
-        return sorted(infos, key=lambda i: i.path)
+        try:
+            infos = self.fs.get_file_info(fs.FileSelector(path, allow_not_found=True))
+        except OSError as error:
+            raise cannot_read(f"'{path}'", error) from error
+        return sorted(filter(_is_named, infos), key=lambda i: i.path)
+
+    def directories(self, path: str) -> list[Any]:
+        """The directories in a directory: others may have put files of their own beside ours."""
+        from pyarrow import fs
+
+        return [info for info in self.list_dir(path) if info.type == fs.FileType.Directory]
 
     def read_bytes(self, path: str) -> bytes:
         with self.fs.open_input_stream(path) as stream:
@@ -170,9 +184,9 @@ class RunDir:
         """The complete captures by pair and id. A marker of another schema version is an error that names it; where a dict
         is given for such errors, they go there by pair and id and the capture is left out.
         """
-        for pair_info in self.list_dir(f"{self.root}/captures"):
+        for pair_info in self.directories(f"{self.root}/captures"):
             pair = pair_info.base_name.removeprefix("pair=")
-            for info in self.list_dir(pair_info.path):
+            for info in self.directories(pair_info.path):
                 marker = self.marker(info.path)
                 if marker is None:
                     if not include_partial:
@@ -191,14 +205,20 @@ class RunDir:
                 yield CaptureDir(pair, info.base_name.removeprefix("capture="), info.path, marker)
 
     def manifest_rows(self) -> list[dict[str, Any]]:
-        """All attempts, oldest first."""
+        """All attempts, oldest first. Raises StoreError."""
+        from pyarrow import fs
+
         rows = []
         for info in self.list_dir(f"{self.root}/manifest"):
-            if info.base_name.endswith(".json"):
+            if info.base_name.endswith(".json") and info.type == fs.FileType.File:
                 try:
                     row = json.loads(self.read_bytes(info.path))
                 except (ValueError, RecursionError):
                     continue  # being written on a file system without atomic rename
+                except FileNotFoundError:  # gone since it was listed
+                    continue
+                except OSError as error:
+                    raise cannot_read(f"'{info.path}'", error) from error
                 if isinstance(row, dict) and isinstance(row.get("attempt"), str) and isinstance(row.get("entry"), str):
                     rows.append(row)
         self.last_started = max([self.last_started, *(r["started"] for r in rows if _is_time(r.get("started")))])
@@ -211,8 +231,8 @@ class RunDir:
             root = Path(self.root)
             for directory in (root / "manifest", *root.glob("captures/*/*"), *root.glob(f"captures/*/*/{SPANS}")):
                 remove_leftovers(directory)
-        for pair in self.list_dir(f"{self.root}/captures"):
-            for info in self.list_dir(pair.path):
+        for pair in self.directories(f"{self.root}/captures"):
+            for info in self.directories(pair.path):
                 spans = self.list_dir(f"{info.path}/{SPANS}")
                 if not spans or self.marker(info.path) is None:
                     continue
@@ -223,8 +243,16 @@ class RunDir:
 
     def write_manifest_row(self, row: dict[str, Any]) -> None:
         """Write (or replace) the row of one attempt; keys as in schema.MANIFEST."""
-        self.last_started = max(self.last_started, row.get("started") or "")
+        started = row.get("started")  # in a row that was read it may be anything
+        self.last_started = max(self.last_started, started if isinstance(started, str) else "")
         self.write_bytes(f"{self.root}/manifest/{row['attempt']}.json", (json.dumps(row, indent=1) + "\n").encode())
+
+
+def _is_named(info: Any) -> bool:
+    try:
+        return bool(info.path)
+    except UnicodeDecodeError:
+        return False
 
 
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")

@@ -7,6 +7,7 @@ that nobody runs it any more.
 from __future__ import annotations
 
 import datetime
+import re
 import socket
 import time
 import uuid
@@ -21,6 +22,9 @@ from capture.schema import MANIFEST
 def now() -> str:
     """UTC time, ISO 8601, milliseconds, no offset (DuckDB reads it as TIMESTAMP)."""
     return datetime.datetime.now(datetime.UTC).replace(tzinfo=None).isoformat(timespec="milliseconds")
+
+
+_ATTEMPT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 
 
 class Attempt:
@@ -103,7 +107,7 @@ def settle_lost(run: RunDir) -> list[dict[str, Any]]:
         driver = row.get("driver")
         if passed and not (isinstance(driver, str) and is_here(driver)):
             found = row | LOST
-        if found is not row and "/" not in str(row["attempt"]):  # it names the file
+        if found is not row and _ATTEMPT.fullmatch(str(row["attempt"])):  # it names the file, and may be a stranger's
             found["finished"] = max(now(), str(found.get("started") or ""))
             try:
                 run.write_manifest_row(found)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 STAGE = re.compile(r"^\.tmp-(?P<host>.+)-(?P<pid>\d+)-(?P<born>\d*)-[^-]+$")  # a directory of capture/store.py
 TEMPORARY = re.compile(r"\.(?P<pid>\d+)-(?P<born>\d*)-[0-9a-f]{8}@(?P<host>[^@]+)\.tmp$")  # a file of write_bytes
+_PID = re.compile("[0-9]{1,10}")
 LONG_AGO_S = 7 * 24 * 3600.0  # nobody can ask another machine: what it did not touch for so long is nobody's
 
 
@@ -56,7 +57,7 @@ def is_here(who: str) -> bool:
 def runs(who: str) -> bool:
     """Whether a process of this machine, called as by `me`, is still there."""
     _, pid, when = who.rsplit("/", 2)
-    return pid.isdigit() and alive(int(pid), when)
+    return _PID.fullmatch(pid) is not None and alive(int(pid), when)
 
 
 def temporary(path: str) -> str:

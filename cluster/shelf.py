@@ -48,7 +48,7 @@ def shelf(out: str | None) -> dict[str, Any]:
 
 def logs(run: RunDir) -> list[str]:
     """All logs, as paths below the run directory; an attempt may have several, one for each of its workers."""
-    folders = run.list_dir(f"{run.root}/logs")
+    folders = run.directories(f"{run.root}/logs")
     return [f"logs/{d.base_name}/{f.base_name}" for d in folders for f in run.list_dir(d.path)]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 from collections.abc import Callable, Sequence
@@ -13,7 +14,7 @@ from capture.attempt import WORK, check_output, find, record_failure
 from capture.config import Config, Entry
 from capture.degrees import check_degree, check_spans
 from capture.device import choose_device
-from capture.errors import CheckpointError, ConfigError, DeviceError, PairscopeError
+from capture.errors import CheckpointError, ConfigError, DeviceError, PairscopeError, StoreError
 from capture.fields import near
 from capture.layout import RunDir
 from capture.manifest import settle_lost
@@ -197,7 +198,8 @@ def run_sweep(
         for item in todo:
             if item.state == "planned":
                 item.state = "not started"
-        settle_lost(run)
+        with contextlib.suppress(StoreError):  # a record of the work; it must not end it
+            settle_lost(run)
     if stop.requested() and any(i.state in ("interrupted", "not started") for i in items):
         code = stop.exit_code
     else:

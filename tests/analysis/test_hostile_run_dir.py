@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import random
 import re
 import shutil
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,9 @@ from analysis.captures import captures_table, manifest_table
 from analysis.run import open_run_dir
 from analysis.status import memory_lines, status_rows, table_lines
 from analysis.tables import json_line
+from capture.attempt import check_output
 from capture.errors import StoreError
+from capture.layout import RunDir
 
 VERBS = (
     ("status",), ("status", "--json"), ("status", "--all", "--memory"), ("sql", "FROM captures"), ("sql", "--json", "FROM manifest"),
@@ -116,6 +120,57 @@ def test_no_name_in_a_marker_leads_out_of_the_capture(made: Path, call: Callable
     assert answer.rows == [{"pair": "beta"}]  # such a marker is none
     (answer,) = ask(call, made, (("status", "--json"),))
     assert {row["entry"]: row["state"] for row in answer.rows}["alpha"] == "missing"
+
+
+def strays(made: Path) -> None:
+    """What a file manager, a copy that broke off or somebody else leaves beside ours."""
+    capture = capture_dir(made)
+    for place in (made / "captures", capture.parent, capture, made / "manifest"):
+        (place / ".DS_Store").write_bytes(b"x")
+        os.close(os.open(bytes(place) + b"/\xff.json", os.O_CREAT))
+        (place / "gone").symlink_to("nowhere")
+    (made / "manifest" / "directory.json").mkdir()
+    (made / "manifest" / "gone.json").symlink_to("nowhere")
+    (made / "captures" / "pair=file").touch()
+    (made / "captures" / "pair=loop").symlink_to("pair=loop")
+    os.mkdir(bytes(made / "captures") + b"/pair=\xff")
+    os.mkfifo(made / "manifest" / "pipe.json")  # a read would never end
+
+
+def test_files_that_are_none_of_ours_are_passed_over(made: Path, call: Callable[..., Any]) -> None:
+    before = [answer.rows for answer in ask(call, made, (VERBS[1], VERBS[4]))]
+    strays(made)
+    assert [answer.rows for answer in ask(call, made, (VERBS[1], VERBS[4]))] == before
+    ask(call, made)
+    check_output(RunDir(str(made)))
+
+
+@pytest.mark.parametrize("name", ["captures", "manifest"])
+def test_a_file_where_a_directory_belongs_is_named(made: Path, call: Callable[..., Any], name: str) -> None:
+    shutil.rmtree(made / name)
+    (made / name).touch()
+    for answer in ask(call, made, (VERBS[0], VERBS[5])):
+        assert f"cannot read '{made / name}': Not a directory" in answer.err
+    with pytest.raises(StoreError, match="Not a directory"):
+        check_output(RunDir(str(made)))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"driver": "{host}/\u00b2/1"}, {"driver": "{host}/" + "9" * 5000 + "/1"}, {"driver": "{host}/-1/1"}, {"started": 1}, {"started": [1]},
+        {"attempt": "a\x00b"}, {"attempt": "a\ud800"}, {"attempt": "../../x"}, {"attempt": "x" * 400},
+    ],
+)  # fmt: skip
+def test_an_attempt_that_nobody_made_is_settled_or_passed_over(made: Path, change: dict[str, Any]) -> None:
+    row = {"attempt": "2", "entry": "alpha", "state": "running", "started": "2025-01-01T00:00:02.000"}
+    change = {k: v.replace("{host}", socket.gethostname()) if isinstance(v, str) else v for k, v in change.items()}
+    (made / "manifest" / "2.json").write_text(json.dumps(row | change))
+    (made / "manifest" / "3.json").write_text(json.dumps(row | {"attempt": "3", "started": "2999-01-01T00:00:00.000"}))
+    before = sorted(p for p in made.parent.rglob("*"))
+    look_at(made)
+    check_output(RunDir(str(made)))
+    assert sorted(p for p in made.parent.rglob("*")) == before
 
 
 def test_a_name_that_is_a_query_stays_a_name(made: Path, call: Callable[..., Any]) -> None:
