@@ -15,7 +15,7 @@ from typing import Any
 
 from capture.attempt import duration
 from capture.errors import ConfigError, StoreError, cannot_write
-from capture.layout import MARKER, RunDir
+from capture.layout import MARKER, RunDir, fitting
 from capture.schema import MANIFEST
 from capture.show import Show
 from cluster.collect_check import LOG, PAIR, contents, unfit_marker, wrong_files
@@ -193,11 +193,11 @@ class Collector:
         fields = [f.name for f in MANIFEST]
         for row in rows:
             attempt = row.get("attempt")
-            if not isinstance(attempt, str) or not PAIR.fullmatch(attempt):
+            if not all(isinstance(name, str) and PAIR.fullmatch(name) for name in (attempt, row.get("entry"))):
                 continue
             if row.get("state") == "complete" and not self.at_home(str(row.get("entry")), str(row.get("capture"))):
                 continue
-            ours = {name: row.get(name) for name in fields}
+            ours = fitting({name: row.get(name) for name in fields})
             if known.get(attempt) != ours:
                 self.home.write_manifest_row(ours)
 

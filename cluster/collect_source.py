@@ -108,7 +108,7 @@ class HeadSource:
             raise UnreachableError(f"no answer from the head at {link.target}: {_lines(done.stderr)[-1]}")
         try:
             return as_look(json.loads(line.removeprefix(PREFIX)))
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UnreachableError(f"the head at {link.target} answered what cannot be read: {error}") from error
 
     def fetch(self, base: str, names: Sequence[str], into: Path, tick: Tick) -> None:
@@ -132,12 +132,16 @@ class HeadSource:
 
 
 def as_look(found: dict[str, Any]) -> Look:
-    """What cluster/shelf.py said on the head."""
+    """What cluster/shelf.py said on the head. Raises ValueError, KeyError, TypeError, AttributeError where it is something else."""
     captures = [Found(c["pair"], c["capture"], c["marker"]) for c in found["captures"]]
     rows, sweeps = ([r for r in found[key] if isinstance(r, dict)] for key in ("rows", "sweeps"))
     names = [str(name) for name in found["logs"]]
+    others = {out: [[str(pair), str(capture)] for pair, capture in some] for out, some in found["others"].items()}
     unread = {str(k): str(v) for k, v in found["unread"].items()} if "unread" in found else {}
-    return Look(found["out"], sweeps, captures, rows, names, dict(found["others"]), unread, found["error"])
+    out, error = found["out"], found["error"]
+    if not isinstance(out, str | None) or not isinstance(error, str | None):
+        raise TypeError("'out' or 'error' is no text")
+    return Look(out, sweeps, captures, rows, names, others, unread, error)
 
 
 class StoreSource:
