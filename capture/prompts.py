@@ -173,6 +173,8 @@ def token_text(tokenizer: Any, token_id: int) -> str:
 def token_texts(tokenizer: Any, token_ids: Iterable[int]) -> dict[int, str]:
     """Each id decoded alone, as `token_text` does: thousands at once, since a call costs more than a word."""
     ids = sorted(set(token_ids))
+    if not ids:  # of no lists the library makes one text
+        return {}
     words = tokenizer.batch_decode([[i] for i in ids], skip_special_tokens=False, clean_up_tokenization_spaces=False)
     return dict(zip(ids, words, strict=True))
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from capture.config import Entry
 from capture.errors import CheckpointError, PromptError, UnsupportedModelError
-from capture.prompts import check_ids, load_tokenizer, tokenize, tracked_tokens
+from capture.prompts import check_ids, load_tokenizer, token_texts, tokenize, tracked_tokens
 from capture.variants import OPTIONS, VARIANTS, make_variant
 
 
@@ -40,6 +40,16 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
 
 def entry(*prompts: str, **fields: Any) -> Entry:
     return Entry(name="e", base_model="b", sft_model="s", tokenizer="t", prompts=prompts, **fields)
+
+
+# -- texts ------------------------------------------------------------------------------------------------------------
+
+
+def test_texts_of_ids_are_those_of_each_alone_and_of_none_there_are_none() -> None:
+    tokenizer = byte_tokenizer()
+    ids = [257, 97, 32, 200, 256, 97]
+    assert token_texts(tokenizer, ids) == {i: tokenizer.decode([i]) for i in ids}
+    assert token_texts(tokenizer, []) == {}
 
 
 # -- variants --------------------------------------------------------------------------------------------------------
