@@ -28,7 +28,7 @@ def work_through(entry: Entry, out: str, *, ranks: Ranks, **kwargs: Any) -> Any:
     folder = Path(out)
     todo = json.loads((folder / "jobs.json").read_text())
     paths_of = {job["name"]: tiny.PairPaths(*map(Path, job["paths"])) for job in todo["jobs"]}
-    group = join_group(replace(ranks, port=todo["walks_port"]), torch.device("cpu"), minutes=5)
+    group = join_group(replace(ranks, port=todo["walks_port"], listener=None), torch.device("cpu"), minutes=5)
     for job in todo["jobs"]:
         name = job["name"]
         pair = open_pair(paths_of[name], group=replace(group, whole_attention=job["whole"]))
@@ -39,5 +39,5 @@ def work_through(entry: Entry, out: str, *, ranks: Ranks, **kwargs: Any) -> Any:
     leave_group(group)
     for job in todo["jobs"]:
         one = entry_of(paths_of[job["name"]], replicate_attention=job["whole"])
-        capture_pair(one, str(folder / job["name"]), ranks=replace(ranks, port=job["port"]))
+        capture_pair(one, str(folder / job["name"]), ranks=replace(ranks, port=job["port"], listener=None))
     return Result(entry.name, "id", out, "complete", 0.1, 1, 1, "streamed", "cpu", "cpu", 1, 1)
