@@ -27,6 +27,7 @@ from capture.process import remove_leftovers, stage
 from capture.schema import BY_NAME, SCHEMA_VERSION, arrow_schema
 
 ROW_GROUP = 100_000
+ONCE = {"vocabulary": {"token_id": "DELTA_BINARY_PACKED", "token": "DELTA_LENGTH_BYTE_ARRAY"}}
 
 
 class CaptureWriter:
@@ -63,15 +64,16 @@ class CaptureWriter:
         self.files.append({"name": file, "table": name, "rows": rows, "bytes": size, "sha256": digest})
 
     def _options(self, name: str) -> dict[str, Any]:
-        """Numbers of no order, floats and the ids of lists, with their bytes apart; all else by dictionary: the smallest of what
-        tests/bench/bench_storage.py tries."""
+        """Numbers of no order, floats and the ids of lists, with their bytes apart; rising ids and their texts, each there once, by
+        differences and lengths; all else by dictionary: the smallest of what tests/bench/bench_storage.py tries."""
         leaf = {c: f"{c.name}.list.element" if c.type.startswith("list") else c.name for c in BY_NAME[name].all_columns}
         apart = {path for c, path in leaf.items() if "float32" in c.type or c.type.startswith("list")}
+        encoding = dict.fromkeys(sorted(apart), "BYTE_STREAM_SPLIT") | ONCE.get(name, {})
         return {
             "compression": "zstd",
             "compression_level": self.level,
-            "use_dictionary": [path for path in leaf.values() if path not in apart],
-            "column_encoding": dict.fromkeys(sorted(apart), "BYTE_STREAM_SPLIT"),
+            "use_dictionary": [path for path in leaf.values() if path not in encoding],
+            "column_encoding": encoding,
         }
 
     def finish(self, document: dict[str, Any]) -> None:

@@ -109,6 +109,30 @@ def encodings(table: Any) -> dict[str, tuple[Any, dict[str, Any]]]:
     return found
 
 
+def of_vocabulary(table: Any) -> dict[str, tuple[Any, dict[str, Any]]]:
+    """Ways to write ids that rise and their texts, each of which is there once."""
+
+    def options(ids: str, texts: str) -> dict[str, Any]:
+        ways = {"token_id": ids, "token": texts}
+        encoding = {column: way for column, way in ways.items() if way != "dictionary"}
+        dictionary = [c for c in table.schema.names if c not in encoding]
+        return {
+            "compression": "zstd",
+            "compression_level": 3,
+            "use_dictionary": dictionary,
+            "column_encoding": encoding,
+        }
+
+    return {
+        "as written: ids by differences, texts by lengths": (
+            table, options("DELTA_BINARY_PACKED", "DELTA_LENGTH_BYTE_ARRAY"),
+        ),
+        "vocabulary by dictionary": (table, options("dictionary", "dictionary")),
+        "vocabulary PLAIN": (table, options("PLAIN", "PLAIN")),
+        "ids by differences, texts by differences": (table, options("DELTA_BINARY_PACKED", "DELTA_BYTE_ARRAY")),
+    }  # fmt: skip
+
+
 def compare(directory: Path) -> dict[str, dict[str, tuple[int, float]]]:
     """Bytes and seconds of every encoding: table -> encoding -> (bytes, seconds)."""
     import pyarrow as pa
@@ -116,12 +140,12 @@ def compare(directory: Path) -> dict[str, dict[str, tuple[int, float]]]:
 
     found: dict[str, dict[str, tuple[int, float]]] = {}
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
-        for name in ("runs", "pairwise", *LISTS):
+        for name in ("runs", "pairwise", *LISTS, "vocabulary"):
             files = sorted([*directory.glob(f"{name}.parquet"), *directory.glob(f"{name}-*.parquet")])
             if not files:
                 continue
             table = pa.concat_tables([pq.read_table(f, partitioning=None) for f in files]).unify_dictionaries()
-            for how, (content, options) in encodings(table).items():
+            for how, (content, options) in (of_vocabulary if name == "vocabulary" else encodings)(table).items():
                 file = Path(folder) / "one.parquet"
                 began = time.perf_counter()
                 pq.write_table(content.combine_chunks(), file, row_group_size=200_000, **options)
@@ -154,7 +178,8 @@ def measure(bench: Bench, name: str, config: Path, pair: str) -> None:
         as_written = sum(next(iter(ways.values()))[0] for ways in compared.values())
         for how in ("zstd 1", "zstd 9", "zstd 19", "floats PLAIN", "floats dictionary", "ids PLAIN", "ids DELTA_BINARY_PACKED",
                     "ids dictionary", "lists by rising id, ids DELTA_BINARY_PACKED", "lists by rising id",
-                    "values in float16", "values rounded to float16, as topk_values: float16", "rows by position, then layer"):  # fmt: skip
+                    "values in float16", "values rounded to float16, as topk_values: float16", "rows by position, then layer",
+                    "vocabulary by dictionary"):  # fmt: skip
             total = sum(ways.get(how, next(iter(ways.values())))[0] for ways in compared.values())
             bench.add(f"{name}-{how}", f"{pair}, {how}", [total / as_written], over="as written")
 

@@ -180,6 +180,26 @@ def written_lists(out, values):
     return file.stat().st_size
 
 
+def test_ids_and_texts_that_are_there_once_are_written_without_a_dictionary(tmp_path):
+    rng = np.random.default_rng(0)
+    ids = np.flatnonzero(rng.random(40_000) < 0.4).astype(np.int32)
+    texts = [f"{i:x} é\u4f60"[rng.integers(4) :] for i in ids.tolist()]
+    n = len(ids)
+    writer = CaptureWriter(RunDir(str(tmp_path)), "p", "c")
+    writer.table(
+        "vocabulary",
+        [{"pair": category(np.zeros(n), ["p"]), "capture": category(np.zeros(n), ["c"]), "token_id": ids,
+          "token": np.array(texts, object)}],
+    )  # fmt: skip
+    writer.finish({})
+    file = next(tmp_path.rglob("vocabulary.parquet"))
+    encodings = {c.path_in_schema: c.encodings for c in _columns(file)}
+    assert "DELTA_BINARY_PACKED" in encodings["token_id"]
+    assert "DELTA_LENGTH_BYTE_ARRAY" in encodings["token"]
+    read = pq.read_table(file, partitioning=None)
+    assert (read["token_id"].to_pylist(), read["token"].to_pylist()) == (ids.tolist(), texts)
+
+
 def _columns(file):
     group = pq.ParquetFile(file).metadata.row_group(0)
     return [group.column(i) for i in range(group.num_columns)]
