@@ -77,9 +77,9 @@ def main() -> None:
     try:
         cli(prog_name="pairscope")
     except PairscopeError as error:
-        from capture.printable import escape
+        from capture.printable import escape, without_logins
 
-        text = escape(str(error), keep="\n\t")
+        text = escape(without_logins(str(error)), keep="\n\t")
         click.echo(f"pairscope: {type(error).__name__}: {text}", err=True)
         sys.exit(error.exit_code)
 

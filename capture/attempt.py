@@ -28,6 +28,7 @@ from capture.errors import (
 )
 from capture.layout import RunDir
 from capture.manifest import Attempt, settle_lost
+from capture.printable import without_logins
 from capture.process import temporary
 from capture.progress import Progress
 from capture.ranks import Ranks
@@ -142,7 +143,7 @@ def is_poison(error: BaseException) -> bool:
 
 def error_fields(error: BaseException) -> dict[str, str]:
     """The manifest's two columns for an error, in one line."""
-    return {"error_class": type(error).__name__, "error": " ".join(str(error).split())[:2000]}
+    return {"error_class": type(error).__name__, "error": without_logins(" ".join(str(error).split()))[:2000]}
 
 
 def failure(error: BaseException, **fields: Any) -> Outcome:

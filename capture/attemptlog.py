@@ -20,6 +20,7 @@ from capture.config import Entry
 from capture.errors import cannot_write
 from capture.layout import RunDir
 from capture.machine import gpu_lines
+from capture.printable import without_logins
 
 PROMPTS_SHOWN = 3
 OURS = ("capture", "cluster")
@@ -91,6 +92,20 @@ def attempt_log(run: RunDir, path: str, first_lines: str, *, own_process: bool) 
             local.unlink(missing_ok=True)
 
 
+class _Formatter(logging.Formatter):
+    """Tracebacks quote what libraries say, with the addresses that they asked."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return without_logins(super().format(record))
+
+
+def _plain(record: logging.LogRecord) -> logging.LogRecord:
+    """A record without logins, also for libraries that have handlers of their own."""
+    with contextlib.suppress(TypeError, ValueError):  # arguments that do not fit: a handler's to tell
+        record.msg, record.args = without_logins(record.getMessage()), None
+    return record
+
+
 class _Handler(logging.StreamHandler[TextIO]):
     """Writes records as long as there is room for them; a full disk is told by what cannot do without it."""
 
@@ -103,10 +118,12 @@ class _Handler(logging.StreamHandler[TextIO]):
 def _records_go_to(stream: TextIO) -> Iterator[None]:
     """Add a handler for the length of the block: our records from INFO up, everyone's from WARNING up, Python's warnings."""
     handler = _Handler(stream)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.setFormatter(_Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     handler.addFilter(_OursAndWarnings())
     # transformers stops its records from reaching the root logger, so it gets the handler as well
     loggers = [logging.getLogger(), logging.getLogger("transformers")]
+    made = logging.getLogRecordFactory()
+    logging.setLogRecordFactory(lambda *args, **more: _plain(made(*args, **more)))
     ours = {logger: logger.level for logger in map(logging.getLogger, OURS)}
     for logger in ours:
         logger.setLevel(logging.INFO)
@@ -117,6 +134,7 @@ def _records_go_to(stream: TextIO) -> Iterator[None]:
         yield
     finally:
         logging.captureWarnings(False)
+        logging.setLogRecordFactory(made)
         for logger in loggers:
             logger.removeHandler(handler)
         for logger, level in ours.items():

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from capture.errors import CheckpointError
+from capture.printable import without_logins
 from capture.ranges import RemoteFile
 from capture.weights import choose_weights
 
@@ -286,4 +287,4 @@ def hub_error(repo: str, revision: str | None, error: Exception) -> CheckpointEr
 
 def _one_line(error: Exception) -> str:
     text = re.sub(r"For more information check: \S+", "", str(error))  # what a status means in general
-    return f"{type(error).__name__}: {' '.join(text.split())[:300]}"
+    return f"{type(error).__name__}: {without_logins(' '.join(text.split()))[:300]}"

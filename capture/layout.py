@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from capture.errors import StoreError, cannot_read, cannot_write
+from capture.errors import ConfigError, StoreError, cannot_read, cannot_write
+from capture.printable import without_logins
 from capture.process import STAGE, remove_leftovers, temporary
 from capture.schema import MANIFEST, SCHEMA_VERSION
 
@@ -53,6 +54,11 @@ class RunDir:
         from pyarrow import fs
 
         self.out = str(out)
+        if "://" in self.out and without_logins(self.out) != self.out:
+            raise ConfigError(
+                f"the output '{without_logins(self.out)}' names a login, which whoever sees commands, notes and logs would see too: leave "
+                "it out, and set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or write ~/.aws/credentials"
+            )
         try:
             if self.out.partition("://")[0] in OPENERS:
                 self.fs, self.root = OPENERS[self.out.partition("://")[0]](self.out)

@@ -7,6 +7,14 @@ import re
 # what json.dumps leaves raw, and a terminal acts on or cannot be written as UTF-8: DEL, C1, halves of pairs
 _RAW_IN_JSON = re.compile("[\x7f-\x9f\ud800-\udfff]")
 
+# user:password@ in an address
+_LOGIN = re.compile(r"(?<=://)[^/\s'\"@]*:[^/\s'\"@]*@")
+
+
+def without_logins(text: str) -> str:
+    """The text with `***` for the login of every address in it, as HF_ENDPOINT may have one."""
+    return _LOGIN.sub("***@", text)
+
 
 def escape(text: str, keep: str = "") -> str:
     """Control characters, changes of direction and lone surrogates as backslash escapes; those in `keep` stay."""

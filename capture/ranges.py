@@ -22,6 +22,7 @@ import certifi
 import urllib3
 
 from capture.errors import CheckpointError
+from capture.printable import without_logins
 
 log = logging.getLogger(__name__)
 
@@ -257,4 +258,4 @@ def _retry_after(headers: Any) -> float | None:
 
 
 def _one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return f"{type(error).__name__}: {without_logins(' '.join(str(error).split()))[:200]}"

@@ -106,3 +106,22 @@ def test_a_disk_that_fills_up_in_the_middle_of_a_log_hides_nothing(
         raise KeyError
     assert stream.getvalue() == "first line\n"
     assert "Logging error" not in capsys.readouterr().err
+
+
+def test_addresses_lose_their_login_in_the_log_and_on_other_handlers(tmp_path: Path) -> None:
+    run, stream = RunDir(str(tmp_path)), io.StringIO()
+    own = logging.StreamHandler(stream)  # as a library has that tells the terminal by itself
+    library = logging.getLogger("a_library")
+    library.addHandler(own)
+    try:
+        with attempt_log(run, run.log_path("a", "1"), "", own_process=False):
+            logging.getLogger("a_library.http").warning("asked %s %d times", "http://me:planted@host:1/x?y=z", 2)
+            logging.getLogger("a_library.http").warning("a://b and mail@c:d@e")
+        logging.getLogger("a_library.http").warning("%s", "http://me:planted@host")
+    finally:
+        library.removeHandler(own)
+    said = (tmp_path / "logs/a/1.log").read_text()
+    assert "asked http://***@host:1/x?y=z 2 times" in said
+    assert "a://b and mail@c:d@e" in said
+    assert stream.getvalue().splitlines()[0] == "asked http://***@host:1/x?y=z 2 times"
+    assert "planted" in stream.getvalue().splitlines()[2], "afterwards all is as it was"

@@ -11,9 +11,12 @@ from pathlib import Path
 
 import pytest
 from fake_server import wait_for
+from local_hub import Fault, LocalHub
 from secrets_search import VARIABLES, Planted, modes
 
 from capture.config import load_config
+from capture.errors import ConfigError
+from capture.layout import RunDir
 from cluster.vast import keys
 from cluster.vast.container import environment, start_script
 
@@ -76,6 +79,37 @@ def test_no_secret_is_left_by_a_capture_whether_it_works_or_not(
     assert ("'state': 'complete'" in said) == works, said
     assert planted.found([tmp_path / "out"], {"what was printed": said}) == []
     assert seen == []
+
+
+def test_a_login_in_the_hub_s_address_is_shown_nowhere(planted: Planted, tmp_path: Path) -> None:
+    """As a mirror's may be; the client's errors quote the address."""
+    (tmp_path / "served" / "org" / "model").mkdir(parents=True)
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / "served" / "org" / "model" / name).write_text('{"model_type": "llama"}')
+    config = {"base_model": "org/model", "sft_model": "org/model", "prompts": ["a b"], "device": "cpu"}
+    (tmp_path / "c.yaml").write_text(json.dumps({"residual_compare": config}))
+    planted.add("endpoint", "planted-in-the-address")
+    with LocalHub(tmp_path / "served") as hub:
+        hub.faults = [Fault("status", where="hub", status=503, times=100)]
+        login = {
+            "HF_ENDPOINT": hub.url.replace("//", f"//me:{planted.environment['endpoint']}@"),
+            "HF_HUB_OFFLINE": "0",
+        }
+        done = subprocess.run(
+            [sys.executable, "-c", DRIVER.replace("DEBUG", "WARNING"), str(tmp_path / "c.yaml"), str(tmp_path / "out")], text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=os.environ | login | {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1"}, cwd=Path(__file__).parents[2], timeout=300,
+        )  # fmt: skip
+        assert hub.seen("hub")
+    assert "***@127.0.0.1" in done.stdout
+    assert "***@127.0.0.1" in next(tmp_path.glob("out/manifest/*.json")).read_text()
+    assert planted.found([tmp_path / "out"], {"what was printed": done.stdout}) == []
+
+
+def test_an_output_with_a_login_in_its_address_is_refused(planted: Planted) -> None:
+    secret = planted.environment["AWS_SECRET_ACCESS_KEY"]
+    with pytest.raises(ConfigError, match=r"'s3://\*\*\*@bucket/run\?region=x' names a login") as caught:
+        RunDir(f"s3://AKID:{secret}@bucket/run?region=x")
+    assert secret not in str(caught.value)
 
 
 def test_no_secret_is_shown_by_errors_and_texts_of_a_config(planted: Planted, tmp_path: Path) -> None:
