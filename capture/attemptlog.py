@@ -9,9 +9,9 @@ import json
 import logging
 import os
 import platform
+import shutil
 import socket
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
@@ -21,6 +21,7 @@ from capture.errors import cannot_write
 from capture.layout import RunDir
 from capture.machine import gpu_lines
 from capture.printable import without_logins
+from capture.process import folder
 
 PROMPTS_SHOWN = 3
 OURS = ("capture", "cluster")
@@ -68,9 +69,7 @@ def attempt_log(run: RunDir, path: str, first_lines: str, *, own_process: bool) 
         if run.is_local:
             local.parent.mkdir(parents=True, exist_ok=True)
         else:
-            handle, name = tempfile.mkstemp(suffix=".log")
-            os.close(handle)
-            local = Path(name)
+            local = folder() / "log"
         stream = local.open("a", encoding="utf-8", errors="replace", buffering=1)
     except OSError as error:
         raise cannot_write(f"'{local}'", error) from error
@@ -89,7 +88,7 @@ def attempt_log(run: RunDir, path: str, first_lines: str, *, own_process: bool) 
         if not run.is_local:
             with contextlib.suppress(Exception):
                 run.write_bytes(path, local.read_bytes())
-            local.unlink(missing_ok=True)
+            shutil.rmtree(local.parent, ignore_errors=True)
 
 
 class _Formatter(logging.Formatter):

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import socket
+import tempfile
 import time
 import uuid
 from pathlib import Path
@@ -70,6 +71,13 @@ def stage() -> str:
     """The same for a directory, as the beginning of its name."""
     pid = os.getpid()
     return f".tmp-{socket.gethostname()}-{pid}-{born(pid) or ''}-"
+
+
+def folder() -> Path:
+    """A new directory among the system's temporary files, for its owner alone; those that killed processes left there are
+    removed."""
+    remove_leftovers(Path(tempfile.gettempdir()))
+    return Path(tempfile.mkdtemp(prefix=stage()))
 
 
 def remove_leftovers(directory: Path) -> None:

@@ -9,13 +9,14 @@ capture.
 from __future__ import annotations
 
 import logging
-import tempfile
+import shutil
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from capture.errors import CheckpointError
+from capture.process import folder
 from capture.ranges import Ranges, RemoteFile
 from capture.weights import MAX_HEADER, places
 
@@ -36,7 +37,7 @@ class Source:
             RemoteFile, dict[str, tuple[int, int]]
         ] = {}  # key -> first byte, and the one behind the last
         self._snapshots: dict[RemoteFile, Path] = {}
-        self._folders: list[tempfile.TemporaryDirectory[str]] = []
+        self._folders: list[Path] = []
         self._fetcher: Any = None
         self._hasher: Any = None
         self.kept = 0  # files put into the hub's cache
@@ -52,9 +53,9 @@ class Source:
                 raise CheckpointError(f"'{repo}': {why}; set weights: download")
             log.info("%s: %s: its weights are downloaded first", repo, why)
             return None
-        folder = tempfile.TemporaryDirectory(prefix="pairscope-")
-        self._folders.append(folder)
-        path = Path(folder.name) / repo.replace("/", "--")
+        made = folder()
+        self._folders.append(made)
+        path = made / repo.replace("/", "--")
         path.mkdir()
         names = {file.name for file in missing}
         for one in snapshot.iterdir():
@@ -195,8 +196,8 @@ class Source:
                 self._hasher.close()
             for spool in self._fetcher.spools.values():
                 spool.pause()
-        for folder in self._folders:
-            folder.cleanup()
+        for made in self._folders:
+            shutil.rmtree(made, ignore_errors=True)
         self.files.clear()
 
 

@@ -6,11 +6,13 @@ are nine tenths of the bytes, and are written as soon as they pass a budget inst
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,14 +22,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from capture.errors import cannot_write
+from capture.errors import StoreError, cannot_write
 from capture.layout import MARKER, RunDir
 from capture.manifest import now
-from capture.process import remove_leftovers, stage
+from capture.process import folder, remove_leftovers, stage
 from capture.schema import BY_NAME, SCHEMA_VERSION, arrow_schema
 
 ROW_GROUP = 100_000
 ONCE = {"vocabulary": {"token_id": "DELTA_BINARY_PACKED", "token": "DELTA_LENGTH_BYTE_ARRAY"}}
+WAIT_S = 60.0  # for another writer of the same capture that puts its files in place
 
 
 class CaptureWriter:
@@ -46,7 +49,7 @@ class CaptureWriter:
                 remove_leftovers(Path(self.path))
                 self.stage = Path(tempfile.mkdtemp(prefix=stage(), dir=self.path))
             else:
-                self.stage = Path(tempfile.mkdtemp(prefix="pairscope-"))
+                self.stage = folder()
 
     def table(self, name: str, chunks: Iterable[dict[str, Any]], part: int | None = None) -> None:
         """Write one file of a table from chunks of columns (column name -> Arrow or numpy array), a row group each."""
@@ -76,16 +79,24 @@ class CaptureWriter:
             "column_encoding": encoding,
         }
 
-    def finish(self, document: dict[str, Any]) -> None:
+    def finish(self, document: dict[str, Any], *, keep: bool = False) -> None:
         """Move the tables in place, write capture.json, then the marker: from here on the capture exists.
+
+        keep: where another writer has finished the same capture meanwhile, cut into other files, its files stay and these go.
 
         capture.json holds times and so differs between two runs of the same work: it is not under the marker's checksums.
         """
         names = [f["name"] for f in self.files]
-        with storing(self.path):
+        with storing(self.path), self._alone():
             before = self.run.marker(self.path)
-            if before is not None and before["files"] != self.files:  # it must never vouch for the files of another
-                self.run.fs.delete_file(f"{self.path}/{MARKER}")
+            if before is not None and before["files"] != self.files:
+                if keep and self.run.damage(self.pair, self.capture) is None:
+                    self.discard()
+                    return
+                self.run.fs.delete_file(f"{self.path}/{MARKER}")  # it must never vouch for the files of another
+            for info in self.run.list_dir(self.path):  # parts of an earlier capture with the same id, cut elsewhere
+                if info.base_name.endswith(".parquet") and info.base_name not in names:
+                    self.run.fs.delete_file(info.path)
             for name in names:
                 self._move(name)
             self._json("capture.json", document)
@@ -95,12 +106,43 @@ class CaptureWriter:
                                 "finished": now(), "files": self.files})  # fmt: skip
             if self.run.is_local:
                 _sync_directory(self.path)
-            stale = [
-                i for i in self.run.list_dir(self.path) if i.base_name.endswith(".parquet") and i.base_name not in names
-            ]
-            for info in stale:  # parts of an earlier capture with the same id
-                self.run.fs.delete_file(info.path)
+            self._look_again()
         self.discard()
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """For the length of the block no other process of this machine puts files in place here: cut into other spans, they have
+        the same names and other bytes. One that holds this for longer than WAIT_S stands still; where a file system has no
+        locks, and in a store, `_look_again` tells."""
+        if not self.run.is_local:
+            yield
+            return
+        fd = os.open(self.path, os.O_RDONLY)
+        try:
+            until = time.monotonic() + WAIT_S
+            while time.monotonic() < until:
+                try:
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    time.sleep(0.05)
+                    continue
+                except OSError:
+                    pass
+                break
+            yield
+        finally:
+            os.close(fd)
+
+    def _look_again(self) -> None:
+        """Raise StoreError where another writer's files took the place of these and its marker has not taken that of ours."""
+        try:
+            whole = self.run.is_complete(self.pair, self.capture)
+        except StoreError:  # a store that does not say
+            return
+        if not whole:
+            raise StoreError(
+                f"'{self.path}': another run of the same capture, cut into other spans, put its files in place at the same moment; run again"
+            )
 
     def _move(self, name: str) -> None:
         if self.run.is_local:

@@ -112,7 +112,7 @@ class Work:
                 self._write(writer)
                 self.seconds["write"] += time.monotonic() - started
                 self.peaks.begin("write")
-                writer.finish(document(self, writer.files))
+                writer.finish(document(self, writer.files), keep=not self.force)
                 self.store.clear()
         finally:
             if writer is not None:

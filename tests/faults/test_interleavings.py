@@ -3,8 +3,10 @@ again, what is complete is whole, is never doubled, and is the same in the end."
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -42,6 +44,7 @@ class Writers:
             patch.setattr(owner, name, self._stepped(getattr(owner, name)))
         patch.setattr(os, "getpid", lambda real=os.getpid: getattr(self.local, "pid", None) or real())
         patch.setattr(process, "alive", lambda pid, when="": pid not in self.dead)
+        patch.setattr(time, "sleep", lambda seconds: self._step())  # a writer that waits for another
 
     def _stepped(self, inner: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -211,6 +214,44 @@ def test_any_interleaving_of_writers_crashes_and_reruns_gives_the_same_tables(
 def test_the_interleavings_were_tried(told: Any) -> None:
     assert len(seen) >= 60
     told("interleaved", sees="nothing", again="what was not committed")
+
+
+def cut_elsewhere(out: Path, parts: list[list[int]]) -> None:
+    """An attempt whose lists were committed behind other layers, as the clock has it: other files, the same rows."""
+    run = RunDir(str(out))
+    run.remove_leftovers()
+    if run.is_complete(PAIR, CAPTURE):
+        return
+    writer = CaptureWriter(run, PAIR, CAPTURE)
+    try:
+        for number, layers in enumerate(parts):
+            writer.table("runs", (rows(layer) for layer in layers), number)
+        writer.finish({"a": "document"}, keep=True)
+    finally:
+        writer.discard()
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@given(
+    order=st.lists(st.integers(0, 1), min_size=20, max_size=60),
+    deaths=st.lists(st.tuples(st.none() | st.integers(0, 20), st.none() | st.integers(0, 20)), min_size=1, max_size=3),
+)
+def test_two_whose_spans_are_cut_elsewhere_do_not_mix_their_files(
+    order: list[int], deaths: list[tuple[int | None, int | None]], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    out, one = tmp_path_factory.mktemp("out"), tmp_path_factory.mktemp("one")
+    cut_elsewhere(one, [[0, 1, 2]])
+    with pytest.MonkeyPatch.context() as patch:
+        writers, moves = Writers(patch), _endless(order)
+        cuts = itertools.cycle([[[0, 1, 2]], [[0], [1], [2]]])
+        for both in deaths:
+            writers.run(lambda: cut_elsewhere(out, next(cuts)), moves, list(both))
+            assert invariants.wrong(out, settled=False) == []
+            assert None not in both or RunDir(str(out)).is_complete(PAIR, CAPTURE)
+        for _ in range(2):
+            writers.run(lambda: cut_elsewhere(out, next(cuts)), moves, [None])
+    whole = Path(RunDir(str(one)).capture_path(PAIR, CAPTURE))
+    assert invariants.wrong(out, as_undisturbed={PAIR: whole}) == []
 
 
 def _endless(order: list[int]) -> Iterator[int]:

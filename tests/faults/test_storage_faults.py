@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ import runner
 from inject import FOREVER, Fault
 
 from capture.layout import RunDir
-from capture.process import me, stage, temporary
+from capture.process import folder, me, stage, temporary
 
 
 def last_row(out: Path) -> dict[str, Any]:
@@ -256,3 +257,37 @@ def test_what_dead_writers_left_is_removed_and_what_live_ones_write_is_not(tmp_p
     run.remove_leftovers()
     assert sorted(p.name for p in capture.iterdir()) == sorted(p.name for p in (live, untold, elsewhere, kept))
     zombie.wait()
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from pyarrow import fs
+from capture.attemptlog import attempt_log
+from capture.layout import RunDir
+from capture.process import folder
+from capture.store import CaptureWriter
+run = RunDir(sys.argv[1])
+run.fs, run.root = fs.SubTreeFileSystem(sys.argv[1], fs.LocalFileSystem()), "bucket"
+with attempt_log(run, run.log_path("a", "1"), "first line", own_process=False):
+    CaptureWriter(run, "a", "b").stage.joinpath("runs.parquet").write_bytes(b"x")
+    folder()  # as for models that are read from the hub
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_what_a_killed_writer_into_a_store_left_among_temporary_files_is_removed_by_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place, other = tmp_path / "tmp", tmp_path / "tmp" / "pairscope-of-somebody"
+    other.mkdir(parents=True)
+    environment = os.environ | {"TMPDIR": str(place), "PYTHONPATH": str(Path(__file__).parents[2])}
+    dead = subprocess.run(
+        [sys.executable, "-c", KILLED, str(tmp_path)], env=environment, capture_output=True, text=True
+    )
+    assert dead.returncode == -9, dead.stderr
+    assert len(list(place.iterdir())) == 1 + 3
+    monkeypatch.setattr(tempfile, "tempdir", str(place))
+    mine = folder()
+    assert sorted(place.iterdir()) == sorted([mine, other])
+    assert mine.stat().st_mode & 0o777 == 0o700
