@@ -11,7 +11,7 @@ import time
 import types
 from collections.abc import Sequence
 from dataclasses import dataclass
-from multiprocessing import forkserver
+from multiprocessing import connection, forkserver
 from pathlib import Path
 from typing import Any
 
@@ -62,18 +62,28 @@ def start(entry: Any, out: Path | str, *faults: inject.Fault, force: bool = Fals
     return process
 
 
+def ended(process: Any, within: float) -> int | None:
+    """The exit code of a process once it has ended; None where it has not within so many seconds.
+
+    Whoever starts a process reads the codes of all that have ended, and of two threads that read one at once the later finds
+    nothing and takes it for 255: so one thread at a time.
+    """
+    connection.wait([process.sentinel], within)
+    with STARTING:
+        return process.exitcode
+
+
 def run(
     entry: Any, out: Path | str, *faults: inject.Fault, force: bool = False, said: Path, within: float = 300
 ) -> Ended:
     """An attempt from its start to its end; it is killed, and an error here, where it does not end."""
     began = time.monotonic()
     process = start(entry, out, *faults, force=force, said=said)
-    process.join(within)
-    if process.exitcode is None:
+    code = ended(process, within)
+    if code is None:
         process.kill()
-        process.join()
         raise AssertionError(f"an attempt hung for {within} s: {[str(f) for f in faults]}\n{said.read_text()}")
-    return Ended(process.exitcode, said.read_text() if said.exists() else "", time.monotonic() - began)
+    return Ended(code, said.read_text() if said.exists() else "", time.monotonic() - began)
 
 
 def _capture(entry: str, out: str, faults: Sequence[inject.Fault], force: bool, said: str) -> None:

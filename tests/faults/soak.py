@@ -168,18 +168,16 @@ class Soak:
         began = time.monotonic()
         process = runner.start(entry, out, *faults, force=force, said=said)
         self._count("attempts", *(f"{f.do} at {f.at}" if f.do != "clock" else "clock" for f in faults))
-        if sign is not None:
-            process.join(after)
-            if process.exitcode is None:
-                self._count(None, sign)
-                self._send(process.pid, sign)
-        process.join(WITHIN)
-        if process.exitcode is None:
+        if sign is not None and runner.ended(process, after) is None:
+            self._count(None, sign)
+            self._send(process.pid, sign)
+        code = runner.ended(process, WITHIN)
+        if code is None:
             process.kill()
             raise AssertionError(f"{entry.name} hung for {WITHIN} s with {[str(f) for f in faults]} {sign}")
         with self.lock:
             self.counted["seconds of attempts"] += round(time.monotonic() - began)
-        return process.exitcode, said.read_text()
+        return code, said.read_text()
 
     def _send(self, pid: int, sign: str) -> None:
         with contextlib.suppress(ProcessLookupError):
