@@ -21,7 +21,7 @@ from capture.entries import BLOCK, Config, Entry
 from capture.errors import ConfigError
 from capture.fields import masked, near
 from capture.passes import FOUR_PASSES, Comparison, MultiPass, Owner, Pass
-from capture.settings import Batching, Lens, LocalRun, Output, Settings, SweepEntry
+from capture.settings import NAME_LENGTH, Batching, Lens, LocalRun, Output, Settings, SweepEntry
 
 __all__ = [
     "ENV_OVERRIDES", "FOUR_PASSES", "Batching", "Comparison", "Config", "Entry", "Lens", "LocalRun", "MultiPass", "Output",
@@ -215,6 +215,7 @@ _EXPECTED = {
     "dict_type": "keys and values",
     "model_type": "keys and values",
     "string_too_short": "text that is not empty",
+    "string_too_long": f"at most {NAME_LENGTH} characters",
     "invalid-json-value": "text, a number, true, false, null, a list, or keys and values (a date in quotes)",
 }
 

@@ -18,6 +18,7 @@ from capture.fields import Frozen, masked, near
 from capture.passes import FOUR_PASSES, Comparison, MultiPass, Pass, single_comparisons
 from capture.quantize import check_asked
 from capture.settings import (
+    NAME_LENGTH,
     AllowedPair,
     Batching,
     Layers,
@@ -115,7 +116,12 @@ class Config:
             raise ConfigError(
                 f"{self.path}: {BLOCK} names no pair; set base_model and sft_model, or list pairs in model_sweep"
             )
-        return f"{_slug(base)}_to_{_slug(sft)}"
+        name = f"{_slug(base)}_to_{_slug(sft)}"
+        if len(name) > NAME_LENGTH:
+            raise ConfigError(
+                f"{self.path}: '{name}' is too long for an entry's name; list the pair in model_sweep, with a name"
+            )
+        return name
 
     def entries(self) -> tuple[Entry, ...]:
         """All entries of the sweep, resolved. Raises ConfigError with every entry's error, one a line."""

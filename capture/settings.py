@@ -13,6 +13,7 @@ from capture.fields import Device, Dtype, Frozen, Int, Kwargs, ModelKwargs, Numb
 from capture.passes import EmbeddingVariant, MultiPass
 from capture.variants import OPTIONS, VARIANTS, option_error
 
+NAME_LENGTH = 128  # a file is called by an entry, a time, a process and a host, and may have 255 characters
 Weights = Literal["stream", "cache", "download"]
 Mode = Literal["auto", "resident", "one-at-a-time", "streamed", "streamed-2", "sub-layer"]
 
@@ -141,6 +142,7 @@ class SweepEntry(Frozen):
 
     name: str = Field(
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$",
+        max_length=NAME_LENGTH,
         description="name of the entry, part of paths: letters, digits, dot, underscore, plus and hyphen",
     )
     base_model: Text = Field(description="hub id or directory of the base checkpoint")

@@ -13,6 +13,7 @@ import torch
 
 from capture.collector import Collector
 from capture.entries import Entry
+from capture.errors import StoreError
 from capture.group import Group
 from capture.ledger import Ledger
 from capture.lockstep import Pair, Split, State
@@ -71,10 +72,18 @@ class SpanWalk:
         before = received(sent, self.relay.fetch)
         self.earlier = [one.handover.worker for one in sent]
         self.spans = [*before, *mine]
-        for span in self.spans if self.group.rank == 0 and self.relay.is_last else mine:
-            self.collector.restore(span.first, span.last, span.columns())
+        try:
+            for span in self.spans if self.group.rank == 0 and self.relay.is_last else mine:
+                self.collector.restore(span.first, span.last, span.columns())
+            if mine:
+                self._go_on_from(mine[-1].meta, self.store.states(mine[-1], device))
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+            if not mine:
+                raise
+            raise StoreError(
+                f"'{self.store.path}' holds spans that cannot be gone on from, of another version or of somebody else; capture with --force"
+            ) from error
         if mine:
-            self._go_on_from(mine[-1].meta, self.store.states(mine[-1], device))
             log.info("going on at layer %d: an earlier attempt committed the layers before", start)
         elif sent:
             self._go_on_from(sent[-1].handover.meta, self._states(sent, device))

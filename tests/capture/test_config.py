@@ -160,6 +160,15 @@ def test_two_entries_of_one_name_are_an_error(tmp_path: Path) -> None:
     assert "two entries named 'a'" in message(tmp_path, f"model_sweep: [{pair}, {pair}]")
 
 
+def test_a_name_too_long_for_a_file_s_is_an_error(tmp_path: Path) -> None:
+    name, model = "n" * 129, "m" * 90
+    said = message(tmp_path, f"model_sweep: [{{name: {name}, base_model: x, sft_model: y}}]")
+    assert "model_sweep[0].name: got 'nnn" in said
+    assert said.endswith("expected at most 128 characters")
+    with pytest.raises(ConfigError, match="list the pair in model_sweep, with a name"):
+        load(tmp_path, f"base_model: org/{model}\nsft_model: org/{model}\nprompts: [x]").entries()
+
+
 def test_null_means_the_default(tmp_path: Path) -> None:
     block = "base_model: a\nsft_model: b\nprompts: [x]\ndtype: null\ntop_k: null\nlens: {norm: null}\nmodel_sweep: null"
     entry = load(tmp_path, block).entry("a_to_b")

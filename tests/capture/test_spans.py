@@ -8,9 +8,11 @@ from pathlib import Path
 
 import agree
 import pytest
+import torch
 from test_capture import entry_of
 
 from capture import work
+from capture.errors import StoreError
 from capture.layout import RunDir
 from capture.run import capture_pair, resolve
 from capture.settings import Spans
@@ -112,3 +114,14 @@ def test_force_begins_anew(pairs, tmp_path, monkeypatch):
 def test_short_walks_commit_nothing(pairs, tmp_path):
     capture_pair(entry_of(pairs("llama")), str(tmp_path))
     assert document(tmp_path)["spans"] == []
+
+
+def test_spans_that_say_something_else_are_an_error_with_a_way_out(pairs, tmp_path):
+    entry = entry_of(pairs("llama"), spans=CUT)
+    run = RunDir(str(tmp_path))
+    store = SpanStore(run, run.capture_path("tiny", resolve(entry).capture))
+    for meta in ({}, {"found": 5}, []):  # of another version, say
+        store.commit(-1, 0, {}, meta, [[torch.zeros(1, 1, 1)]])
+        with pytest.raises(StoreError, match=r"cannot be gone on from.*--force"):
+            capture_pair(entry, str(tmp_path))
+    assert capture_pair(entry, str(tmp_path), force=True).state == "complete"
