@@ -14,6 +14,7 @@ import yaml
 from click.testing import CliRunner, Result
 
 import capture.run
+import pairscope
 from capture.cli import capture as capture_verb
 from capture.cli import doctor
 from capture.errors import CheckpointError, ConfigError, StoreError
@@ -123,6 +124,18 @@ def test_a_second_ctrl_c_ends_work_that_does_not_listen(tmp_path: Path, engine: 
 
     engine(stubborn)
     assert call(write_config(tmp_path, "a"), "--out", tmp_path / "out").exit_code == 130
+
+
+@pytest.mark.parametrize("before", ["capture.config.load_config", "analysis.run.open_run_dir"])
+def test_a_ctrl_c_before_the_work_or_while_something_is_asked_is_told_by_the_exit_code(
+    before: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(before, stopped)
+    asked = CliRunner().invoke(pairscope.cli, ["capture", "c.yaml"] if "config" in before else ["status", "out"])
+    assert (asked.exit_code, asked.output) == (130, "pairscope: stopped\n")
 
 
 def test_pair_chooses_among_several_and_is_asked_for(tmp_path: Path, engine: Any) -> None:
