@@ -28,6 +28,7 @@ MOST_KEYS = 5  # a page of a listing; S3 has 1000
 ERRORS = {
     403: "AccessDenied",
     404: "NoSuchKey",
+    429: "SlowDown",
     500: "InternalError",
     503: "SlowDown",
 }

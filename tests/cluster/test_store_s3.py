@@ -105,7 +105,9 @@ def test_a_store_that_says_busy_or_breaks_the_line_is_asked_again(far: Far, home
     store.fault(r"PUT .*prompts", 503, times=2)
     store.fault(r"POST .*_COMPLETE\?uploads", 500, times=1)
     store.fault(r"POST .*manifest", "drop", times=1)
+    store.fault(r"POST .*capture\.json\?uploads", 429, times=1)
     far.capture("one")
+    assert not [f for f in store.faults if f.times > 0], "all of them came to pass"
     check_store(store, far.run)
     store.fault(r"GET .*list-type", 503, times=2)
     store.fault(r"GET .*prompts", "drop", times=1)

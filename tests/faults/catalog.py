@@ -102,7 +102,7 @@ FAULTS: dict[str, Known] = {
     "span-flipped": Known("storage", "bit-flipped span found on resume", "one bit in the middle of the file"),
     "forced-over": Known("storage", "--force killed while it replaces a complete capture", INJECTED),
     "store-5xx": Known(
-        "storage", "object store says busy (5xx, 429), or breaks the line", "a local store that errs on order",
+        "storage", "object store says busy (5xx, 429 with SlowDown), is silent, or breaks the line", "a local store that errs on order",
         (f"{STORE}::test_a_store_that_says_busy_or_breaks_the_line_is_asked_again",),
         "nothing: the store is asked again", "what was refused",
     ),
