@@ -26,6 +26,9 @@ GIB = 1 << 30
 SMALL_FILES = (".json", ".txt", ".model", ".tiktoken", ".jinja")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
+# what the hub's library runs into where an answer is something else than it expects
+NOT_UNDERSTOOD = (ValueError, TypeError, LookupError, AttributeError, AssertionError, RecursionError)
+
 Read = Callable[[str], bytes]
 Want = Callable[[Mapping[str, int], Read], list[str]]
 
@@ -91,6 +94,8 @@ def download_bytes(repo: str, revision: str | None, *, allow_pickle: bool, token
         if isinstance(error, OSError | HTTPError) and not isinstance(error, HfHubHTTPError):
             return 0
         raise hub_error(repo, revision, error) from error
+    except NOT_UNDERSTOOD as error:
+        raise _no_hub(repo, error) from error
     return sum(sizes[n] for n in _missing(repo, info.sha, sizes))
 
 
@@ -161,6 +166,8 @@ def _snapshot(
         return path
     except (OSError, HTTPError, EntryNotFoundError, HFValidationError) as error:
         raise hub_error(repo, revision, error) from error
+    except NOT_UNDERSTOOD as error:
+        raise _no_hub(repo, error) from error
 
 
 def _info(repo: str, revision: str | None, token: str | bool | None) -> Any:
@@ -283,6 +290,15 @@ def hub_error(repo: str, revision: str | None, error: Exception) -> CheckpointEr
     else:
         text = f"downloading '{repo}' failed: {_one_line(error)}; run again, files that are whole are not fetched again"
     return CheckpointError(text)
+
+
+def _no_hub(repo: str, error: Exception) -> CheckpointError:
+    from huggingface_hub import constants
+
+    return CheckpointError(
+        f"{without_logins(constants.ENDPOINT)} answers for '{repo}' what no hub says ({_one_line(error)}): log in to the network that "
+        "stands between, or mend HF_ENDPOINT"
+    )
 
 
 def _one_line(error: Exception) -> str:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import threading
 from collections import namedtuple
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -217,3 +219,33 @@ def test_odd_headers_of_weights_are_one_line(repo: Path, header: bytes) -> None:
         with pytest.raises(CheckpointError) as caught:
             resolve_model(str(repo))
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("answer", [b"<html>log in to our network</html>", b"{", b"{}", b"[]", b"null", b"[" * 100_000,
+                                    b'{"id": "org/model", "sha": "a", "siblings": [5]}'])  # fmt: skip
+def test_what_is_no_hub_is_said_to_be_none(
+    answer: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hub: LocalHub
+) -> None:
+    class Portal(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(answer)))
+            self.end_headers()
+            self.wfile.write(answer)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Portal) as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://me:planted@127.0.0.1:{server.server_address[1]}")
+        for ask in (refused, lambda: refused_by(ours.download_bytes)):
+            assert (said := ask()).startswith("http://***@127.0.0.1")
+            assert "answers for 'org/model' what no hub says" in said
+        server.shutdown()
+
+
+def refused_by(ask: Any) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        ask("org/model", None, allow_pickle=False, token=None)
+    return str(caught.value)
