@@ -7,8 +7,8 @@ import re
 # what json.dumps leaves raw, and a terminal acts on or cannot be written as UTF-8: DEL, C1, halves of pairs
 _RAW_IN_JSON = re.compile("[\x7f-\x9f\ud800-\udfff]")
 
-# user:password@ in an address
-_LOGIN = re.compile(r"(?<=://)[^/\s'\"@]*:[^/\s'\"@]*@")
+# user:password@ or token@ in an address; a password may have an @ in it
+_LOGIN = re.compile(r"(?<=://)[^/\s'\"]*@")
 
 
 def without_logins(text: str) -> str:

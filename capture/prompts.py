@@ -99,11 +99,8 @@ def tokenize(entry: Entry, tokenizer: Any) -> Prompts:
             text = make_variant(prompt, variant, entry.prompt_variant_options)
             try:
                 ids = tuple(tokenizer(text, add_special_tokens=entry.add_special_tokens)["input_ids"])
-            except (
-                TypeError,
-                ValueError,
-                LookupError,
-            ) as error:  # of what its files say; a text itself is never refused
+            except (TypeError, ValueError, LookupError) as error:
+                # of what its files say; a text itself is never refused
                 raise CheckpointError(
                     f"the tokenizer '{entry.tokenizer}' does not work ({' '.join(str(error).split())[:300]}); fetch it again"
                 ) from error

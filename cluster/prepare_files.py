@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,7 +39,7 @@ def download(entry: Entry) -> None:
     for repo, revision in hub_models(entry):
         model_snapshot(
             repo, revision, download=True, allow_pickle=entry.allow_pickle, token=entry.model_kwargs.get("token"),
-            check_config=lambda config, repo=repo: check_config(config, repo, remote),  # type: ignore[misc]
+            check_config=partial(check_config, model=repo, trust_remote_code=remote),
         )  # fmt: skip
     _tokenizer(entry)
 
@@ -53,7 +54,7 @@ def without_weights(entry: Entry) -> list[tuple[RemoteFile, Path]]:
     for repo, revision in hub_models(entry):
         folder, files = model_without_weights(
             repo, revision, allow_pickle=entry.allow_pickle, token=entry.model_kwargs.get("token"),
-            check_config=lambda config, repo=repo: check_config(config, repo, remote),  # type: ignore[misc]
+            check_config=partial(check_config, model=repo, trust_remote_code=remote),
         )  # fmt: skip
         missing += [(file, folder) for file in files]
     _tokenizer(entry)

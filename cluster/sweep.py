@@ -123,9 +123,8 @@ def plan(
             on_hub = not all(os.path.isdir(m) for m in (entry.base_model, entry.sft_model, entry.tokenizer))
             # what is not in this machine's cache is downloaded, and judged, by the worker
             return Item(name, entry) if on_hub and isinstance(error, CheckpointError) else error
-        except (
-            Exception
-        ):  # a bug, and no reason to end the others: the worker meets it as well, with a log to write it in
+        except Exception:
+            # a bug, and no reason to end the others: the worker meets it as well, with a log to write it in
             return Item(name, entry)
         item = Item(name, entry, resolved.capture, resolved.weight_bytes)
         if not force and run.marker(run.capture_path(name, resolved.capture)) is not None:

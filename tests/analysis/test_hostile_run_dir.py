@@ -15,6 +15,7 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+from odd import changed
 from pyarrow import parquet
 from synthetic import ALPHA, alpha, beta, write_attempt, write_capture
 
@@ -75,26 +76,13 @@ def look_at(out: Path) -> None:
         manifest_table(run)
 
 
-def changed(rng: random.Random, value: Any) -> Any:
-    """The same JSON with one place in it made odd, or taken out."""
-    if isinstance(value, dict) and value and rng.random() < 0.85:
-        key = rng.choice(sorted(value))
-        if rng.random() < 0.1:
-            return {k: v for k, v in value.items() if k != key}
-        return value | {key: changed(rng, value[key])}
-    if isinstance(value, list) and value and rng.random() < 0.85:
-        at = rng.randrange(len(value))
-        return [*value[:at], changed(rng, value[at]), *value[at + 1 :]]
-    return rng.choice(ODD)
-
-
 @pytest.mark.parametrize("file", ["_COMPLETE", "capture.json", "manifest"])
 def test_odd_values_in_any_file_of_json(made: Path, call: Callable[..., Any], file: str) -> None:
     path = next((made / "manifest").glob("*.json")) if file == "manifest" else capture_dir(made) / file
     content = json.loads(path.read_text())
     rng = random.Random(file)
     for _ in range(60):
-        path.write_text(json.dumps(changed(rng, content)))
+        path.write_text(json.dumps(changed(rng, content, ODD)))
         look_at(made)
     ask(call, made, tuple(rng.sample(VERBS, 3)))
 

@@ -13,6 +13,7 @@ from pyarrow import fs
 from capture.attemptlog import append_log, attempt_log
 from capture.errors import StoreError
 from capture.layout import RunDir
+from capture.printable import without_logins
 
 
 @pytest.fixture
@@ -125,3 +126,9 @@ def test_addresses_lose_their_login_in_the_log_and_on_other_handlers(tmp_path: P
     assert "a://b and mail@c:d@e" in said
     assert stream.getvalue().splitlines()[0] == "asked http://***@host:1/x?y=z 2 times"
     assert "planted" in stream.getvalue().splitlines()[2], "afterwards all is as it was"
+
+
+@pytest.mark.parametrize("login", ["me:planted", "planted", ":planted", "me:pl@nted", "me:"])
+def test_a_login_is_taken_out_whatever_its_kind(login: str) -> None:
+    text = f"asked 'https://{login}@host/a@b' and s3://bucket/x@host"
+    assert without_logins(text) == "asked 'https://***@host/a@b' and s3://bucket/x@host"

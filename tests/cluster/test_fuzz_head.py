@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from odd import changed
 
 from capture.errors import PairscopeError
 from capture.layout import RunDir
@@ -33,19 +34,6 @@ ODD: tuple[Any, ...] = (
 )  # fmt: skip
 
 
-def changed(rng: random.Random, value: Any) -> Any:
-    """The same with one place in it made odd, or taken out."""
-    if isinstance(value, dict) and value and rng.random() < 0.85:
-        key = rng.choice(sorted(value))
-        if rng.random() < 0.1:
-            return {k: v for k, v in value.items() if k != key}
-        return value | {key: changed(rng, value[key])}
-    if isinstance(value, list) and value and rng.random() < 0.85:
-        at = rng.randrange(len(value))
-        return [*value[:at], changed(rng, value[at]), *value[at + 1 :]]
-    return rng.choice(ODD)
-
-
 class Sending:
     """A source whose look is as given, and which sends three bytes for every file."""
 
@@ -67,7 +55,7 @@ def test_odd_values_anywhere_in_an_answer(tmp_path: Path) -> None:
     for i in range(300):
         home = RunDir(str(tmp_path / str(i) / "home"))
         try:
-            look = as_look(json.loads(json.dumps(changed(rng, WHOLE))))
+            look = as_look(json.loads(json.dumps(changed(rng, WHOLE, ODD))))
         except (ValueError, KeyError, TypeError, AttributeError):
             continue  # which HeadSource.look tells
         try:
