@@ -240,9 +240,10 @@ class RunDir:
         for pair in self.directories(f"{self.root}/captures"):
             for info in self.directories(pair.path):
                 spans = self.list_dir(f"{info.path}/{SPANS}")
-                if not spans or self.marker(info.path) is None:
+                there = os.path.isdir(f"{info.path}/{SPANS}") if self.is_local else bool(spans)
+                if not there or self.marker(info.path) is None:
                     continue
-                quiet = all(time.time() - (i.mtime_ns or 0) / 1e9 > AN_HOUR_S for i in spans)
+                quiet = bool(spans) and all(time.time() - (i.mtime_ns or 0) / 1e9 > AN_HOUR_S for i in spans)
                 if quiet or (self.is_local and not any(STAGE.search(n) for n in os.listdir(info.path))):
                     with contextlib.suppress(OSError):
                         self.fs.delete_dir(f"{info.path}/{SPANS}")

@@ -201,6 +201,7 @@ def _capture(
         # another writer of the same capture may have been faster, and have cleared away what both had committed
         if not run.is_complete(entry.name, resolved.capture) or run.marker(path) == before:
             raise
+        work.store.clear()  # of what this one committed since
         log.info("completed by another process meanwhile: %s", path)
         return replace(skipped, seconds=time.monotonic() - began)
     return CaptureResult(

@@ -145,8 +145,10 @@ class SpanStore:
 
     def clear(self) -> None:
         """Forget all spans: the capture is complete, or is to be made anew."""
-        if self.run.list_dir(self.path):
-            with contextlib.suppress(OSError):  # another writer of the same capture put something there: it clears away
+        if self.run.is_local or self.run.list_dir(self.path):
+            with contextlib.suppress(
+                OSError
+            ):  # none there; or another writer of the same capture puts something there, and clears
                 self.run.fs.delete_dir(self.path)
 
 

@@ -1,6 +1,7 @@
 """Spans: what is committed is not computed again, and a walk that was cut or killed gives the same numbers."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -125,3 +126,37 @@ def test_spans_that_say_something_else_are_an_error_with_a_way_out(pairs, tmp_pa
         with pytest.raises(StoreError, match=r"cannot be gone on from.*--force"):
             capture_pair(entry, str(tmp_path))
     assert capture_pair(entry, str(tmp_path), force=True).state == "complete"
+
+
+def test_who_loses_a_race_for_a_capture_leaves_no_spans_behind(pairs, tmp_path, monkeypatch):
+    """The winner clears away what both have committed; the loser commits once more, and finds the rest gone."""
+    entry = entry_of(pairs("llama"), spans=CUT)
+    capture_pair(entry, str(tmp_path / "winner"))
+    (won,) = (tmp_path / "winner").glob("captures/*/*")
+    commit = work.SpanWalk.commit
+
+    def won_meanwhile(self, state):
+        commit(self, state)
+        if state.layer == 1:
+            mine = Path(self.store.path).parent
+            shutil.rmtree(self.store.path)
+            shutil.copytree(won, mine, dirs_exist_ok=True)
+
+    monkeypatch.setattr(work.SpanWalk, "commit", won_meanwhile)
+    assert capture_pair(entry, str(tmp_path / "out")).state == "skipped"
+    assert not list((tmp_path / "out").rglob("spans"))
+
+
+@pytest.mark.parametrize("spans", [(), ("span--1-0.safetensors",)])
+def test_spans_of_a_complete_capture_are_cleared_away_be_they_files_or_an_empty_directory(spans, pairs, tmp_path):
+    result = capture_pair(entry_of(pairs("llama")), str(tmp_path))
+    left = Path(result.path) / "spans"
+    left.mkdir()
+    for name in spans:
+        (left / name).write_bytes(b"x")
+    run = RunDir(str(tmp_path))
+    run.remove_leftovers()
+    assert not left.exists()
+    left.mkdir()
+    SpanStore(run, result.path).clear()
+    assert not left.exists()
