@@ -14,6 +14,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,9 @@ class CaptureWriter:
     def __init__(self, run: RunDir, pair: str, capture: str, *, compression_level: int = 3) -> None:
         self.run, self.pair, self.capture, self.level = run, pair, capture, compression_level
         self.path = run.capture_path(pair, capture)
-        self.files: list[dict[str, Any]] = []
+        self._written: list[tuple[dict[str, Any], Future[tuple[str, int]]]] = []
+        # Writing a file out and reading it once more overlap the making of the next.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="sync")
         with storing(self.path):
             if run.is_local:
                 run.fs.create_dir(self.path, recursive=True)
@@ -57,14 +60,23 @@ class CaptureWriter:
         file = f"{name}.parquet" if part is None else f"{name}-{part:05d}.parquet"
         target = self.stage / file
         rows = 0
-        with storing(f"{self.path}/{file}"):
-            with pq.ParquetWriter(target, schema, **self._options(name)) as writer:
-                for columns in chunks:
-                    arrays = [_array(columns[f.name], f) for f in schema]
-                    rows += len(arrays[0])
-                    writer.write_table(pa.Table.from_arrays(arrays, schema=schema), row_group_size=2 * ROW_GROUP)
-            digest, size = _sync_and_hash(target)
-        self.files.append({"name": file, "table": name, "rows": rows, "bytes": size, "sha256": digest})
+        with storing(f"{self.path}/{file}"), pq.ParquetWriter(target, schema, **self._options(name)) as writer:
+            for columns in chunks:
+                arrays = [_array(columns[f.name], f) for f in schema]
+                rows += len(arrays[0])
+                writer.write_table(pa.Table.from_arrays(arrays, schema=schema), row_group_size=2 * ROW_GROUP)
+        entry = {"name": file, "table": name, "rows": rows}
+        self._written.append((entry, self._thread.submit(_sync_and_hash, target)))
+
+    @property
+    def files(self) -> list[dict[str, Any]]:
+        """All files as the marker lists them, once they are on the disk. Raises StoreError for one that could not be put there."""
+        found = []
+        for entry, synced in self._written:
+            with storing(f"{self.path}/{entry['name']}"):
+                digest, size = synced.result()
+            found.append(entry | {"bytes": size, "sha256": digest})
+        return found
 
     def _options(self, name: str) -> dict[str, Any]:
         """Numbers of no order, floats and the ids of lists, with their bytes apart; rising ids and their texts, each there once, by
@@ -86,10 +98,11 @@ class CaptureWriter:
 
         capture.json holds times and so differs between two runs of the same work: it is not under the marker's checksums.
         """
-        names = [f["name"] for f in self.files]
+        files = self.files
+        names = [f["name"] for f in files]
         with storing(self.path), self._alone():
             before = self.run.marker(self.path)
-            if before is not None and before["files"] != self.files:
+            if before is not None and before["files"] != files:
                 if keep and self.run.damage(self.pair, self.capture) is None:
                     self.discard()
                     return
@@ -103,7 +116,7 @@ class CaptureWriter:
             if self.run.is_local:
                 _sync_directory(self.path)
             self._json(MARKER, {"schema_version": SCHEMA_VERSION, "pair": self.pair, "capture": self.capture,
-                                "finished": now(), "files": self.files})  # fmt: skip
+                                "finished": now(), "files": files})  # fmt: skip
             if self.run.is_local:
                 _sync_directory(self.path)
             self._look_again()
@@ -156,6 +169,7 @@ class CaptureWriter:
 
     def discard(self) -> None:
         """Remove the staging directory, whatever is in it, and the capture's own where nothing was ever written."""
+        self._thread.shutdown(cancel_futures=True)
         shutil.rmtree(self.stage, ignore_errors=True)
         if self.run.is_local:
             with suppress(OSError):  # not empty: it holds a capture

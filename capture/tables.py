@@ -139,8 +139,8 @@ class Rows:
             keys["run"] = category(what, self.runs)
         else:
             sides = self.collector.comparisons
-            keys["base_run"] = category([self.runs.index(sides[c].base_run) for c in what], self.runs)
-            keys["sft_run"] = category([self.runs.index(sides[c].sft_run) for c in what], self.runs)
+            keys["base_run"] = category(np.array([self.runs.index(c.base_run) for c in sides])[what], self.runs)
+            keys["sft_run"] = category(np.array([self.runs.index(c.sft_run) for c in sides])[what], self.runs)
 
         def pick(array: Any) -> Any:
             parts = [array[:, :, self.offsets[i] : self.offsets[i + 1]] for i in items]
@@ -154,7 +154,7 @@ class Rows:
             "pair": category(zeros, [self.pair]),
             "capture": category(zeros, [self.capture]),
             "prompt_idx": np.array([i.prompt_idx for i in self.items], np.int32)[item],
-            "variant": category([self.variants.index(self.items[i].variant) for i in item.tolist()], self.variants),
+            "variant": category(np.array([self.variants.index(i.variant) for i in self.items])[item], self.variants),
         }
 
 

@@ -86,7 +86,7 @@ def test_a_full_disk_is_one_clear_error_and_no_capture(tmp_path, monkeypatch):
 
     monkeypatch.setattr(store, "_sync_and_hash", full)
     with pytest.raises(StoreError, match=r"captures/pair=p/capture=c/tracked_tokens\.parquet': the disk is full"):
-        written(tmp_path)
+        written(tmp_path).finish({})
     assert list(RunDir(str(tmp_path)).captures()) == []
 
 
