@@ -12,7 +12,8 @@ CELLS_IN_CACHE = 200_000  # logits of one slot that the statistics go through at
 ROWS_TOGETHER = 4  # so many times that is worked on together where it is small
 CELLS_ON_DEVICE = 25_600_000  # logits of one slot that the statistics work on at a time, on a GPU
 ROWS_AT_ONCE = 128  # rows of a slot for which a product's weights weigh little beside its arithmetic
-GROUPS = 8  # of layers, at least: a walk commits between them
+GROUPS, FEW_GROUPS = 8, 5  # of layers, at least: a walk commits between them
+SMALL_GROUP = 256 << 20  # bytes of one model's layers: walked again in a second or two, so that FEW_GROUPS are enough
 TILE_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}  # logits of all slots of one tile
 
 
@@ -70,9 +71,11 @@ def statistics_rows(n_vocab: int, *, on_cpu: bool, alone: bool) -> tuple[int, in
     return ROWS_TOGETHER * at_once, at_once if alone else ROWS_TOGETHER * at_once
 
 
-def layers_at_once(n_tokens: int, n_layers: int) -> int:
-    """Of how many layers the rows of all n_tokens tokens go through one product."""
-    return max(1, min(-(-ROWS_AT_ONCE // n_tokens), (n_layers + 2) // GROUPS))
+def layers_at_once(n_tokens: int, n_layers: int, layer_bytes: int) -> int:
+    """Of how many layers the rows of all n_tokens tokens go through one product. layer_bytes: of one model's largest layer."""
+    few = (n_layers + 2) // FEW_GROUPS
+    most = few if few * layer_bytes <= SMALL_GROUP else (n_layers + 2) // GROUPS
+    return max(1, min(-(-ROWS_AT_ONCE // n_tokens), most))
 
 
 def plan_layers(layers: str | int | tuple[int, ...], n_layers: int, key: str) -> frozenset[int]:

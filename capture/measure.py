@@ -264,11 +264,13 @@ class Measure:
         return sum(b.ids_BT.numel() for b in self.batches if not b.probe) * self.lens.layers_at_once
 
     def _waiting(self, tile_bytes: int) -> int:
-        """States of rows that wait for the lens while layers run: less than a tile, and what one batch brings."""
+        """States of rows that wait for the lens while layers run: less than a tile, and what one batch brings; and never those of
+        the batch behind which all that waits is worked off."""
         if not self.lens.layers:
             return 0
         tile = self.lens.tile_rows(len(self.passes), tile_bytes)
-        rows = min(self._rows_at_once(), tile + self.walk.batch_tokens)
+        last = [b for b in self.batches if not b.probe][-1].ids_BT.numel()
+        rows = min(self._rows_at_once() - last, tile + self.walk.batch_tokens)
         return rows * len(self.passes) * self.hidden * self.dtype.itemsize
 
     def _lens(self, tile: int, tile_bytes: int) -> int:

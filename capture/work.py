@@ -219,7 +219,7 @@ class Work:
             rows=rows,
             at_once=at_once,
             compiled=self._compiled(),
-            layers_at_once=layers_at_once(sum(map(len, self.ids)), base.n_layers),
+            layers_at_once=layers_at_once(sum(map(len, self.ids)), base.n_layers, max(base.layer_bytes())),
         )
 
     def _compiled(self) -> Kernel | str:
