@@ -70,6 +70,8 @@ class StreamedModel:
         self.head_rows: HeadRows | None = None
         self.loaded: dict[Any, int] = {}  # group -> bytes, from the moment that its reading may begin
         self._ready: set[Any] = set()
+        self._read_ahead: set[Any] = set()  # of those that are not ready
+        self._views: dict[Any, bool] = {}
         self.model, record = open_model(
             directory, label, dtype, model_kwargs, self.quantization, device, whole=self.whole, ranks=self._ranks()
         )
@@ -218,6 +220,7 @@ class StreamedModel:
             ends = group in (EMBEDDING, HEAD)
             self._tensors[group] = [n for n in names if n not in own and not (ends and self._meta[n].dim() >= 2)]
         self._tensors |= leaves
+        self._views.clear()
         self.head_rows, self.by_leaf = HeadRows(self), True
 
     def group_of(self, name: str) -> Any:
@@ -271,7 +274,7 @@ class StreamedModel:
 
     def announce(self, group: Any) -> None:
         """A group will be loaded soon: what can be read ahead of that is. Ranks read shares, which nobody knows before."""
-        if not self.whole and self.group.size == 1 and group not in self._ready:
+        if not self.whole and self.stored.source is not None and self.group.size == 1 and group not in self._ready:
             self.stored.announce(self._keys(group))
 
     def announce_first(self, *, layer: bool) -> None:
@@ -295,13 +298,41 @@ class StreamedModel:
         recipes = (self._recipes.get(name) for name in self._tensors[group])
         return [key for recipe in recipes if recipe is not None for key in recipe.sources()]
 
+    def is_view(self, group: Any) -> bool:
+        """Whether all of a group's weights will be views of their files as they lie on this machine."""
+        if group not in self._views:
+            self._views[group] = (
+                not self.whole and self.group.size == 1 and self.device.type == "cpu"
+                and all(self._is_view(name) for name in self._tensors[group])
+            )  # fmt: skip
+        return self._views[group]
+
+    def _is_view(self, name: str) -> bool:
+        recipe = self._recipes.get(name)
+        if recipe is None:
+            return True  # tied, or missing
+        plain = recipe.is_plain and is_plain(self._meta[name])
+        return plain and self.stored.maps(recipe.parts[0].file, recipe.parts[0].key, self._meta[name].dtype)
+
+    def is_at_hand(self, group: Any) -> bool:
+        """Whether loading a group takes no time: views of what is in memory already, as far as can be told."""
+        return self.is_view(group) and self.stored.cached(self._keys(group))
+
+    def read_ahead(self, group: Any) -> None:
+        """Let the system read a group's bytes from its disk."""
+        self._read_ahead.add(group)
+        self.stored.read_ahead(self._keys(group))
+
     def load(self, group: Any) -> None:
         """Read one group from its files. Raises CheckpointError where a weight is missing, misshapen or unreadable."""
         if group in self._ready:
             return
         self.reserve(group)
         self.announce(group)
-        self.stored.read_ahead(self._keys(group))
+        view = self.is_view(group)
+        if group not in self._read_ahead and not self.is_at_hand(group):
+            self.read_ahead(group)
+        self._read_ahead.discard(group)
         name = ""
         try:
             left = []
@@ -310,7 +341,7 @@ class StreamedModel:
                 if recipe is not None and recipe.by_library:
                     left.append(recipe)
                 elif recipe is not None:
-                    self._set(name, self._assembled(name, recipe))
+                    self._set(name, self._viewed(name, recipe) if view else self._assembled(name, recipe))
             if left:
                 self._load_by_library(group, left)
         except Misshapen as error:
@@ -327,6 +358,12 @@ class StreamedModel:
         self.ledger.add(nbytes - self.loaded[group])
         self.loaded[group] = nbytes
         self._ready.add(group)
+
+    def _viewed(self, name: str, recipe: Recipe) -> torch.Tensor:
+        tensor, shape = self.stored.view(recipe.parts[0].file, recipe.parts[0].key), self._meta[name].shape
+        if tensor.shape != shape:
+            raise Misshapen(list(tensor.shape), list(shape))
+        return self._as_weight(name, tensor)
 
     def _assembled(self, name: str, recipe: Recipe) -> torch.Tensor:
         meta = self._meta[name]

@@ -117,7 +117,7 @@ class Collector:
         if state.layer not in self.layers:
             return
         at = (state.layer + 1, self.where[state.batch])
-        self._residuals(state, batch, rows, at)
+        self._residuals(state, batch, rows, (at[0], _run(at[1])))
         if self.spectra is not None:
             self.spectra.take(state.layer, rows, state.slot_of, at[1], last=state.batch == self.last_batch)
         if self.lens.layers:
@@ -260,6 +260,12 @@ class Collector:
             }
             for name, value in found.items():
                 self.noise.setdefault(p.name, {}).setdefault(name, []).append(value)
+
+
+def _run(indices: np.ndarray) -> Any:
+    """Indices that follow each other as a slice, which numpy writes to in a fraction of the time; others as they are."""
+    first, n = int(indices[0]), len(indices)
+    return slice(first, first + n) if (indices == np.arange(first, first + n)).all() else indices
 
 
 def _numpy(x: Tensor) -> Any:

@@ -124,7 +124,7 @@ def is_plain(x: object) -> bool:
 
 def nbytes_of(x: Tensor) -> int:
     """Bytes of this rank's share of a tensor, or of the tensors that a quantized one is made of."""
-    if type(x) is Tensor:
+    if type(x) is Tensor or (type(x) is torch.nn.Parameter and not x.__dict__):
         return x.nbytes
     x = local(x)
     if hasattr(x, "__tensor_flatten__"):

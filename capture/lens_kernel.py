@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -158,17 +159,22 @@ class Kernel:
         """The fields of capture/statistics.py's Residuals, [n, R] float64 each, of states [R, D]."""
         rows, size = states[0].shape
         of = [torch.empty(n, rows, dtype=torch.float64) for n in (len(states), *2 * [len(turns)], *2 * [len(pairs)])]
-        numbers = [torch.tensor([x.data_ptr() for x in s], dtype=torch.int64) for s in (states, previous)]
-        numbers += [torch.tensor([x.stride(0) for x in s], dtype=torch.int64) for s in (states, previous)]
-        which = [torch.tensor(list(p), dtype=torch.int32).reshape(-1, 2) for p in (turns, pairs)]
+        numbers = [_numbers(ctypes.c_int64, [x.data_ptr() for x in s]) for s in (states, previous)]
+        numbers += [_numbers(ctypes.c_int64, [x.stride(0) for x in s]) for s in (states, previous)]
+        which = [_numbers(ctypes.c_int32, [i for pair in p for i in pair]) for p in (turns, pairs)]
         call = _Residual(
-            *[x.data_ptr() for x in numbers], size, rows, len(states), len(previous), len(turns), len(pairs),
-            *[x.data_ptr() for x in (*which, *of)],
+            *map(ctypes.addressof, numbers), size, rows, len(states), len(previous), len(turns), len(pairs),
+            *map(ctypes.addressof, which), *[x.data_ptr() for x in of],
         )  # fmt: skip
         n = max(1, min(torch.get_num_threads(), rows, rows * size // CELLS_OF_A_THREAD))
         in_threads(lambda _, first, last: self.residual_rows(ctypes.byref(call), first, last), rows, n)
         norm, delta, turned, distance, difference = of
         return norm, delta, turned, distance, difference
+
+
+def _numbers(kind: Any, numbers: Sequence[int]) -> Any:
+    """An array for the library; it must be held as long as the library may look at it."""
+    return (kind * len(numbers))(*numbers)
 
 
 def _terms(of: Sequence[Sequence[int]]) -> Tensor:

@@ -18,16 +18,29 @@ AHEAD_LAYERS = (
 
 
 class Loader:
-    """Reads steps in order, in a thread of its own; what is being read counts as alive from the moment it may begin."""
+    """Reads steps in order, in a thread of its own; what is being read counts as alive from the moment it may begin.
+
+    Weights that are views of mapped files are put in place by whoever waits for them, as that takes a fraction of a millisecond;
+    the thread has only their bytes read from the disk, where they are not in memory. More of it beside a layer would take one of
+    the layer's own cores away, and every operation of a layer waits for all of them.
+    """
 
     def __init__(self, steps: Sequence[Step]) -> None:
         self.steps = steps
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
-        self.coming: dict[int, Future[None]] = {}
+        self.coming: dict[int, Future[None] | None] = {}  # None: there is nothing to wait for
 
     def _load(self, step: int) -> None:
         for model, group in self.steps[step]:
             model.load(group)
+
+    def _prepare(self, step: int) -> None:
+        """What the thread does."""
+        for model, group in self.steps[step]:
+            if model.is_view(group):
+                model.read_ahead(group)
+            else:
+                model.load(group)
 
     def ahead(self, step: int) -> None:
         """Start to read a step, if there is one and it is not on its way."""
@@ -37,15 +50,15 @@ class Loader:
             for later in self.steps[step : step + 1 + ANNOUNCED]:
                 for model, group in later:
                     model.announce(group)
-            self.coming[step] = self.thread.submit(self._load, step)
+            here = all(model.is_at_hand(group) for model, group in self.steps[step])
+            self.coming[step] = None if here else self.thread.submit(self._prepare, step)
 
     def wait(self, step: int) -> None:
         """Wait until a step is there; read it here and now where nobody started to."""
         future = self.coming.pop(step, None)
-        if future is None:
-            self._load(step)
-        else:
+        if future is not None:
             future.result()
+        self._load(step)
 
     def get(self, step: int) -> None:
         """Wait until a step is there, and start to read the next."""

@@ -25,7 +25,7 @@ POINTS = {
     "resolve": ("capture.run", "resolve"),
     "open": ("capture.work", "Work._open"),
     "load": ("capture.checkpoint", "StreamedModel.load"),
-    "prefetch": ("capture.loader", "Loader._load"),
+    "prefetch": ("capture.loader", "Loader._prepare"),
     "layer": ("capture.lockstep", "Pair._run"),
     "lens": ("capture.collector", "Collector._lens"),
     "commit": ("capture.spans", "SpanStore.commit"),
