@@ -169,10 +169,16 @@ def token_text(tokenizer: Any, token_id: int) -> str:
 
 def token_texts(tokenizer: Any, token_ids: Iterable[int]) -> dict[int, str]:
     """Each id decoded alone, as `token_text` does: thousands at once, since a call costs more than a word."""
+    from transformers import PreTrainedTokenizerFast
+
     ids = sorted(set(token_ids))
     if not ids:  # of no lists the library makes one text
         return {}
-    words = tokenizer.batch_decode([[i] for i in ids], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    lists = [[i] for i in ids]
+    if getattr(type(tokenizer), "_decode", None) is PreTrainedTokenizerFast._decode:  # what it would do, list by list
+        words = tokenizer.backend_tokenizer.decode_batch(lists, skip_special_tokens=False)
+    else:
+        words = tokenizer.batch_decode(lists, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     return dict(zip(ids, words, strict=True))
 
 

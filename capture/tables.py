@@ -96,7 +96,7 @@ class Rows:
             for _, values in names.values() if self.rounded else ():
                 columns[values] = round_to_half(columns[values])
             for ids, _ in names.values():
-                self.listed.update(np.unique(columns[ids]).tolist())
+                self.listed.update(np.flatnonzero(np.bincount(columns[ids].reshape(-1))).tolist())
             yield keys | columns
 
     def spectrum(self, spectra: Spectra) -> Iterator[Columns]:
