@@ -23,6 +23,7 @@ from capture.replay import run_tail
 from capture.spectrum import Spectra
 from capture.topk import TopK
 
+NOISE = ("norm_diff", "norm_diff_relative", "cosine_distance")
 LensSlot = tuple[int, Owner | None, Owner]  # state, whose final norm (None: as it is), whose unembedding
 
 
@@ -79,7 +80,14 @@ class Collector:
         return found
 
     def restore(self, first: int, last: int, columns: dict[str, Any]) -> None:
-        """Put the scalar columns of layers first..last back; top-k lists are `restore_lists`."""
+        """Put the scalar columns of layers first..last back; top-k lists are `restore_lists`. Raises ValueError where they are not
+        all that `columns` gives of these layers, lists included, or not of its shapes and dtypes."""
+        wanted, found = self._kinds(first, last), {n: (a.shape, a.dtype) for n, a in columns.items()}
+        if odd := sorted(n for n in wanted.keys() | found.keys() if wanted.get(n) != found.get(n)):
+            raise ValueError(f"{odd[0]}: {found.get(odd[0])} instead of {wanted.get(odd[0])}")
+        for name, ids in columns.items():
+            if name.endswith("/ids") and not 0 <= ids.min(initial=0) <= ids.max(initial=0) < self.lens.n_tokens:
+                raise ValueError(f"{name}: tokens beyond the {self.lens.n_tokens} that there are")
         layers = slice(first + 1, last + 2)
         for key, array in columns.items():
             table, _, name = key.partition("/")
@@ -88,6 +96,21 @@ class Collector:
             elif table != "topk":
                 whole = self.tracked if table == "tracked" else getattr(self, table)[name]
                 whole[:, layers] = array
+
+    def _kinds(self, first: int, last: int) -> dict[str, tuple[tuple[int, ...], Any]]:
+        """Shape and dtype of each of `columns`, once the lens is through with layers first..last, none of which is the last."""
+        found = {n: (a.shape, a.dtype) for n, a in self.columns(first, last).items() if not n.startswith("topk/")}
+        lists = (
+            ("runs", "", self.passes),
+            ("pairwise", "increased", self.comparisons),
+            ("pairwise", "decreased", self.comparisons),
+        )
+        for layer in self.lens.layers & frozenset(range(first, last + 1)) if self.lens.keep_topk else ():
+            for table, name, of in lists:
+                if of:
+                    shape, at = (len(of), self.n, self.lens.vocabulary.k), f"topk/{layer}/{table}/{name}"
+                    found |= {f"{at}/ids": (shape, np.dtype(np.int32)), f"{at}/values": (shape, np.dtype(np.float32))}
+        return found
 
     def restore_lists(self, columns: dict[str, Any]) -> None:
         """Put the top-k lists of a span back, for the store to write."""
@@ -100,9 +123,16 @@ class Collector:
         """What the walk found out besides columns, as JSON values."""
         return {"nonfinite": self.nonfinite, "left_out_mass": self.queue.left_out_mass, "noise": self.noise}
 
-    def restore_found(self, found: dict[str, Any]) -> None:
-        self.nonfinite, self.noise = found["nonfinite"], found["noise"]
-        self.queue.left_out_mass = found["left_out_mass"]
+    def restore_found(self, found: dict[str, Any], last: int) -> None:
+        """Put back what was found out up to layer `last`. Raises ValueError where it is of another walk."""
+        nonfinite, mass, noise = found["nonfinite"], found["left_out_mass"], found["noise"]
+        passes = [p.name for p in self.passes] if self.batches[-1].probe else []
+        floats = [float] * (last + 2)  # one of each layer
+        kinds = {p: {name: list(map(type, values)) for name, values in by_name.items()} for p, by_name in noise.items()}
+        fits = kinds == {p: dict.fromkeys(NOISE, floats) for p in passes} and type(nonfinite) is int
+        if not fits or {owner: type(value) for owner, value in mass.items()} != {"base": float, "sft": float}:
+            raise ValueError("what another walk had found out")
+        self.nonfinite, self.noise, self.queue.left_out_mass = nonfinite, noise, mass
 
     # -- one state -----------------------------------------------------------------------------------------------------
 
@@ -253,13 +283,11 @@ class Collector:
         for p in self.passes:
             alone, batched = rows[state.slot_of[p.name]], self._probed[state.slot_of[p.name]]
             difference = statistics.norm_of_difference(batched, alone)
-            found = {
-                "norm_diff": float(difference.max()),
-                "norm_diff_relative": float((difference / statistics.norm(batched).clamp(min=1e-300)).max()),
-                "cosine_distance": float(statistics.cosine_distance(batched, alone).max()),
-            }
-            for name, value in found.items():
-                self.noise.setdefault(p.name, {}).setdefault(name, []).append(value)
+            relative = difference / statistics.norm(batched).clamp(min=1e-300)
+            for name, values in zip(
+                NOISE, (difference, relative, statistics.cosine_distance(batched, alone)), strict=True
+            ):
+                self.noise.setdefault(p.name, {}).setdefault(name, []).append(float(values.max()))
 
 
 def _run(indices: np.ndarray) -> Any:

@@ -6,7 +6,8 @@
 
 A span's files are written whole or not at all, columns first, each with a checksum of all that is in it. An attempt at the
 same capture, here or on another node that sees the same run directory, goes on after the last span committed; the numbers are
-those of an undisturbed run. A file that cannot be read or holds other bytes than were written counts as none.
+those of an undisturbed run. A file that cannot be read or holds other bytes than were written counts as none; one that is whole and
+does not fit the walk is not ours, and an error (`of_ours`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import json
 import logging
 import re
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,15 +95,22 @@ class SpanStore:
         names = [i.base_name for i in self.run.list_dir(self.path)]
         starts = {}
         for name in names:
-            if found := re.fullmatch(r"span-(-?\d+)-(\d+)\.safetensors", name):
+            found = re.fullmatch(r"span-(-?\d+)-(\d+)\.safetensors", name)
+            if found and int(found[1]) <= int(found[2]):  # the other way round there would be no end
                 starts[int(found[1])] = int(found[2])
         chain: list[Span] = []
         at = first
         while at in starts and (last is None or starts[at] <= last):
             end = starts[at]
-            if (meta := self._whole(self.span_path(at, end))) is None:
+            path = self.span_path(at, end)
+            if (text := self._whole(path)) is None:
                 break
-            chain.append(Span(self, at, end, json.loads(meta)))
+            try:
+                meta = json.loads(text)
+            except (ValueError, RecursionError) as error:
+                log.warning("'%s' is none of ours (%s); its layers are computed again", path, error)
+                break
+            chain.append(Span(self, at, end, meta))
             at = end + 1
         while chain and (f"state-{chain[-1].last}.safetensors" not in names or not self._has_states(chain[-1].last)):
             chain.pop()
@@ -150,6 +159,17 @@ class SpanStore:
                 OSError
             ):  # none there; or another writer of the same capture puts something there, and clears
                 self.run.fs.delete_dir(self.path)
+
+
+@contextlib.contextmanager
+def of_ours(path: str) -> Iterator[None]:
+    """Turn what comes of a whole file whose contents do not fit the walk into one StoreError that names it."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        raise StoreError(
+            f"'{path}' cannot be gone on from: it is of another version or of somebody else; capture with --force"
+        ) from error
 
 
 def _sum(tensors: dict[str, Tensor], meta: str) -> str:

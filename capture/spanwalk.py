@@ -13,14 +13,13 @@ import torch
 
 from capture.collector import Collector
 from capture.entries import Entry
-from capture.errors import StoreError
 from capture.group import Group
 from capture.ledger import Ledger
 from capture.lockstep import Pair, Split, State
 from capture.manifest import now
 from capture.parcels import Outbox, Parcel, ReceivedSpan, pack_states, received, unpack, unpack_states
 from capture.relay import Done, Handover, Relay, Sent, cut
-from capture.spans import Span, SpanStore
+from capture.spans import Span, SpanStore, of_ours
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +62,9 @@ class SpanWalk:
         """
         if self.force and self.group.rank == 0 and self.relay.count == 1:
             self.store.clear()
-        mine = [] if self.force else self.store.committed(self.first, self.last)
+        # none ends with the last layer (`due`): the lens of the final norm is computed behind it
+        end = min(self.last, self.pair.n_layers - 2)
+        mine = [] if self.force else self.store.committed(self.first, end)
         self.start = start = mine[-1].last + 1 if mine else max(self.first, 0)
         if self.relay.index > 0 and start <= self.last:
             self._prefetch(start, mode)
@@ -72,29 +73,40 @@ class SpanWalk:
         before = received(sent, self.relay.fetch)
         self.earlier = [one.handover.worker for one in sent]
         self.spans = [*before, *mine]
-        try:
-            for span in self.spans if self.group.rank == 0 and self.relay.is_last else mine:
+        for other in before if self.group.rank == 0 and self.relay.is_last else ():
+            self.collector.restore(other.first, other.last, other.columns())
+        for span in mine:
+            with of_ours(self.store.span_path(span.first, span.last)):
                 self.collector.restore(span.first, span.last, span.columns())
-            if mine:
-                self._go_on_from(mine[-1].meta, self.store.states(mine[-1], device))
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-            if not mine:
-                raise
-            raise StoreError(
-                f"'{self.store.path}' holds spans that cannot be gone on from, of another version or of somebody else; capture with --force"
-            ) from error
+                _check_kinds(str, span.meta["host"])
+                _check_kinds(int, span.meta["process"])
         if mine:
             log.info("going on at layer %d: an earlier attempt committed the layers before", start)
+            with of_ours(self.store.span_path(mine[-1].first, mine[-1].last)):
+                known = self._known(mine[-1].meta, start - 1)
+            with of_ours(self.store.state_path(mine[-1].last)):
+                self.pair.go_on_from(self.store.states(mine[-1], device), *known)
         elif sent:
-            self._go_on_from(sent[-1].handover.meta, self._states(sent, device))
+            self.pair.go_on_from(self._states(sent, device), *self._known(sent[-1].handover.meta, start - 1))
         self.at = start if mine or sent else -1  # the first layer of the span under way
         self.committed = time.monotonic()
         return start
 
-    def _go_on_from(self, meta: dict[str, Any], states: list[list[torch.Tensor]]) -> None:
-        self.collector.restore_found(meta["found"])
-        splits = [s for s in (Split(*split) for split in meta.get("splits", ())) if s not in self.pair.splits]
-        self.pair.go_on_from(states, meta["slot_of"], meta["shared_layers"], splits)
+    def _known(self, meta: dict[str, Any], last: int) -> tuple[dict[str, int], int, list[Split]]:
+        """What a walk knew behind layer `last`, besides the states: put back, but for what `Pair.go_on_from` takes. Raises
+        ValueError, or what odd JSON leads to, where it is of another walk."""
+        self.collector.restore_found(meta["found"], last)
+        slot_of, shared_layers = meta["slot_of"], meta["shared_layers"]
+        _check_kinds(int, shared_layers, *slot_of.values())
+        slots = set(slot_of.values())
+        if slot_of.keys() != {p.name for p in self.pair.passes} or slots != set(range(len(slots))):
+            raise ValueError(f"other passes, or slots that are not there: {slot_of}")
+        splits = [Split(*split) for split in meta.get("splits", ())]
+        for s in splits:
+            _check_kinds(int, s.layer, s.batch, s.parts)
+            if s.batch < 0 or not 1 <= s.parts <= len(self.pair.batches[s.batch].items):
+                raise ValueError(f"batch {s.batch} in {s.parts} parts")
+        return slot_of, shared_layers, [s for s in splits if s not in self.pair.splits]
 
     def _states(self, sent: tuple[Sent, ...], device: torch.device) -> list[list[torch.Tensor]]:
         worker = len(sent) - 1
@@ -207,3 +219,10 @@ def layers_of(pair: Pair, relay: Relay, at_once: int) -> tuple[int, int]:
 
 def as_tensors(columns: dict[str, Any]) -> dict[str, torch.Tensor]:
     return {name: torch.from_numpy(array) for name, array in columns.items()}
+
+
+def _check_kinds(kind: type, *values: Any) -> None:
+    """Raise ValueError unless all JSON values are of this kind; true is no number."""
+    for value in values:
+        if type(value) is not kind:
+            raise ValueError(f"a value of the kind {type(value).__name__} where {kind.__name__} belongs")
