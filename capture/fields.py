@@ -57,6 +57,10 @@ def _check_model_kwargs(value: dict[str, Any]) -> dict[str, Any]:
     for key in value:
         if key in OWN_KEYS:
             raise ValueError(f"'{key}' does not go here; use the key {OWN_KEYS[key]}")
+        if key.startswith("adapter_"):
+            raise ValueError(
+                f"'{key}' does not go here: adapters are left out; merge it into its base model and save that"
+            )
     return value
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +20,12 @@ from capture.group import is_plain
 from capture.ledger import is_out_of_memory
 from capture.quantize import Quantization
 
+log = logging.getLogger(__name__)
+
+# Where PEFT is installed, transformers looks for an adapter beside the weights and applies it to them: what no check and no id
+# of a capture covers, and what another machine would not do. Below a file, which config.json is, it finds none.
+NO_ADAPTER = {"subfolder": "config.json"}
+
 
 def open_model(
     directory: str, label: str, dtype: str, kwargs: dict[str, Any], quantization: Quantization, device: torch.device,
@@ -29,7 +37,12 @@ def open_model(
     """
     where = f"{label} model '{directory}'"
     record: dict[str, Any] = {}
-    kwargs = kwargs | dict(quantization.kwargs)
+    kwargs = kwargs | dict(quantization.kwargs) | {"adapter_kwargs": NO_ADAPTER}
+    if (Path(directory) / "adapter_config.json").is_file():
+        log.warning(
+            "%s: the adapter beside its weights is left out; to compare with it, merge it into them and save that",
+            where,
+        )
     if ranks is not None:
         kwargs["distributed_config"] = ranks
     if quantization.method is not None:

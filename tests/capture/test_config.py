@@ -147,6 +147,10 @@ def test_all_errors_come_at_once_one_a_line_in_the_file_s_order(tmp_path: Path) 
         ("multi_pass: {runs: [BB, BB]}", "two runs are named 'BB'"),
         ("multi_pass: {pairwise_differences: [[BB, BB]]}", "compares the run 'BB' with itself"),
         ("model_kwargs: {torch_dtype: float32}", "'torch_dtype' does not go here; use the key dtype"),
+        (
+            "model_kwargs: {adapter_kwargs: {}}",
+            "'adapter_kwargs' does not go here: adapters are left out; merge it into",
+        ),
         ("base_model: a", "sft_model is missing; a pair needs base_model and sft_model"),
         ("embedding_variants: []", "embedding_variants is empty"),
     ],

@@ -10,11 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from tiny import make_pair
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from capture.config import Entry
 from capture.errors import PairscopeError, UnsupportedModelError
 from capture.files import resolve_model
+from capture.layout import RunDir
 from capture.run import capture_pair
 from cluster.plan_models import directory_sizes
 
@@ -58,6 +62,35 @@ def test_weights_that_only_its_config_names_are_not_read(made: Any, sft: Path, r
         assert "transformers_weights" in refused()
         with pytest.raises(UnsupportedModelError, match="transformers_weights"):
             resolve_model(str(sft))
+
+
+@pytest.mark.parametrize("pickled", [False, True])
+def test_an_adapter_beside_the_weights_is_left_out_where_the_library_would_apply_it(
+    pickled: bool,
+    made: Any,
+    sft: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    if pickled:
+        torch.save(load_file(sft / "model.safetensors"), sft / "pytorch_model.bin")
+        (sft / "model.safetensors").unlink()
+    entry = Entry(name="a", base_model=str(made.base), sft_model=str(sft), tokenizer=str(made.tokenizer), device="cpu",
+                  prompts=("a b",), top_k=3, allow_pickle=True)  # fmt: skip
+    before = capture_pair(entry, str(tmp_path / "before"))
+    applied = []
+    for module in ("models.auto.auto_factory", "integrations.peft"):  # as if PEFT were installed
+        monkeypatch.setattr(f"transformers.{module}.is_peft_available", lambda: True)
+    monkeypatch.setattr(PreTrainedModel, "load_adapter", lambda self, path, **_: applied.append(path))
+    (sft / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": "some/model"}))
+    AutoModelForCausalLM.from_pretrained(sft)
+    assert applied.pop() == sft
+    after = capture_pair(entry, str(tmp_path / "after"))
+    assert applied == []
+    assert "the adapter beside its weights is left out" in caplog.text
+    markers = [RunDir(str(tmp_path / o)).marker(r.path) for o, r in (("before", before), ("after", after))]
+    assert markers[0]["files"] == markers[1]["files"]
 
 
 @pytest.mark.parametrize(
