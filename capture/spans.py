@@ -55,6 +55,7 @@ class SpanStore:
 
     def __init__(self, run: RunDir, capture_path: str) -> None:
         self.run, self.path = run, f"{capture_path}/{SPANS}"
+        self._found: dict[int, dict[str, Tensor]] = {}  # states that `committed` has read and nobody has asked for yet
 
     def span_path(self, first: int, last: int) -> str:
         return f"{self.path}/span-{first}-{last}.safetensors"
@@ -103,10 +104,10 @@ class SpanStore:
         while at in starts and (last is None or starts[at] <= last):
             end = starts[at]
             path = self.span_path(at, end)
-            if (text := self._whole(path)) is None:
+            if (whole := self._whole(path)) is None:
                 break
             try:
-                meta = json.loads(text)
+                meta = json.loads(whole[1])
             except (ValueError, RecursionError) as error:
                 log.warning("'%s' is none of ours (%s); its layers are computed again", path, error)
                 break
@@ -117,8 +118,10 @@ class SpanStore:
         return chain
 
     def states(self, span: Span, device: torch.device) -> list[list[Tensor]]:
-        """The states that leave a span, [batch][slot] -> [B, T, D]."""
-        return unpack_states(self.read(self.state_path(span.last))[0], device)
+        """The states that leave a span, [batch][slot] -> [B, T, D]: as `committed` found them, because another writer of the same
+        capture forgets them when it gets further."""
+        found = self._found.pop(span.last, None) or self.read(self.state_path(span.last))[0]
+        return unpack_states(found, device)
 
     def read(self, path: str) -> tuple[dict[str, Tensor], str]:
         """(tensors, meta) of a file of ours. Raises StoreError where it holds other bytes than were written, or is gone."""
@@ -141,23 +144,26 @@ class SpanStore:
     def _write(self, path: str, tensors: dict[str, Tensor], meta: str = "") -> None:
         self.run.write_bytes(path, save(tensors, {"meta": meta, SUM: _sum(tensors, meta)}))
 
-    def _whole(self, path: str) -> str | None:
-        """What a file says of itself; None, and a line in the log, where it cannot be relied on."""
+    def _whole(self, path: str) -> tuple[dict[str, Tensor], str] | None:
+        """As `read`; None, and a line in the log, where a file cannot be relied on."""
         try:
-            return self.read(path)[1]
+            return self.read(path)
         except (OSError, StoreError) as error:
             log.warning("%s; its layers are computed again", error)
             return None
 
     def _has_states(self, last: int) -> bool:
-        return self._whole(self.state_path(last)) is not None
+        whole = self._whole(self.state_path(last))
+        if whole is not None:
+            self._found[last] = whole[0]
+        return whole is not None
 
     def clear(self) -> None:
         """Forget all spans: the capture is complete, or is to be made anew."""
         if self.run.is_local or self.run.list_dir(self.path):
             with contextlib.suppress(
                 OSError
-            ):  # none there; or another writer of the same capture puts something there, and clears
+            ):  # none there; or another writer is putting something there: it clears it away
                 self.run.fs.delete_dir(self.path)
 
 

@@ -160,3 +160,12 @@ def test_spans_of_a_complete_capture_are_cleared_away_be_they_files_or_an_empty_
     left.mkdir()
     SpanStore(run, result.path).clear()
     assert not left.exists()
+
+
+def test_states_are_those_that_were_found_though_another_writer_has_got_further_and_forgot_them(tmp_path):
+    run = RunDir(str(tmp_path))
+    mine, other = (SpanStore(run, run.capture_path("p", "c")) for _ in range(2))
+    other.commit(-1, 0, {}, {}, [[torch.ones(1, 1, 1)]])
+    (span,) = mine.committed()
+    other.commit(1, 1, {}, {}, [[torch.zeros(1, 1, 1)]])
+    assert mine.states(span, torch.device("cpu")) == [[torch.ones(1, 1, 1)]]
