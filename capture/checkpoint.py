@@ -315,8 +315,8 @@ class StreamedModel:
         return plain and self.stored.maps(recipe.parts[0].file, recipe.parts[0].key, self._meta[name].dtype)
 
     def is_at_hand(self, group: Any) -> bool:
-        """Whether loading a group takes no time: views of what is in memory already, as far as can be told."""
-        return self.is_view(group) and self.stored.cached(self._keys(group))
+        """Whether loading a group takes no time: it is there, or will be views of what is in memory, as far as can be told."""
+        return group in self._ready or (self.is_view(group) and self.stored.cached(self._keys(group)))
 
     def read_ahead(self, group: Any) -> None:
         """Let the system read a group's bytes from its disk."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 # as safetensors has them
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
+AT_A_CALL = 128 << 10  # bytes that any system reads ahead at one call; of a longer range it may drop the rest
+PROBES = 1 << 20  # bytes from one place of a tensor that is asked for to the next
 
 
 class Stored:
@@ -37,7 +40,7 @@ class Stored:
         self.ignored_keys: list[str] = []
         self._handles: dict[str, Any] = {}
         self._files: dict[str, BinaryIO] = {}
-        self._maps: dict[str, torch.Tensor] = {}
+        self._maps: dict[str, Any] = {}  # storages, or None
         self._places: dict[str, dict[str, tuple[int, int]]] = {}
         where = f"{label} model '{directory}'"
         if not files:
@@ -54,38 +57,39 @@ class Stored:
 
     def maps(self, file: str, key: str, dtype: torch.dtype) -> bool:
         """Whether a tensor, wanted in this dtype on the CPU, is a view of its file."""
-        here = self.source is None or file not in self.source.files
-        return here and DTYPES.get(self._handle(file).get_slice(key).get_dtype()) == dtype
+        return self._is_here(file) and DTYPES.get(self._handle(file).get_slice(key).get_dtype()) == dtype
+
+    def _is_here(self, file: str) -> bool:
+        return self.source is None or file not in self.source.files
 
     def view(self, file: str, key: str) -> torch.Tensor:
         """A tensor that `maps`: its bytes come when they are first used. The library's own way takes four times as long, at moments
         when all else waits."""
         piece = self._handle(file).get_slice(key)
-        start, stop = self._place(file, key)
-        dtype = DTYPES[piece.get_dtype()]
-        if start % dtype.itemsize:
+        start, stop = self._places[file][key]
+        dtype, mapped = DTYPES[piece.get_dtype()], self._maps[file]
+        if mapped is None or start % dtype.itemsize:
             tensor: torch.Tensor = piece[...]
         else:
-            tensor = self._map(file)[start:stop].view(dtype).view(piece.get_shape())
+            empty: Any = torch.empty(0, dtype=dtype)
+            tensor = empty.set_(mapped, start // dtype.itemsize, piece.get_shape())
         self.ledger.read(f"{self.label}:{key}", stop - start)
         return tensor
 
-    def _map(self, file: str) -> torch.Tensor:
-        """All bytes of a file; what is written there stays with this process."""
-        if file not in self._maps:
-            self._maps[file] = torch.from_file(file, shared=False, size=os.path.getsize(file), dtype=torch.uint8)
-        return self._maps[file]
-
     def cached(self, keys: Iterable[tuple[str, str]]) -> bool:
-        """Whether the system has the first byte of each of these in memory, and with it, as good as always, all others. False
-        where it does not say."""
+        """Whether the system has these in memory, as their middles and a byte of each MiB have it. False where it does not say.
+
+        The first bytes of a tensor say nothing: the fingerprint of a large checkpoint has read those, and no others.
+        """
         if not hasattr(os, "RWF_NOWAIT"):
             return False
         byte = [bytearray(1)]
         try:
             for file, key in keys:
-                if os.preadv(self._opened_file(file).fileno(), byte, self._place(file, key)[0], os.RWF_NOWAIT) != 1:
-                    return False
+                number, (start, stop) = self._opened_file(file).fileno(), self._places[file][key]
+                for at in range(start, stop, max(1, min(PROBES, (stop - start) // 2))):
+                    if os.preadv(number, byte, at, os.RWF_NOWAIT) != 1:
+                        return False
         except OSError:  # it would have to wait; or its file system cannot tell
             return False
         return True
@@ -107,18 +111,14 @@ class Stored:
             return
         by_file: dict[str, list[tuple[int, int]]] = {}
         for file, key in keys:
-            if self.source is None or file not in self.source.files:
-                by_file.setdefault(file, []).append(self._place(file, key))
-        for file, wanted in by_file.items():
-            number = self._opened_file(file).fileno()
-            for start, stop in joined(wanted):
-                os.posix_fadvise(number, start, stop - start, os.POSIX_FADV_WILLNEED)
-
-    def _place(self, file: str, key: str) -> tuple[int, int]:
-        """First byte of a tensor in its file, and the one behind the last."""
-        if file not in self._places:
-            self._places[file] = places(Path(file))
-        return self._places[file][key]
+            if self._is_here(file):
+                by_file.setdefault(file, []).append(self._places[file][key])
+        with contextlib.suppress(OSError):  # whatever it says no with, reading will tell
+            for file, wanted in by_file.items():
+                number = self._opened_file(file).fileno()
+                for start, stop in joined(wanted):
+                    for at in range(start, stop, AT_A_CALL):
+                        os.posix_fadvise(number, at, min(AT_A_CALL, stop - at), os.POSIX_FADV_WILLNEED)
 
     def cancel(self, keys: Iterable[tuple[str, str]]) -> None:
         """These will not be read after all."""
@@ -137,9 +137,22 @@ class Stored:
         return keys.recipes(), keys.one_weight_each
 
     def _handle(self, file: str) -> Any:
+        """The library's handle of a file. With it comes, at the same moment, all else that is read of the file: what takes its
+        place later is of other bytes."""
         if file not in self._handles:
             try:
                 self._handles[file] = safe_open(file, framework="pt").__enter__()
             except Exception as error:
                 raise CheckpointError(f"'{file}' is not a readable safetensors file: {error}") from error
+            if self._is_here(file):
+                self._places[file], self._maps[file] = places(Path(file)), _mapped(file)
         return self._handles[file]
+
+
+def _mapped(file: str) -> Any:
+    """The storage of all bytes of a file; what is written there stays with this process. None where the system has no addresses
+    left for them, as under `ulimit -v`: the library has mapped them once already."""
+    try:
+        return torch.UntypedStorage.from_file(file, False, os.path.getsize(file))
+    except RuntimeError:
+        return None

@@ -10,7 +10,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from capture import borrowed
+from capture import borrowed, stored
 from capture.checkpoint import EMBEDDING, HEAD, REST, StreamedModel, layers_equal
 from capture.errors import CheckpointError, UnsupportedModelError
 from capture.ledger import Ledger
@@ -103,6 +103,39 @@ def test_a_sharded_checkpoint_loads_like_a_whole_one(tmp_path, pairs):
     sharded = tiny.make_pair("mixtral", tmp_path, sharded=True)
     assert len(list(sharded.base.glob("*.safetensors"))) > 2
     a, b = opened(sharded.base), opened(pairs("mixtral").base)
+    for group in a.groups():
+        a.load(group)
+        b.load(group)
+    assert layers_equal(a, b, a.groups())
+
+
+@pytest.mark.parametrize("gone", [False, True])
+def test_files_that_are_replaced_or_removed_while_they_are_in_use_are_read_as_they_were(gone, tmp_path):
+    paths = tiny.make_pair("llama", tmp_path, sharded=True)
+    want = {key: tensor for file in paths.base.glob("*.safetensors") for key, tensor in load_file(file).items()}
+    model = opened(paths.base)
+    model.load(REST)
+    for file in paths.base.glob("*.safetensors"):
+        file.unlink()
+        if not gone:
+            shutil.copy(paths.sft / file.name, file)
+    for group in model.groups():
+        model.load(group)
+    state = model.model.state_dict()
+    assert [key for key, tensor in want.items() if not torch.equal(state[key], tensor)] == []
+
+
+def test_weights_that_no_addresses_are_left_for_come_the_librarys_way(pairs, monkeypatch):
+    def full(*_):
+        raise RuntimeError("unable to mmap 4096 bytes from file <x>: Cannot allocate memory (12)")
+
+    monkeypatch.setattr(stored, "_mapped", lambda file: None)
+    a = opened(pairs("llama").base)
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.UntypedStorage, "from_file", full)
+    assert stored._mapped(str(next(pairs("llama").base.glob("*.safetensors")))) is None
+    monkeypatch.undo()
+    b = opened(pairs("llama").base)
     for group in a.groups():
         a.load(group)
         b.load(group)
