@@ -144,18 +144,22 @@ class Collector:
             self._noise(state, rows)
             return
         self._keep_probed(state)
-        if state.layer not in self.layers:
-            return
+        if state.layer in self.layers:
+            self._measure(state, batch, rows)
+        ends = state.batch == self.last_batch and self.lens.ends_group(state.layer, self.pair.n_layers)
+        if ends and len(self.queue):
+            self.stage("lens")
+            self.queue.flush()
+            self.stage("layers")
+
+    def _measure(self, state: State, batch: Batch, rows: list[Tensor]) -> None:
         at = (state.layer + 1, self.where[state.batch])
         self._residuals(state, batch, rows, (at[0], _run(at[1])))
         if self.spectra is not None:
             self.spectra.take(state.layer, rows, state.slot_of, at[1], last=state.batch == self.last_batch)
-        if self.lens.layers:
+        if state.layer in self.lens.layers:
             self.stage("lens")
-            if state.layer in self.lens.layers:
-                self._lens(state, rows)
-            if state.batch == self.last_batch and self.lens.ends_group(state.layer, self.pair.n_layers):
-                self.queue.flush()
+            self._lens(state, rows)
             self.stage("layers")
 
     def _residuals(self, state: State, batch: Batch, rows: list[Tensor], at: tuple[int, Any]) -> None:

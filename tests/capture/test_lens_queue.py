@@ -64,6 +64,14 @@ def test_layers_without_a_lens_do_not_keep_rows_waiting(deep, tmp_path, heights)
     assert len(document["spans"]) > 4
 
 
+def test_layers_of_which_nothing_is_wanted_do_not_keep_rows_waiting(deep, tmp_path, heights):
+    """Layers 0, 2, 4 and 6 end the groups of two; a walk that waits for one of them would never commit."""
+    entry = entry_of(deep, prompts=("a bc", "cd"), layers=(-1, 1, 3, 5, 7), spans=Spans(layers=1))
+    _, document = captured(entry, tmp_path)
+    assert [found for _, found in heights] == [[i] for i in (-1, 1, 3, 5, 7)]
+    assert len(document["spans"]) >= 4
+
+
 @pytest.mark.parametrize("compiled", ["auto", False])
 @pytest.mark.parametrize("scale", [1e-3, 2e-2, 1.0])
 def test_rows_whose_slots_hardly_differ_and_others_agree_with_float64(scale, compiled, tmp_path, monkeypatch):
