@@ -440,8 +440,13 @@ class StreamedModel:
         self.ledger.add(-self.loaded.pop(group))
 
     def layer_bytes(self) -> list[int]:
-        """Bytes of each layer as it will stand in memory, from the shapes and dtypes on meta."""
-        return [self.group_bytes(("layer", i)) for i in range(self.n_layers)]
+        """Bytes of each layer as it will stand in memory, from the shapes and dtypes on meta; all of it, even where it comes leaf
+        by leaf."""
+        found = [0] * self.n_layers
+        for group in self._tensors:
+            if isinstance(group, tuple):
+                found[group[1]] += self.group_bytes(group)
+        return found
 
     def group_bytes(self, group: Any) -> int:
         """Bytes of one group when loaded; a tied tensor counts once."""

@@ -69,6 +69,8 @@ class SpanWalk:
         if self.relay.index > 0 and start <= self.last:
             self._prefetch(start, mode)
         sent = self.relay.receive(stop)
+        if sent and sent[-1].handover.worker["last"] != self.first - 1:
+            raise AssertionError(f"what enters layer {self.first} was to come, not {sent[-1].handover.worker}")
         self.times["received"] = now()
         before = received(sent, self.relay.fetch)
         self.earlier = [one.handover.worker for one in sent]

@@ -79,6 +79,21 @@ def test_three_workers_give_the_tables_of_one(arch, settings, pairs, tmp_path, m
     assert not (Path(results[-1].path) / "spans").exists()
 
 
+def test_workers_in_different_modes_cut_layers_of_different_sizes_at_the_same_places(pairs, tmp_path):
+    """Each chooses its mode by what is free where it runs."""
+    settings = {"num_hidden_layers": 6, "intermediate_size": 4000}  # of the first layer, as large as all others
+    entry = entry_of(pairs("deepseek_v3", **settings), prompts=PROMPTS)
+    whole = capture_pair(entry, str(tmp_path / "whole"))
+    sent = []
+    for index, mode in enumerate(("streamed", "sub-layer", "streamed")):
+        relay = Relay(index, 3)
+        relay.give(tuple(sent))
+        result = capture_pair(entry.model_copy(update={"mode": mode}), str(tmp_path / "relay"), relay=relay)
+        if index < 2:
+            sent.append(send(relay.outbox))
+    same_tables(whole, result)
+
+
 def test_a_worker_reads_its_own_layers_and_no_others(pairs, tmp_path, monkeypatch):
     from capture import work
 
