@@ -169,12 +169,14 @@ class CaptureWriter:
 
     def discard(self) -> None:
         """Remove the staging directory, whatever is in it, and the capture's own where nothing was ever written."""
-        self._thread.shutdown(cancel_futures=True)
-        shutil.rmtree(self.stage, ignore_errors=True)
-        if self.run.is_local:
-            with suppress(OSError):  # not empty: it holds a capture
-                os.rmdir(self.path)
-                os.rmdir(Path(self.path).parent)
+        try:
+            self._thread.shutdown(cancel_futures=True)
+        finally:  # a second Ctrl-C does not wait for a slow disk
+            shutil.rmtree(self.stage, ignore_errors=True)
+            if self.run.is_local:
+                with suppress(OSError):  # not empty: it holds a capture
+                    os.rmdir(self.path)
+                    os.rmdir(Path(self.path).parent)
 
 
 def _sync_and_hash(path: Path) -> tuple[str, int]:

@@ -90,6 +90,18 @@ def test_a_full_disk_is_one_clear_error_and_no_capture(tmp_path, monkeypatch):
     assert list(RunDir(str(tmp_path)).captures()) == []
 
 
+def test_a_second_ctrl_c_while_a_slow_disk_is_waited_for_leaves_nothing(tmp_path, monkeypatch):
+    def interrupted(**_):
+        raise KeyboardInterrupt
+
+    writer = written(tmp_path)
+    writer.files  # noqa: B018  all of it is on the disk
+    monkeypatch.setattr(writer._thread, "shutdown", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        writer.discard()
+    assert not list(tmp_path.rglob("*.parquet"))
+
+
 def test_an_output_that_is_a_file_is_named(tmp_path):
     (tmp_path / "out").write_text("a file")
     with pytest.raises(StoreError, match="out"):
