@@ -122,7 +122,7 @@ class Rows:
         """Chunks of whole prompts: their key columns, and a function that picks the chunk's cells from [P or C, L, N, ...]."""
         count = len(self.runs) if kind == "runs" else len(self.collector.comparisons)
         per_token = count * len(layers)
-        start = 0
+        start = 0 if count else len(self.items)  # passes may be measured and none compared
         while start < len(self.items):
             stop = start + 1
             while stop < len(self.items) and (self.offsets[stop + 1] - self.offsets[start]) * per_token <= ROW_GROUP:

@@ -203,6 +203,13 @@ def test_progress_goes_from_files_to_layers_to_tables(pairs, tmp_path):
     assert seen[-2].seconds_left == 0
 
 
+def test_passes_can_be_measured_and_none_of_them_compared(pairs, tmp_path):
+    result, _ = captured(entry_of(pairs("llama"), comparisons=(), spectrum=True), tmp_path)
+    tables = agree.read_tables(result.path)
+    assert {name for name, rows in tables.items() if not rows.num_rows} == {"pairwise", "pairwise_topk"}
+    assert tables["runs"].num_rows == tables["runs_topk"].num_rows > 0
+
+
 def test_top_k_tables_can_be_left_out(pairs, tmp_path):
     result, _ = captured(entry_of(pairs("llama"), output=Output(topk=False)), tmp_path)
     tables = agree.read_tables(result.path)
