@@ -78,6 +78,14 @@ class RunDir:
     def capture_path(self, pair: str, capture: str) -> str:
         return f"{self.root}/captures/pair={pair}/capture={capture}"
 
+    def refuse_links(self, directory: str) -> None:
+        """Raise StoreError where a directory in captures/ is reached by a symbolic link: whoever gave us the run directory would
+        have us write and delete at another place. To be asked before a capture's directory is first written to."""
+        if self.is_local and (link := link_below(f"{self.root}/captures", directory)):
+            raise StoreError(
+                f"'{link}' is a symbolic link, and nothing is written or deleted through one: remove it, or choose another --out"
+            )
+
     def log_path(self, entry: str, attempt: str) -> str:
         return f"{self.root}/logs/{entry}/{attempt}.log"
 
@@ -234,11 +242,14 @@ class RunDir:
         """Remove what killed writers left, wherever in the run directory: temporary files of dead processes of this machine,
         and spans of captures that are complete and that nobody is at work on."""
         if self.is_local:
-            root = Path(self.root)
-            for directory in (root / "manifest", *root.glob("captures/*/*"), *root.glob(f"captures/*/*/{SPANS}")):
-                remove_leftovers(directory)
+            remove_leftovers(Path(f"{self.root}/manifest"))
         for pair in self.directories(f"{self.root}/captures"):
             for info in self.directories(pair.path):
+                if self.is_local:
+                    if link_below(f"{self.root}/captures", f"{info.path}/{SPANS}"):
+                        continue  # it is read, and let be
+                    remove_leftovers(Path(info.path))
+                    remove_leftovers(Path(f"{info.path}/{SPANS}"))
                 spans = self.list_dir(f"{info.path}/{SPANS}")
                 there = os.path.isdir(f"{info.path}/{SPANS}") if self.is_local else bool(spans)
                 if not there or self.marker(info.path) is None:
@@ -253,6 +264,13 @@ class RunDir:
         started = row.get("started")  # in a row that was read it may be anything
         self.last_started = max(self.last_started, started if isinstance(started, str) else "")
         self.write_bytes(f"{self.root}/manifest/{row['attempt']}.json", (json.dumps(row, indent=1) + "\n").encode())
+
+
+def link_below(top: str, directory: str) -> str | None:
+    """The first symbolic link on the way from `top`, which may be one itself, to a directory below it; None where there is none."""
+    names = directory.removeprefix(f"{top}/").split("/") if directory.startswith(f"{top}/") else []
+    ways = (f"{top}/{'/'.join(names[: n + 1])}" for n in range(len(names)))
+    return next(filter(os.path.islink, ways), None)
 
 
 def _is_named(info: Any) -> bool:

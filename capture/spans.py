@@ -51,10 +51,11 @@ class Span:
 
 
 class SpanStore:
-    """The committed spans of one capture."""
+    """The committed spans of one capture. Raises StoreError where they lie behind a symbolic link."""
 
     def __init__(self, run: RunDir, capture_path: str) -> None:
         self.run, self.path = run, f"{capture_path}/{SPANS}"
+        run.refuse_links(self.path)
         self._found: dict[int, dict[str, Tensor]] = {}  # states that `committed` has read and nobody has asked for yet
 
     def span_path(self, first: int, last: int) -> str:

@@ -43,6 +43,7 @@ class CaptureWriter:
     def __init__(self, run: RunDir, pair: str, capture: str, *, compression_level: int = 3) -> None:
         self.run, self.pair, self.capture, self.level = run, pair, capture, compression_level
         self.path = run.capture_path(pair, capture)
+        run.refuse_links(self.path)
         self._written: list[tuple[dict[str, Any], Future[tuple[str, int]]]] = []
         # Writing a file out and reading it once more overlap the making of the next.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="sync")

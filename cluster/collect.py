@@ -119,6 +119,7 @@ class Collector:
     def _fetch(self, found: Found) -> None:
         """Fetch into a directory of its own, verify, move in place, the marker last. DamagedError after two tries."""
         began = time.monotonic()
+        self.home.refuse_links(self.home.capture_path(found.pair, found.capture))
         files = found.marker["files"]
         total = sum(f["bytes"] for f in files)
         incoming = self.root / INCOMING / f"pair={found.pair}" / f"capture={found.capture}"

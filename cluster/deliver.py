@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from capture.layout import OPENERS, RunDir
+from capture.layout import OPENERS, RunDir, link_below
 from cluster.prepare_gate import gate_at_head
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ class Desk:
 
     def begin(self, path: str) -> str:
         """Start a file; its token. Nothing is to be seen of it before `finish`."""
-        target = self._inside(path)
+        target = self._to_change(path)
         self._drop_forgotten()
         target.parent.mkdir(parents=True, exist_ok=True)
         token = uuid.uuid4().hex
@@ -124,14 +124,14 @@ class Desk:
             upload.temporary.unlink(missing_ok=True)
 
     def create_dir(self, path: str) -> None:
-        self._inside(path).mkdir(parents=True, exist_ok=True)
+        self._to_change(path).mkdir(parents=True, exist_ok=True)
 
     def delete_dir(self, path: str) -> None:
         with contextlib.suppress(FileNotFoundError):
-            shutil.rmtree(self._inside(path))
+            shutil.rmtree(self._to_change(path))
 
     def delete_file(self, path: str) -> None:
-        self._inside(path).unlink(missing_ok=True)
+        self._to_change(path).unlink(missing_ok=True)
 
     def close(self) -> None:
         """Drop what is under way; the last call."""
@@ -152,6 +152,13 @@ class Desk:
         found = Path(os.path.normpath(path))
         if not found.is_absolute() or not found.is_relative_to(self.root):
             raise PermissionError(f"'{path}' is not in the run directory '{self.root}'")
+        return found
+
+    def _to_change(self, path: str) -> Path:
+        """The same for what is put there or removed: not through a link, as capture/layout.py has it for writers on this node."""
+        found = self._inside(path)
+        if link := link_below(f"{self.root}/captures", str(found.parent)):
+            raise PermissionError(f"'{link}' is a symbolic link, and nothing is written or deleted through one")
         return found
 
 

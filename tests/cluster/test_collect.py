@@ -193,6 +193,19 @@ def test_a_capture_made_anew_over_there_replaces_the_one_at_home(far: Far, home:
     check(home, ["one"])
 
 
+@pytest.mark.usefixtures("near")
+def test_nothing_is_brought_or_deleted_through_a_link_at_home(far: Far, home: RunDir, tmp_path: Path) -> None:
+    far.capture("one")
+    there, link = tmp_path / "elsewhere", Path(home.capture_path("one", "0123456789abcdef"))
+    there.mkdir()
+    (there / "photos.parquet").write_text("mine")
+    link.parent.mkdir(parents=True)
+    link.symlink_to(there)
+    with pytest.raises(StoreError, match=f"'{link}' is a symbolic link, .*: remove it"):
+        collector(far, home).round()
+    assert [p.name for p in there.iterdir()] == ["photos.parquet"]
+
+
 HOSTILE = [
     ("../../evil", "0123", [{"name": "prompts.parquet"}]),
     ("one", "..", [{"name": "prompts.parquet"}]),

@@ -128,6 +128,25 @@ def test_nothing_outside_the_run_directory_is_read_or_written(tmp_path: Path, pa
             call(path)
 
 
+def test_nothing_is_written_or_deleted_through_a_link(tmp_path: Path) -> None:
+    there, pair = tmp_path / "elsewhere", tmp_path / "run" / "captures" / "pair=a"
+    (there / "spans").mkdir(parents=True)
+    (there / "x.parquet").write_text("mine")
+    pair.parent.mkdir(parents=True)
+    pair.symlink_to(there)
+    desk = Desk(str(tmp_path / "run"))
+    for call, name in (
+        (desk.begin, "x.parquet"),
+        (desk.create_dir, "capture=b"),
+        (desk.delete_dir, "spans"),
+        (desk.delete_file, "x.parquet"),
+    ):
+        with pytest.raises(PermissionError, match=f"'{pair}' is a symbolic link"):
+            call(f"{pair}/{name}")
+    assert sorted(os.listdir(there)) == ["spans", "x.parquet"]
+    assert desk.read(f"{pair}/x.parquet", 0, 99) == b"mine"
+
+
 def test_two_writers_of_one_file_do_not_mix(tmp_path: Path) -> None:
     desk = Desk(str(tmp_path))
     path = f"{tmp_path}/x"
