@@ -71,10 +71,11 @@ def statistics_rows(n_vocab: int, *, on_cpu: bool, alone: bool) -> tuple[int, in
     return ROWS_TOGETHER * at_once, at_once if alone else ROWS_TOGETHER * at_once
 
 
-def layers_at_once(n_tokens: int, n_layers: int, layer_bytes: int) -> int:
-    """Of how many layers the rows of all n_tokens tokens go through one product. layer_bytes: of one model's largest layer."""
+def layers_at_once(n_tokens: int, n_layers: int, layer_bytes: int, *, alone: bool) -> int:
+    """Of how many layers the rows of all n_tokens tokens go through one product. layer_bytes: of one model's largest layer. alone:
+    no other rank has a share of it; ranks, whose shares may differ by some bytes, must come to the same number."""
     few = (n_layers + 2) // FEW_GROUPS
-    most = few if few * layer_bytes <= SMALL_GROUP else (n_layers + 2) // GROUPS
+    most = few if alone and few * layer_bytes <= SMALL_GROUP else (n_layers + 2) // GROUPS
     return max(1, min(-(-ROWS_AT_ONCE // n_tokens), most))
 
 

@@ -219,7 +219,9 @@ class Work:
             rows=rows,
             at_once=at_once,
             compiled=self._compiled(),
-            layers_at_once=layers_at_once(sum(map(len, self.ids)), base.n_layers, max(base.layer_bytes())),
+            layers_at_once=layers_at_once(
+                sum(map(len, self.ids)), base.n_layers, max(base.layer_bytes()), alone=self.group.size == 1
+            ),
         )
 
     def _compiled(self) -> Kernel | str:

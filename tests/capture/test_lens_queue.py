@@ -93,18 +93,21 @@ def test_rows_whose_slots_hardly_differ_and_others_agree_with_float64(scale, com
 
 def test_how_many_layers_share_a_product_follows_from_the_rows_and_the_layers():
     large = 400 << 20
-    assert layers_at_once(12, 30, large) == 4
-    assert layers_at_once(64, 30, large) == 2
-    assert layers_at_once(128, 30, large) == 1
-    assert layers_at_once(1, 126, large) == 16
-    assert layers_at_once(1, 4, large) == 1
+    assert layers_at_once(12, 30, large, alone=True) == 4
+    assert layers_at_once(64, 30, large, alone=True) == 2
+    assert layers_at_once(128, 30, large, alone=True) == 1
+    assert layers_at_once(1, 126, large, alone=True) == 16
+    assert layers_at_once(1, 4, large, alone=True) == 1
 
 
 def test_where_layers_are_small_more_of_them_share_a_product():
-    assert layers_at_once(12, 30, 14 << 20) == 6
-    assert layers_at_once(1, 126, 14 << 20) == 16, "a fifth of these is more than what is walked again in a moment"
-    assert layers_at_once(64, 30, 14 << 20) == 2
-    assert layers_at_once(1, 4, 1 << 10) == 1
+    assert layers_at_once(12, 30, 14 << 20, alone=True) == 6
+    assert layers_at_once(1, 126, 14 << 20, alone=True) == 16, (
+        "a fifth of these is more than what is walked again in a moment"
+    )
+    assert layers_at_once(64, 30, 14 << 20, alone=True) == 2
+    assert layers_at_once(12, 30, 14 << 20, alone=False) == 4, "ranks of a group see shares of other sizes"
+    assert layers_at_once(1, 4, 1 << 10, alone=True) == 1
 
 
 def test_the_capture_id_does_not_know_how_the_lens_was_computed(deep, tmp_path):
