@@ -142,7 +142,7 @@ class Measure:
 
     def _sizes(self) -> Walk:
         config = self.pair.models["base"].config
-        heads = config.num_attention_heads
+        heads = getattr(config, "num_attention_heads", None) or 1  # models without attention have none
         kinds = {o: sum(p.model == o for p in self.passes) for o in self.pair.owners}
         return Walk(
             tokens=sum(b.ids_BT.numel() for b in self.batches),

@@ -4,6 +4,7 @@ arguments must give, bit for bit, what the model's own forward gives.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 from typing import Any
@@ -40,7 +41,8 @@ def tiny_config(config: Any) -> Any:
             value = (kinds * 2)[:2]
         if key == "num_key_value_heads" and getattr(config, "num_attention_heads", None) == current:
             value = 4
-        setattr(small, key, value)
+        with contextlib.suppress(AttributeError):  # derived from others, as Mamba's layer_types
+            setattr(small, key, value)
     if getattr(small, "qk_rope_head_dim", None) is not None:  # latent attention rotates only this part of a head
         small.head_dim, small.qk_head_dim = small.qk_rope_head_dim, small.qk_nope_head_dim + small.qk_rope_head_dim
     return small
@@ -60,9 +62,9 @@ def replay_check(streamed: StreamedModel) -> str:
 
     Raises SelfCheckError where the two differ: the layers of this class are not what the replay takes them for.
     """
-    config = tiny_config(streamed.model.config)
     state = torch.random.get_rng_state()
     try:
+        config = tiny_config(streamed.model.config)
         torch.manual_seed(0)
         with torch.device("cpu"):
             model = type(streamed.model)(config).float().eval()

@@ -30,9 +30,10 @@ LOGIT_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.bfloat16: 3e-
 class _Stand(nn.Module):
     """Stands in for a module, without its hooks: in a tensor-parallel model a head's own hooks would gather all logits."""
 
-    def __init__(self, answer: Callable[..., Any]) -> None:
+    def __init__(self, answer: Callable[..., Any], dtype: torch.dtype) -> None:
         super().__init__()
         self.answer = answer
+        self.weight = torch.empty(0, dtype=dtype)  # Mamba's forward asks for its dtype
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.answer(*args, **kwargs)
@@ -51,7 +52,7 @@ def _stubbed(model: StreamedModel, hidden: _Hidden, head: Callable[[Tensor], Ten
         model.head_place = model.model.get_submodule(owner), leaf
     parent, leaf = model.head_place
     base.forward = lambda *_, **__: hidden
-    parent._modules[leaf] = _Stand(head)
+    parent._modules[leaf] = _Stand(head, model.model.dtype)
     try:
         yield
     finally:

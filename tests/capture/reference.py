@@ -69,12 +69,14 @@ def load_pair(
 
 
 def blocks_of(model: PreTrainedModel) -> nn.ModuleList:
-    """The decoder layers, by the only two names that the tested architectures use."""
-    return model.transformer.h if hasattr(model, "transformer") else model.model.layers
+    """The decoder layers, by the only names that the tested architectures use."""
+    return model.transformer.h if hasattr(model, "transformer") else model.base_model.layers
 
 
 def final_norm_of(model: PreTrainedModel) -> nn.Module:
-    return model.transformer.ln_f if hasattr(model, "transformer") else model.model.norm
+    if hasattr(model, "transformer"):
+        return model.transformer.ln_f
+    return model.backbone.norm_f if hasattr(model, "backbone") else model.model.norm
 
 
 def positions_of(mask: Tensor) -> Tensor:

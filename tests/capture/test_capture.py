@@ -67,6 +67,13 @@ def test_every_statistic_agrees_with_float64(arch, pairs, loaded, tmp_path):
     assert document["self_checks"]["sft_logits_relative_error"] < 1e-5
 
 
+def test_a_model_without_attention_is_measured_like_any_other(pairs, loaded, tmp_path):
+    result, document = captured(entry_of(pairs("mamba")), tmp_path)
+    want = expected(loaded("mamba"), tiny.encode(tiny.PROMPTS))
+    assert agree.disagreements(want, agree.read_tables(result.path)) == []
+    assert document["self_checks"]["base_replay"] == "bitwise"
+
+
 def test_without_a_lens_no_logits_are_made(pairs, loaded, tmp_path, monkeypatch):
     from capture import lens_queue
 

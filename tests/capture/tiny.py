@@ -124,10 +124,11 @@ _SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
             "logits_scaling": 2.5,
         },
     ),
+    "mamba": ("mamba", {"state_size": 8, "num_attention_heads": None, "num_key_value_heads": None}),  # it has neither
 }
 
-# The fourteen that a capture must be exact on; phi3_longrope is there beside them.
-ARCHS = tuple(arch for arch in _SHAPES if arch != "phi3_longrope")
+# The fourteen that a capture must be exact on in every way; phi3_longrope and mamba, which has no attention, are beside them.
+ARCHS = tuple(arch for arch in _SHAPES if arch not in ("phi3_longrope", "mamba"))
 
 # Own words, of unequal length; all but the shortest are longer than the sliding window.
 PROMPTS = (
@@ -179,7 +180,7 @@ def make_pair(
     overrides: further config keys.
     """
     model_type, shape = _SHAPES[arch]
-    settings = _COMMON | {"vocab_size": vocab} | shape | overrides
+    settings = {k: v for k, v in (_COMMON | shape).items() if v is not None} | {"vocab_size": vocab} | overrides
     if tie is not None:
         settings["tie_word_embeddings"] = tie
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **settings), dtype=torch.float32).eval()
@@ -258,7 +259,7 @@ def _untouched(model: PreTrainedModel, same_embeddings: bool, frozen_layers: Col
     """Prefixes of the names of tensors that base and sft share."""
     names = {module: name for name, module in model.named_modules()}
     prefixes = [f"{names[model.get_input_embeddings()]}."] if same_embeddings else []
-    layers = model.transformer.h if hasattr(model, "transformer") else model.model.layers
+    layers = model.transformer.h if hasattr(model, "transformer") else model.base_model.layers
     return tuple(prefixes + [f"{names[layers[i]]}." for i in frozen_layers])
 
 

@@ -120,11 +120,11 @@ def test_one_that_begins_anew_with_force_ends_another_at_work_on_the_same_with_a
     entry: Any, undisturbed: Path, tmp_path: Path
 ) -> None:
     out, said = tmp_path / "out", tmp_path / "said"
-    first = runner.start(entry, out, Fault("table", "slow", seconds=3.0), said=said)
+    first = runner.start(entry, out, Fault("table", "slow", seconds=6.0), said=said)
     while not list(out.glob("captures/*/*/spans/span-2-*")):
         assert first.exitcode is None, said.read_text()
         time.sleep(0.02)
-    anew = runner.start(entry, out, Fault("layer", "slow", nth=2, seconds=5.0), force=True, said=tmp_path / "anew")
+    anew = runner.start(entry, out, Fault("layer", "slow", nth=2, seconds=10.0), force=True, said=tmp_path / "anew")
     first.join(60)
     assert first.exitcode == 1, said.read_text()
     assert "is gone: another run of the same capture began it anew (--force); run again" in said.read_text()
