@@ -219,14 +219,16 @@ class Pair:
     ) -> None:
         """Put in place what an earlier walk had come to: states [batch][slot] -> [B, T, D], and how batches were split.
 
-        Raises ValueError where the states are not of these batches and slots, or not of the shape and dtype that enter layer 0.
+        Raises ValueError where the states are not of these batches and slots, or not of the shape and dtype that enter layer 0;
+        Mamba's layers go on in float32.
         """
+        wide = {torch.float32} if getattr(self.models["base"].config, "residual_in_fp32", False) else set()
         n_slots = len(set(slot_of.values()))
         if [len(slots) for slots in states] != [n_slots] * len(self.batches):
             raise ValueError(f"not {len(self.batches)} batches of {n_slots} slots each")
         for b, (entering, *_) in enumerate(self.states):
             for state in states[b]:
-                if (state.shape, state.dtype) != (entering.shape, entering.dtype):
+                if state.shape != entering.shape or state.dtype not in {entering.dtype} | wide:
                     raise ValueError(f"batch {b}: {state.dtype} {tuple(state.shape)}")
         self.states = [self.home.put(slots) for slots in states]
         self.slot_of, self.shared_layers = slot_of, shared_layers

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import agree
 import pytest
+import tiny
 import torch
 from test_capture import entry_of
 
@@ -169,3 +170,14 @@ def test_states_are_those_that_were_found_though_another_writer_has_got_further_
     (span,) = mine.committed()
     other.commit(1, 1, {}, {}, [[torch.zeros(1, 1, 1)]])
     assert mine.states(span, torch.device("cpu")) == [[torch.ones(1, 1, 1)]]
+
+
+def test_a_walk_goes_on_with_states_that_layers_have_made_wider(tmp_path, monkeypatch):
+    """Mamba's carry the residual in float32, whatever enters them."""
+    paths = tiny.make_pair("mamba", tmp_path / "pair", dtype=torch.bfloat16)
+    entry = entry_of(paths, spans=CUT, dtype="bfloat16", prompts=("a bc",))
+    with monkeypatch.context() as broken:
+        broken.setattr(work.Work, "_write", lambda *_: pytest.fail("no room"))
+        with pytest.raises(pytest.fail.Exception):
+            capture_pair(entry, str(tmp_path / "out"))
+    assert capture_pair(entry, str(tmp_path / "out")).state == "complete"
