@@ -12,7 +12,7 @@ from capture.lens_plan import layers_at_once
 from capture.run import capture_pair
 from capture.settings import Spans
 
-DEEP = {"num_hidden_layers": 8}  # of which two share a product
+DEEP = {"num_hidden_layers": 16}  # of which three share a product
 
 
 @pytest.fixture(scope="module")
@@ -34,11 +34,11 @@ def heights(monkeypatch):
     return seen
 
 
-def test_rows_of_two_layers_share_a_product(deep, tmp_path, heights):
+def test_rows_of_three_layers_share_a_product(deep, tmp_path, heights):
     _, document = captured(entry_of(deep, prompts=("a bc", "cd")), tmp_path)
     layers = [found for _, found in heights]
-    assert layers[:4] == [[i, i + 1] for i in range(-1, 7, 2)]
-    assert layers[4:] == [[7]]  # the last, whose lens is that of the final norm's layer too
+    assert layers[:5] == [[i, i + 1, i + 2] for i in range(-1, 14, 3)]
+    assert layers[5:] == [[14, 15]]  # the last, whose lens is that of the final norm's layer too
     assert all(n == len(found) * document["n_tokens"] for n, found in heights)
 
 
@@ -48,8 +48,8 @@ def test_a_walk_commits_only_where_no_row_waits_and_cutting_it_changes_no_number
     whole, _ = captured(entry, tmp_path / "whole")
     cut, document = captured(entry.model_copy(update={"spans": spans}), tmp_path / "cut")
     ends = [s["last"] for s in document["spans"]]
-    assert len(ends) >= 2
-    assert all((last + 2) % 2 == 0 for last in ends)
+    assert len(ends) >= 4
+    assert all((last + 2) % 3 == 0 for last in ends)
     a, b = agree.read_tables(whole.path), agree.read_tables(cut.path)
     assert a.keys() == b.keys()
     for table in a:
@@ -58,17 +58,17 @@ def test_a_walk_commits_only_where_no_row_waits_and_cutting_it_changes_no_number
 
 
 def test_layers_without_a_lens_do_not_keep_rows_waiting(deep, tmp_path, heights):
-    lens = Lens(layers=(0, 1, 2, 5))
+    lens = Lens(layers=(0, 1, 2, 9))
     _, document = captured(entry_of(deep, prompts=("a bc",), lens=lens, spans=Spans(layers=1)), tmp_path)
-    assert [found for _, found in heights] == [[0], [1, 2], [5]]
-    assert len(document["spans"]) > 4
+    assert [found for _, found in heights] == [[0, 1], [2], [9]]
+    assert len(document["spans"]) > 6
 
 
 def test_layers_of_which_nothing_is_wanted_do_not_keep_rows_waiting(deep, tmp_path, heights):
-    """Layers 0, 2, 4 and 6 end the groups of two; a walk that waits for one of them would never commit."""
-    entry = entry_of(deep, prompts=("a bc", "cd"), layers=(-1, 1, 3, 5, 7), spans=Spans(layers=1))
+    """Layers 1, 4, 7, 10 and 13 end the groups of three; a walk that waits for one of them would never commit."""
+    entry = entry_of(deep, prompts=("a bc", "cd"), layers=(-1, 2, 5, 8, 11), spans=Spans(layers=1))
     _, document = captured(entry, tmp_path)
-    assert [found for _, found in heights] == [[i] for i in (-1, 1, 3, 5, 7)]
+    assert [found for _, found in heights] == [[i] for i in (-1, 2, 5, 8, 11)]
     assert len(document["spans"]) >= 4
 
 

@@ -16,10 +16,8 @@ from capture.config import Entry
 RECIPES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("llama", {"mode": "streamed", "spans": {"layers": 1}}),
     ("llama", {"mode": "resident", "spans": {"layers": 2}, "prompts": PROMPTS[:2]}),
-    (
-        "llama",
-        {"mode": "one-at-a-time", "prompts": PROMPTS[1:], "dtype": "bfloat16"},
-    ),  # not as it is stored: read by a thread
+    # in another dtype than it is stored in: such weights are read by a thread
+    ("llama", {"mode": "one-at-a-time", "prompts": PROMPTS[1:], "dtype": "bfloat16"}),
     ("gpt2", {"mode": "streamed-2", "spans": {"layers": 1}}),
     ("gpt2", {"mode": "streamed", "spans": {"seconds": 0.2}, "prompts": PROMPTS[2:], "dtype": "bfloat16"}),
     ("qwen2", {"mode": "sub-layer", "spans": {"layers": 1}, "prompts": PROMPTS[:3]}),
