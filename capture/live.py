@@ -7,6 +7,7 @@ what was there before is not. Buffers inside an operation (a kernel's workspace)
 from __future__ import annotations
 
 import weakref
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -20,8 +21,8 @@ META = torch.device("meta")
 
 
 class Live(TorchDispatchMode):
-    """Within the block: `live` bytes now, `peak` at most, of tensors on one kind of device. Threads other than the one that
-    entered it are not seen.
+    """Within the block: `live` bytes now, `peak` at most, of tensors on one kind of device. What other threads than the one that
+    entered it make is not seen; what they let go is.
 
     beside: bytes that others count, added at every look (a ledger's weights). limit: bytes above which an operation raises
     torch.OutOfMemoryError, as an allocator would.
@@ -32,9 +33,22 @@ class Live(TorchDispatchMode):
     ) -> None:
         super().__init__()
         self.kind = device.type
-        self.live = self.peak = 0
+        self.peak = self._live = 0
         self.beside, self.limit = beside, limit
-        self._known: set[int] = set()
+        self._known: dict[int, int] = {}
+        self.at_peak: list[int] = []  # the sizes of what made the peak
+        # What is gone, in whatever thread it went, even in the middle of a line here: taken off when it is looked at, since two
+        # that change one number at a time lose a change now and then.
+        self._left: deque[tuple[int, int]] = deque()
+
+    @property
+    def live(self) -> int:
+        """Bytes that are alive."""
+        while self._left:
+            key, nbytes = self._left.popleft()
+            del self._known[key]
+            self._live -= nbytes
+        return self._live
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if (
@@ -44,25 +58,23 @@ class Live(TorchDispatchMode):
         else:
             out = func(*args, **(kwargs or {}))
         given = {t.untyped_storage()._cdata for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)}
+        _ = self.live  # else what was made where something lay that is gone would be known
         for tensor in tree_iter(out):
             if isinstance(tensor, Tensor) and tensor.device.type == self.kind:
                 self._see(tensor.untyped_storage(), given)
         now = self.live + self.beside()
         if now > self.limit:
             raise torch.OutOfMemoryError(f"{now} bytes are asked for, {self.limit:.0f} are there")
-        self.peak = max(self.peak, now)
+        if now > self.peak:
+            self.peak, self.at_peak = now, list(self._known.values())
         return out
 
     def _see(self, storage: Any, given: set[int]) -> None:
-        key = storage._cdata
+        key, nbytes = storage._cdata, storage.nbytes()
         if key not in self._known and key not in given:  # a view of what was there before is nothing new
-            self._known.add(key)
-            self.live += storage.nbytes()
-            weakref.finalize(storage, self._gone, key, storage.nbytes())
-
-    def _gone(self, key: int, nbytes: int) -> None:
-        self._known.discard(key)
-        self.live -= nbytes
+            self._known[key] = nbytes
+            self._live += nbytes
+            weakref.finalize(storage, self._left.append, (key, nbytes))
 
 
 class AsOn(TorchFunctionMode):

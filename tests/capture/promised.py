@@ -24,12 +24,14 @@ from capture.run import capture_pair
 
 @dataclass(frozen=True)
 class Counted:
-    """Bytes: what was planned for all and for weights, what was alive at most, and of weights; and capture.json."""
+    """Bytes: what was planned for all and for weights, what was alive at most, and of weights; the sizes of what was alive then
+    beside weights; and capture.json."""
 
     planned: int
     peak: int
     weights_planned: int
     weights_peak: int
+    at_peak: list[int]
     document: dict[str, Any]
 
 
@@ -45,7 +47,12 @@ def counted_capture(entry: Any, out: Path, monkeypatch: Any, *, limit: float = f
     monkeypatch.undo()
     document = json.loads((Path(result.path) / "capture.json").read_text())
     return Counted(
-        result.planned_memory_bytes, live.peak, document["memory"]["planned"]["weights"], ledger.peak, document
+        result.planned_memory_bytes,
+        live.peak,
+        document["memory"]["planned"]["weights"],
+        ledger.peak,
+        sorted(live.at_peak, reverse=True),
+        document,
     )
 
 
