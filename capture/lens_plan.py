@@ -12,7 +12,7 @@ CELLS_IN_CACHE = 200_000  # logits of one slot that the statistics go through at
 ROWS_TOGETHER = 4  # so many times that is worked on together where it is small
 CELLS_ON_DEVICE = 25_600_000  # logits of one slot that the statistics work on at a time, on a GPU
 ROWS_AT_ONCE = 128  # rows of a slot for which a product's weights weigh little beside its arithmetic
-GROUPS, FEW_GROUPS = 8, 5  # of layers, at least: a walk commits between them
+GROUPS, FEW_GROUPS = 8, 4  # of layers, at least: a walk commits between them
 SMALL_GROUP = 256 << 20  # bytes of one model's layers: walked again in a second or two, so that FEW_GROUPS are enough
 TILE_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}  # logits of all slots of one tile
 

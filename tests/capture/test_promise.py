@@ -27,7 +27,7 @@ def prompts(n, length):
 
 WEIGHTS = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 6}
 CASES = {  # what dominates -> architecture, its shape, the entry
-    "weights": ("llama", WEIGHTS, {"prompts": prompts(2, 12)}),
+    "weights": ("llama", WEIGHTS, {"prompts": prompts(2, 8)}),
     "weights of experts": ("mixtral", WEIGHTS | {"intermediate_size": 160}, {"prompts": prompts(2, 12)}),
     "weights stored in FP8": (
         "deepseek_v3", {"hidden_size": 256, "moe_intermediate_size": 128, "intermediate_size": 128, "num_hidden_layers": 3}, {"prompts": prompts(2, 12), "dtype": "bfloat16"},
@@ -39,6 +39,7 @@ CASES = {  # what dominates -> architecture, its shape, the entry
         "mixtral", {"num_hidden_layers": 3}, {"prompts": prompts(4, 120), "lens": Lens(enabled=False)},
     ),
     "the lens": ("llama", {"vocab": 4001, "num_hidden_layers": 2}, {"prompts": prompts(2, 60)}),
+    "the lens of two layers at once": ("llama", {"vocab": 4001, "num_hidden_layers": 6}, {"prompts": prompts(2, 20)}),
     "the plain lens": (
         "llama", {"vocab": 4001, "num_hidden_layers": 2}, {"prompts": prompts(2, 60), "lens": Lens(compile=False)},
     ),
