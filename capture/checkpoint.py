@@ -6,7 +6,6 @@ What is private to transformers is borrowed by capture/borrowed.py; how one weig
 from __future__ import annotations
 
 import dataclasses
-import gc
 import logging
 from collections.abc import Sequence
 from functools import partial
@@ -456,13 +455,6 @@ class StreamedModel:
 
 def _name(group: Any) -> str:
     return f"layer {group[1]}" if isinstance(group, tuple) else f"group '{group}'"
-
-
-def free_memory() -> None:
-    """Collect garbage and give cached device memory back."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def layers_equal(base: StreamedModel, sft: StreamedModel, groups: Sequence[Any]) -> bool:

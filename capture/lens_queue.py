@@ -17,9 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from capture.checkpoint import free_memory
 from capture.config import Owner
-from capture.ledger import is_out_of_memory
+from capture.ledger import free_memory, is_out_of_memory
 from capture.lens import SMALL_KL, PairStats, SlotStats, Statistics, join, lens_tile, put
 from capture.lens_plan import LensPlan
 from capture.lockstep import Pair

@@ -24,10 +24,10 @@ import torch
 from torch import Tensor
 
 from capture.batches import Batch, halves
-from capture.checkpoint import EMBEDDING, HEAD, REST, StreamedModel, free_memory, layers_equal
+from capture.checkpoint import EMBEDDING, HEAD, REST, StreamedModel, layers_equal
 from capture.config import Owner, Pass
 from capture.home import Home
-from capture.ledger import is_out_of_memory
+from capture.ledger import free_memory, is_out_of_memory
 from capture.loader import Loader
 from capture.replay import Recording, record, run_layer, run_tail
 from capture.sublayer import SubLayer
