@@ -27,7 +27,10 @@ constexpr float NOTHING = -1e30f;  // stands behind the last logit of a row: its
 
 typedef float vf __attribute__((vector_size(4 * LANES)));
 typedef int32_t vi __attribute__((vector_size(4 * LANES)));
-typedef double vd __attribute__((vector_size(8 * LANES)));
+// As many float64 as the processor takes: gcc goes through wider vectors number by number.
+typedef double vd __attribute__((vector_size(4 * LANES)));
+typedef float vh __attribute__((vector_size(2 * LANES)));
+constexpr int WIDE = LANES / 2;
 
 inline vf all(float x) { return vf{} + x; }
 inline vf read(const float* p) { vf v; std::memcpy(&v, p, sizeof v); return v; }
@@ -43,11 +46,12 @@ inline vf larger(vf a, vf b) { return a > b ? a : b; }
 inline vf smaller(vf a, vf b) { return a < b ? a : b; }
 #endif
 inline vf size_of(vf x) { return (vf)((vi)x & 0x7fffffff); }
-inline vd wide(vf x) { return __builtin_convertvector(x, vd); }
+inline vd wide(const float* p) { vh v; std::memcpy(&v, p, sizeof v); return __builtin_convertvector(v, vd); }
+inline vd added(vf x) { float halves[LANES]; std::memcpy(halves, &x, sizeof x); return wide(halves) + wide(halves + WIDE); }
 
 inline double sum(vd x) {
     double s = 0;
-    for (int i = 0; i < LANES; i++) s += x[i];
+    for (int i = 0; i < WIDE; i++) s += x[i];
     return s;
 }
 
@@ -240,23 +244,24 @@ Kl near(const Sum& shift, const float* const* rows, int64_t vocab, double c, con
             ba += d > 0.0f ? q : r;
             ab += d > 0.0f ? r : q;
         }
-        sum_ba += wide(ba);
-        sum_ab += wide(ab);
-        sum_u += wide(us);
+        sum_ba += added(ba);
+        sum_ab += added(ab);
+        sum_u += added(us);
     }
     double ba = sum(sum_ba), ab = sum(sum_ab);
     return {ba < 0 ? 0 : ba, ab < 0 ? 0 : ab, sum(sum_u)};
 }
 
-// The Euclidean norm of a row, summed in float64.
+// The Euclidean norm of a row, summed in float64. Four sums at a time: one alone waits for itself.
 double norm(const float* x, int64_t size) {
-    vd total = vd{};
+    vd total[4] = {};
     int64_t i = 0;
-    for (; i + LANES <= size; i += LANES) {
-        vd v = wide(read(x + i));
-        total += v * v;
-    }
-    double s = sum(total);
+    for (; i + 4 * WIDE <= size; i += 4 * WIDE)
+        for (int j = 0; j < 4; j++) {
+            vd v = wide(x + i + j * WIDE);
+            total[j] += v * v;
+        }
+    double s = sum(total[0] + total[1] + total[2] + total[3]);
     for (; i < size; i++) s += (double)x[i] * x[i];
     return __builtin_sqrt(s);
 }
@@ -266,14 +271,15 @@ struct Apart { double turned, far; };
 // turned: the cosine distance |a/|a| - b/|b||^2 / 2 = |a - b |a|/|b||^2 / (2 |a|^2), which is 0 for a = b; of a zero vector 1 from any other, and 0 from another one. far: |b - a|.
 Apart apart(const float* a, double norm_a, const float* b, double norm_b, int64_t size) {
     const double size_a = norm_a > 0 ? norm_a : 1, ratio = size_a / (norm_b > 0 ? norm_b : 1);
-    vd angles = vd{}, squares = vd{};
+    vd angles[2] = {}, squares[2] = {};
     int64_t i = 0;
-    for (; i + LANES <= size; i += LANES) {
-        vd x = wide(read(a + i)), y = wide(read(b + i)), d = y - x, u = x - y * ratio;
-        angles += u * u;
-        squares += d * d;
-    }
-    double angle = sum(angles), square = sum(squares);
+    for (; i + 2 * WIDE <= size; i += 2 * WIDE)
+        for (int j = 0; j < 2; j++) {
+            vd x = wide(a + i + j * WIDE), y = wide(b + i + j * WIDE), d = y - x, u = x - y * ratio;
+            angles[j] += u * u;
+            squares[j] += d * d;
+        }
+    double angle = sum(angles[0] + angles[1]), square = sum(squares[0] + squares[1]);
     for (; i < size; i++) {
         double x = a[i], y = b[i], u = x - y * ratio;
         angle += u * u;
@@ -401,8 +407,8 @@ void lens_rows(const Tile* t, int64_t first, int64_t last, float* space) {
                     zs += e;
                     means += e * y;
                 }
-                z += wide(zs);
-                mean += wide(means);
+                z += added(zs);
+                mean += added(means);
             }
             double total = sum(z), log_z = __builtin_log(total);
             lse[s] = log_z + m;
@@ -434,10 +440,10 @@ void lens_rows(const Tile* t, int64_t first, int64_t last, float* space) {
                         ua += va * u;
                         ub += vb * u;
                     }
-                    under_a += wide(pa);
-                    under_b += wide(pb);
-                    size_a += wide(ua);
-                    size_b += wide(ub);
+                    under_a += added(pa);
+                    under_b += added(pb);
+                    size_a += added(ua);
+                    size_b += added(ub);
                 }
                 found = {sum(under_b) * inverse[b] - left, left - sum(under_a) * inverse[a],
                          sum(size_a) * inverse[a] + sum(size_b) * inverse[b]};
