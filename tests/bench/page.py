@@ -2,7 +2,8 @@
 
     python tests/bench/page.py        take in all of .cache/bench/*.json, then write the page
 
-A result of a bench takes the place of the one before. The page is made of the JSON alone (`make docs` does it too), so that it
+A result of a bench takes the place of the one before on the same processor, since ratios differ between processors too: where
+products take longer, all else is less beside them. The page is made of the JSON alone (`make docs` does it too), so that it
 can be made again anywhere.
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +39,9 @@ HEAD = """# Benchmarks
 
 Made by `make bench-docs` from docs/benchmarks.json, which collects what the commands below measured. Every ratio is of two things
 that one run did in turns on one machine (A B A B ...): the median of the rounds, and the least and the most. A bar is what was
-asked for; where it is missed, the page says so. The load is the number of processes that wanted to run, at the start and at the
-end: above the number of cores others worked on the machine, and figures in seconds, and the second digit of ratios, say little.
+asked for; where it is missed, the page says so. A bench that ran on several processors has a table for each. The load is the
+number of processes that wanted to run, at the start and at the end: above the number of cores others worked on the machine, and
+figures in seconds, and the second digit of ratios, say little.
 """
 NO_GPU = """
 ## On a GPU
@@ -51,14 +54,21 @@ NO_GPU = """
 def read(file: Path = JSON) -> list[dict[str, Any]]:
     """All results, in the page's order."""
     found: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))
+    return _in_order(found)
+
+
+def _in_order(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """By bench, and of each the newest first."""
     order = list(TITLES)
-    return sorted(found, key=lambda r: order.index(r["bench"]))
+    return sorted(sorted(results, key=lambda r: str(r["date"]), reverse=True), key=lambda r: order.index(r["bench"]))
 
 
 def benchmarks_page(results: Sequence[Mapping[str, Any]] | None = None) -> str:
     """The whole page."""
     results = read() if results is None else results
-    parts = [HEAD, *(_section(r) for r in results)]
+    parts = [HEAD]
+    for bench, of_it in groupby(results, key=lambda r: r["bench"]):
+        parts += [f"\n## {TITLES[bench]}\n", *map(_section, of_it)]
     if not any(r["bench"] == "gpu" for r in results):
         parts.append(NO_GPU)
     return "".join(parts)
@@ -71,8 +81,7 @@ def _section(result: Mapping[str, Any]) -> str:
     rows = [_row(one) for one in result["figures"]]
     notes = [f"- {one['what']}: {one['note']}" for one in result["figures"] if one["note"]]
     text = [
-        f"\n## {TITLES[result['bench']]}\n",
-        f"`{result['command']}`, {result['date']}; {', '.join(filter(None, facts))}.\n",
+        f"\n`{result['command']}`, {result['date']}; {', '.join(filter(None, facts))}.\n",
         "| what | over | bar | median | least to most | rounds | |\n|---|---|---|---|---|---|---|",
         *rows,
     ]
@@ -99,15 +108,15 @@ def _row(one: Mapping[str, Any]) -> str:
 
 def collect(known: Sequence[Mapping[str, Any]], files: Sequence[Path]) -> list[dict[str, Any]]:
     """The results known, with those of the files in their place. Raises ValueError for a file that is not a result."""
-    found = {r["bench"]: dict(r) for r in known}
+    found = {(r["bench"], r["machine"]["cpu"]): dict(r) for r in known}
     for file in files:
         result = json.loads(file.read_text(encoding="utf-8"))
         if faults := wrong_result(result):
             raise ValueError(f"{file}: {'; '.join(faults)}")
         if result["bench"] not in TITLES:
             raise ValueError(f"{file}: unknown bench '{result['bench']}'")
-        found[result["bench"]] = result
-    return [found[name] for name in TITLES if name in found]
+        found[result["bench"], result["machine"]["cpu"]] = result
+    return _in_order(list(found.values()))
 
 
 def main() -> int:

@@ -17,7 +17,7 @@ def result(**fields):
 def test_what_is_committed_agrees_with_the_schema():
     results = page.read()
     assert [fault for one in results for fault in wrong_result(one)] == []
-    assert len({one["bench"] for one in results}) == len(results)
+    assert len({(one["bench"], one["machine"]["cpu"]) for one in results}) == len(results)
     assert page.PAGE.read_text(encoding="utf-8") == page.benchmarks_page(results), "run: make bench-docs"
 
 
@@ -49,6 +49,17 @@ def test_a_new_result_takes_the_place_of_the_one_before(tmp_path):
     file.write_text(json.dumps(result(date="2030-01-01")))
     found = page.collect([result(), result(bench="plan")], [file])
     assert [(r["bench"], r["date"][:4] == "2030") for r in found] == [("ray", True), ("plan", False)]
+
+
+def test_results_of_two_processors_stand_side_by_side_under_one_title_the_newest_first(tmp_path):
+    old = result(date="2030-01-01")
+    file = tmp_path / "ray.json"
+    file.write_text(json.dumps(result(date="2031-01-01", machine=old["machine"] | {"cpu": "another one"})))
+    found = page.collect([old], [file])
+    assert [r["machine"]["cpu"] for r in found] == ["another one", old["machine"]["cpu"]]
+    text = page.benchmarks_page(found)
+    assert text.count(page.TITLES["ray"]) == 1
+    assert 0 < text.index("another one") < text.index(f"2030-01-01; {old['machine']['cpu']}")
 
 
 def test_the_page_tells_what_is_met_and_what_is_missed_and_where_it_was_measured():
