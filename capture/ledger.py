@@ -73,13 +73,33 @@ def free_memory() -> None:
         torch.cuda.empty_cache()
 
 
+_ended_by_error = False
+
+
 @contextmanager
 def own_garbage() -> Iterator[None]:
-    """Free memory at the end of the block, of what the block made: the libraries' objects, some hundred thousand, are set aside
-    meanwhile, since a look at all of them takes a fifth of a second."""
-    gc.freeze()
-    try:
-        yield
-    finally:
+    """Free memory at the end of the block, of what the block made and nobody holds any more: the libraries' objects, some hundred
+    thousand, are set aside meanwhile, since a look at all of them takes a fifth of a second.
+
+    What a block made that an error ended is held by the error; the next block looks at everything before it begins. Within another
+    block, or where the caller has set objects aside by gc.freeze(), everything else is looked at, and nothing is undone of theirs.
+    """
+    global _ended_by_error
+    if gc.get_freeze_count():
+        try:
+            yield
+        finally:
+            free_memory()
+        return
+    if _ended_by_error:
         free_memory()
-        gc.unfreeze()
+    _ended_by_error = True
+    try:
+        gc.freeze()
+        yield
+        _ended_by_error = False
+    finally:
+        try:
+            free_memory()
+        finally:
+            gc.unfreeze()

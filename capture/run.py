@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ from capture.files import ModelFiles, resolve_model, resolve_tokenizer
 from capture.identity import capture_id, tokenizer_hash
 from capture.layout import RunDir
 from capture.progress import Progress
-from capture.prompts import load_tokenizer, other_ids, tokenize
+from capture.prompts import Prompts, load_tokenizer, other_ids, tokenize
 from capture.quantize import asked_for
 from capture.ranks import Ranks
 from capture.relay import Handover, Relay
@@ -169,21 +169,41 @@ def _capture(
 ) -> CaptureResult:
     run = RunDir(out)
     path = run.capture_path(entry.name, resolved.capture)
-    skipped = CaptureResult(entry.name, resolved.capture, path, "skipped", 0.0, 0, 0, "", "", "", 0, 0)
     before = run.marker(path)
     if not force and before is not None:
         broken = run.damage(entry.name, resolved.capture)
         if broken is None:
             log.info("complete already: %s", path)
-            return replace(skipped, seconds=time.monotonic() - began)
+            return _skipped(entry, resolved, path, began)
         log.warning("%s; capturing it anew", broken)
     choice = guarded or choose_device(entry)
     prompts = tokenize(entry, load_tokenizer(entry, resolved.tokenizer_dir))
     for owner, model in (("base", resolved.base), ("sft", resolved.sft)):
         if warning := other_ids(entry, prompts, owner, model.path, resolved.tokenizer_hash):
             log.warning(warning)
-    from capture.work import Work  # torch and transformers, from here on
+    from capture.ledger import own_garbage  # torch and transformers, from here on
 
+    with own_garbage():  # around all that holds the models
+        return _work(entry, resolved, run, choice, prompts, began, before, report, force=force, **more)
+
+
+def _work(
+    entry: Entry,
+    resolved: Resolved,
+    run: RunDir,
+    choice: DeviceChoice,
+    prompts: Prompts,
+    began: float,
+    before: dict[str, Any] | None,
+    report: Callable[[Progress], None],
+    *,
+    force: bool,
+    **more: Any,
+) -> CaptureResult:
+    """before: the marker of a capture that was there, or None."""
+    from capture.work import Work
+
+    path = run.capture_path(entry.name, resolved.capture)
     work = Work(
         entry,
         resolved,
@@ -203,7 +223,7 @@ def _capture(
             raise
         work.store.clear()  # of what this one committed since
         log.info("completed by another process meanwhile: %s", path)
-        return replace(skipped, seconds=time.monotonic() - began)
+        return _skipped(entry, resolved, path, began)
     return CaptureResult(
         pair=entry.name,
         capture=resolved.capture,
@@ -220,3 +240,8 @@ def _capture(
         peak_bytes=dict(work.peaks.bytes),
         handover=work.handover,
     )
+
+
+def _skipped(entry: Entry, resolved: Resolved, path: str, began: float) -> CaptureResult:
+    seconds = time.monotonic() - began
+    return CaptureResult(entry.name, resolved.capture, path, "skipped", seconds, 0, 0, "", "", "", 0, 0)

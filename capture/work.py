@@ -21,7 +21,7 @@ from capture.errors import ConfigError, DeviceMemoryError, PromptError, SelfChec
 from capture.files import ModelFiles
 from capture.group import ALONE, join_group, leave_group
 from capture.layout import RunDir
-from capture.ledger import Ledger, own_garbage
+from capture.ledger import Ledger
 from capture.lens_kernel import Kernel, load_kernel
 from capture.lens_plan import TILE_BYTES, LensPlan, layers_at_once, plan_layers, statistics_rows
 from capture.loader import AHEAD_LAYERS
@@ -83,8 +83,7 @@ class Work:
         """Do it. Raises errors of capture.errors; KeyboardInterrupt where `stop` said so. Leaves no partial tables."""
         try:
             self.group = join_group(self.ranks, self.device, whole_attention=self.entry.replicate_attention)
-            with own_garbage():
-                self._capture()
+            self._capture()
         except torch.OutOfMemoryError as error:
             raise DeviceMemoryError(f"{self.choice.name} ran out of memory: {str(error).splitlines()[0]}") from error
         finally:

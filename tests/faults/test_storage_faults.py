@@ -111,7 +111,7 @@ def test_two_at_work_on_one_capture_do_not_harm_each_other(
     for one in both:
         one.join(300)
     said = [(tmp_path / f"said{i}").read_text() for i in range(2)]
-    assert [one.exitcode for one in both] == [0, 0], said
+    assert [one.exitcode for one in both] == [0, 0], "\n".join(said)
     assert invariants.wrong(out, as_undisturbed={"tiny": undisturbed}, attempts=2) == []
     told("two-writers", sees="both are complete", seconds=time.monotonic() - began, again="what both did")
 
