@@ -27,6 +27,7 @@ from capture.schema import MANIFEST, SCHEMA_VERSION
 MARKER = "_COMPLETE"
 SPANS = "spans"  # a directory of a capture under way: capture/spans.py
 AN_HOUR_S = 3600.0
+LOOKS = 20  # at a directory that goes each time between the look whether it is there and its list: then there is none
 
 # scheme -> what opens a URI that pyarrow does not know, as (file system, path); whoever has such a place adds it
 OPENERS: dict[str, Callable[[str], tuple[Any, str]]] = {}
@@ -102,8 +103,12 @@ class RunDir:
         StoreError."""
         from pyarrow import fs
 
+        infos: list[Any] = []
         try:
-            infos = self.fs.get_file_info(fs.FileSelector(path, allow_not_found=True))
+            for _ in range(LOOKS):
+                with contextlib.suppress(FileNotFoundError):  # another writer removed it while it was looked at
+                    infos = self.fs.get_file_info(fs.FileSelector(path, allow_not_found=True))
+                    break
         except OSError as error:
             raise cannot_read(f"'{path}'", error) from error
         return sorted(filter(_is_named, infos), key=lambda i: i.path)

@@ -21,10 +21,14 @@ LONG = {"e2e", "faults"}
 def _keep_probes() -> None:
     """Let slipcover leave its probes in lines that were hit. To take some out of code that runs, it looks through all objects, and
     what the walk under test has let go meanwhile stays alive: seen by tests of memory as states of a layer too many."""
-    with suppress(ImportError, AttributeError):  # not installed, or another version
+    with suppress(ImportError):  # not installed
         from slipcover import pytest_plugin
 
-        pytest_plugin._slipcover_instance.d_miss_threshold = 2**31 - 1  # hits; there is no setting for xdist's workers
+        if (one := pytest_plugin._slipcover_instance) is not None:
+            assert hasattr(one, "d_miss_threshold"), (
+                "another version of slipcover: see whether it still takes probes out"
+            )
+            one.d_miss_threshold = 2**31 - 1  # hits; there is no setting for xdist's workers
 
 
 _keep_probes()

@@ -10,6 +10,7 @@ can be made again anywhere.
 from __future__ import annotations
 
 import json
+import platform
 import sys
 from collections.abc import Mapping, Sequence
 from itertools import groupby
@@ -63,9 +64,9 @@ def _in_order(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(sorted(results, key=lambda r: str(r["date"]), reverse=True), key=lambda r: order.index(r["bench"]))
 
 
-def benchmarks_page(results: Sequence[Mapping[str, Any]] | None = None) -> str:
+def benchmarks_page(results: Sequence[dict[str, Any]] | None = None) -> str:
     """The whole page."""
-    results = read() if results is None else results
+    results = read() if results is None else _in_order(results)
     parts = [HEAD]
     for bench, of_it in groupby(results, key=lambda r: r["bench"]):
         parts += [f"\n## {TITLES[bench]}\n", *map(_section, of_it)]
@@ -106,16 +107,22 @@ def _row(one: Mapping[str, Any]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def _place(result: Mapping[str, Any]) -> tuple[str, str]:
+    """Two results with the same are of one bench on one kind of machine."""
+    return result["bench"], result["machine"]["gpu"] or result["machine"]["cpu"]
+
+
 def collect(known: Sequence[Mapping[str, Any]], files: Sequence[Path]) -> list[dict[str, Any]]:
     """The results known, with those of the files in their place. Raises ValueError for a file that is not a result."""
-    found = {(r["bench"], r["machine"]["cpu"]): dict(r) for r in known}
+    found = {_place(r): dict(r) for r in known}
     for file in files:
         result = json.loads(file.read_text(encoding="utf-8"))
         if faults := wrong_result(result):
             raise ValueError(f"{file}: {'; '.join(faults)}")
         if result["bench"] not in TITLES:
             raise ValueError(f"{file}: unknown bench '{result['bench']}'")
-        found[result["bench"], result["machine"]["cpu"]] = result
+        found.pop((result["bench"], platform.machine()), None)  # from when a processor's name was not noted
+        found[_place(result)] = result
     return _in_order(list(found.values()))
 
 

@@ -15,8 +15,17 @@ def test_what_is_made_counts_until_it_is_gone_and_views_do_not():
         y = x + 1
         del x, y
         assert (live.live, live.peak) == (400, 800)
+        assert live.at_peak == [400, 400]
         del rows
     assert live.live == 0
+
+
+def test_what_is_made_where_something_lay_that_is_gone_counts():
+    with Live(CPU) as live:
+        for _ in range(100):  # the allocator gives the same place again and again
+            x = torch.empty(1000)
+            assert live.live == 4000
+            del x
 
 
 def test_what_goes_while_something_else_is_being_counted_is_taken_off(monkeypatch):

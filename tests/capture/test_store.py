@@ -10,6 +10,7 @@ import sys
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from pyarrow import fs
 
 from capture import store
 from capture.errors import StoreError
@@ -215,3 +216,26 @@ def test_ids_and_texts_that_are_there_once_are_written_without_a_dictionary(tmp_
 def _columns(file):
     group = pq.ParquetFile(file).metadata.row_group(0)
     return [group.column(i) for i in range(group.num_columns)]
+
+
+def test_a_directory_that_goes_while_it_is_listed_is_looked_at_again(tmp_path):
+    """As where another writer of the same capture clears its spans away."""
+
+    class Going:
+        type_name = "local"
+
+        def __init__(self, times):
+            self.times = times
+
+        def get_file_info(self, selector):
+            self.times -= 1
+            if self.times >= 0:
+                raise FileNotFoundError(2, "No such file or directory")
+            return fs.LocalFileSystem().get_file_info(selector)
+
+    (tmp_path / "one").touch()
+    run = RunDir(str(tmp_path))
+    run.fs = Going(3)
+    assert [info.base_name for info in run.list_dir(str(tmp_path))] == ["one"]
+    run.fs = Going(10**6)
+    assert run.list_dir(str(tmp_path)) == [], "each time it had gone again"

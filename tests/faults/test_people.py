@@ -60,7 +60,9 @@ def until(what: Callable[[], Any], seconds: float = 120) -> Any:
 
 
 def rows(out: Path) -> list[dict[str, Any]]:
-    return [json.loads(p.read_text()) for p in sorted((out / "manifest").glob("*.json"))]
+    return sorted(
+        (json.loads(p.read_text()) for p in (out / "manifest").glob("*.json")), key=lambda row: row["started"]
+    )
 
 
 def begun(out: Path) -> bool:
