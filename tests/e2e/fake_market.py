@@ -206,7 +206,8 @@ class Market:
                 one.ssh = ssh
                 for key in one.keys:
                     self.hosts.authorize(one.id, key)
-                self._set(one, "running")
+                if one.status == "loading":  # else it was told something else while its host came up
+                    self._set(one, "running")
                 return
         self.hosts.stop(one.id)  # destroyed while it booted
 
