@@ -1,4 +1,4 @@
-"""Bytes of what is alive are counted exactly, whoever lets it go and whenever."""
+"""Bytes of what is alive are counted exactly, whenever it goes."""
 
 import torch
 
