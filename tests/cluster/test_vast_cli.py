@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 from click.testing import CliRunner
+from fake_market import Market, offer
 from fake_server import Fake, hasty, running_fake
 
 from capture.errors import ConfigError
@@ -318,3 +319,22 @@ def test_destroy_keeps_the_books_of_a_cluster_for_which_a_machine_is_being_rente
         content[part] = {}
     assert run("destroy", "--cluster", "demo", "--yes").exit_code == 0
     assert state.read()["gone"] == []
+
+
+def test_the_fake_leaves_an_instance_in_the_state_that_a_test_gave_it_while_its_host_came_up() -> None:
+    class Slow:
+        def start(self, instance: int, env: dict[str, str], onstart: str) -> tuple[str, int]:
+            market.live[instance].status = "offline"
+            return "127.0.0.1", 22
+
+        def authorize(self, instance: int, key: str) -> None: ...
+
+        def stop(self, instance: int) -> None: ...
+
+    clock = [0.0]
+    market = Market([offer(1)], Slow(), now=lambda: clock[0], live=False)
+    one = market.create(1001, {})
+    assert one is not None
+    for clock[0] in (0.2, 1.0):
+        market.tick()
+    assert one.status == "offline"
