@@ -31,7 +31,7 @@ SUM_ERROR = 2e-7  # of a mean shift of 1, as the sums have it; found by trial ag
 ENTROPY_ERROR = 4e-6  # nats: where an entropy may be off by more, its row takes the plain way
 KL_ERROR = 2e-4  # relative error of a KL from which on it is computed the plain way
 KL_FLOOR = 2e-10  # nats: what a smaller KL may be off by
-PLAIN_PIECES = 8  # a chunk's rows go the plain way in so many pieces, should all of them have to
+PLAIN_PIECES = 16  # a chunk's rows go the plain way in so many pieces, should all of them have to
 PLAIN_FAR = 60.0  # nats: beyond this shift exp() of the plain form may leave the range of float32
 
 Pairs = Sequence[tuple[int, int]]
@@ -63,14 +63,14 @@ def divergences(logits: Sequence[Tensor], maxima_SR: Tensor, pairs: Pairs, group
     far = found.far | _lossy(found.sums)
     piece = max(1, logits[0].shape[0] // PLAIN_PIECES)
     for rows in _pieces(far, piece):
-        again = plain([x[rows] for x in logits], maxima_SR[:, rows], pairs, group)
+        again = plain([x.index_select(0, rows) for x in logits], maxima_SR[:, rows], pairs, group)
         for mine, theirs in zip(vars(of).values(), vars(again).values(), strict=True):
             mine[:, rows] = theirs
     close = _unsure(found.sums, of, pairs) & ~far
     for i in close.any(1).nonzero().flatten().tolist():
         a, b = pairs[i]
         for rows in _pieces(close[i], piece):
-            two = [logits[a][rows], logits[b][rows]]
+            two = [logits[s].index_select(0, rows) for s in (a, b)]
             again = plain(two, maxima_SR[[a, b]][:, rows], [(0, 1)], group)
             of.ba[i, rows], of.ab[i, rows] = again.ba[0], again.ab[0]
     return of
@@ -161,9 +161,10 @@ def _slot(x_RV: Tensor, largest_R: Tensor, group: Group) -> tuple[Tensor, Tensor
 
 
 def mean_shift(a_RV: Tensor, b_RV: Tensor, lse_a_R: Tensor, lse_b_R: Tensor, group: Group) -> Tensor:
-    """sum over V of max(p_a, p_b) |log p_b - log p_a|, [R] float64, from logits and their log-sum-exp."""
-    log_a, log_b = a_RV - lse_a_R.float()[:, None], b_RV - lse_b_R.float()[:, None]
-    return group.sum(torch.maximum(log_a, log_b).exp_().mul_((log_b - log_a).abs_()).sum(1).double())
+    """sum over V of max(p_a, p_b) |log p_b - log p_a|, [R] float64, from logits, which are spent, and their log-sum-exp."""
+    log_a, log_b = a_RV.sub_(lse_a_R.float()[:, None]), b_RV.sub_(lse_b_R.float()[:, None])
+    larger = torch.maximum(log_a, log_b).exp_()
+    return group.sum(larger.mul_(log_b.sub_(log_a).abs_()).sum(1).double())
 
 
 def kl_both(shift_RV: Tensor, c_R: Tensor, pa_RV: Tensor, pb_RV: Tensor, group: Group) -> tuple[Tensor, Tensor]:

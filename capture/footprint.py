@@ -179,7 +179,8 @@ class Activations:
     """What the device needs beside weights, each at most.
 
     states: of all passes and batches between two layers; batch: of those, the largest batch's. calls, batch_calls: likewise
-    what the model gave its layers with them (masks, rotary tables). opening: while first states are made, beside them.
+    what the model gave its layers with them (masks, rotary tables). opening: while first states are made, beside
+    them; less by what is held from the first layer on.
     forward: a layer at work on a batch, with the new states; statistics, lens: of one batch, beside its states.
     """
 

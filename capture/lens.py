@@ -65,31 +65,30 @@ def lens_tile(
     at_once: int | None = None,
     exact: bool = False,
     kernel: Kernel | None = None,
-    threads: int = 1,
+    spaces: Sequence[Space] = (),
 ) -> Statistics:
     """All statistics of one tile. pairs: ordered pairs of slots; next_R: id of the token that follows each row, or -1;
     tracked_N: ids. Every row is computed alone.
 
     kernel: the compiled way, where it takes these logits and the whole vocabulary is here. Else `rows` at a time, and of those
-    `at_once` (all of them) where all of the vocabulary is gone through: so that it stays in cache. threads: of a processor, for
-    rows side by side, where the whole vocabulary is here. exact: divergences pair by pair from the logits' own shifts, for rows
-    that hardly differ.
+    `at_once` (all of them) where all of the vocabulary is gone through: so that it stays in cache. spaces: memory that is kept, one
+    for each thread of a processor that rows go through side by side, where the whole vocabulary is here. exact: divergences pair by
+    pair from the logits' own shifts, for rows that hardly differ.
     """
     if kernel is not None and vocabulary.group.size == 1 and kernel.takes(logits, min(vocabulary.k, vocabulary.n)):
         return _by_kernel(kernel, logits, pairs, next_R, tracked_N, vocabulary)
-    if vocabulary.group.size > 1 or logits.tensors[0].device.type != "cpu":
-        threads = 1
-    n = min(threads, logits.n_rows)
+    spaces = spaces or [Space()]
+    alone_here = vocabulary.group.size == 1 and logits.tensors[0].device.type == "cpu"
+    n = min(len(spaces), logits.n_rows) if alone_here else 1
     parts: list[list[Statistics]] = [[] for _ in range(n)]
 
     def some_rows(thread: int, first: int, last: int) -> None:
-        space = Space()
         for start in range(first, last, rows):
             some = slice(start, min(start + rows, last))
             mine = logits.some(some), pairs, next_R[some], tracked_N, vocabulary
-            parts[thread].append(_rows(*mine, exact, at_once or rows, space))
+            parts[thread].append(_rows(*mine, exact, at_once or rows, spaces[thread]))
 
-    if threads == 1:
+    if n == 1:
         some_rows(0, 0, logits.n_rows)
     else:
         with alone():  # one row too: torch would sum it up in parts, in as many threads as there are
@@ -128,7 +127,7 @@ def _rows(
     n_slots, n_pairs = logits.n_slots, len(pairs)
     if exact:
         shifts = list(pairs)
-        maxima_NRB, d = _exactly(logits, pairs, v, at_once)
+        maxima_NRB, d = _exactly(logits, pairs, v, max(1, at_once // 2))  # shifts take as much again
         lossy = torch.zeros_like(d.ba, dtype=torch.bool)
     else:
         x = [logits.slot(s) for s in range(n_slots)]
@@ -136,7 +135,7 @@ def _rows(
         found = one_pass(x, shifts, v.n, v.group, at_once=at_once, space=space)
         maxima_NRB = found.maxima_NRB
         d = divergences(x, found.largest_SR, pairs, v.group, found.sums)
-        lossy = _rounded(x, d, pairs, v)
+        lossy = _rounded(x, d, pairs, v, at_once)
     asked = [shifts.index(pair) for pair in pairs]
     which = [*range(n_slots), *(n_slots + i for i in asked), *(n_slots + len(shifts) + i for i in asked)]
     searches = [Search(partial(logits.slot, s)) for s in range(n_slots)]
@@ -162,13 +161,22 @@ def _exactly(
     return torch.cat(maxima, 1), Divergences(**{name: torch.cat([p[name] for p in parts], 1) for name in parts[0]})
 
 
-def _rounded(x: Sequence[Tensor], d: Divergences, pairs: Sequence[tuple[int, int]], v: Vocabulary) -> Tensor:
+def _rounded(
+    x: Sequence[Tensor], d: Divergences, pairs: Sequence[tuple[int, int]], v: Vocabulary, at_once: int
+) -> Tensor:
     """`lossy` of every pair, [pairs, R], from logits [R, V]: the small ones only are looked at once more."""
     lossy = _small(d.ba, d.ab)
     for i in lossy.any(1).nonzero().flatten().tolist():
-        (a, b), some = pairs[i], lossy[i].nonzero().flatten()
-        apart = mean_shift(x[a][some], x[b][some], d.logsumexp[a, some], d.logsumexp[b, some], v.group)
-        lossy[i, some] = _lossy(apart, d.ba[i, some], d.ab[i, some])
+        a, b = pairs[i]
+        for some in lossy[i].nonzero().flatten().split(at_once):
+            apart = mean_shift(
+                x[a].index_select(0, some),
+                x[b].index_select(0, some),
+                d.logsumexp[a, some],
+                d.logsumexp[b, some],
+                v.group,
+            )
+            lossy[i, some] = _lossy(apart, d.ba[i, some], d.ab[i, some])
     return lossy
 
 

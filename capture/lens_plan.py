@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 
 from capture.errors import ConfigError
 from capture.lens_kernel import Kernel
 from capture.topk import Vocabulary
 
-CELLS_IN_CACHE = 200_000  # logits of one slot that the statistics go through at a time, on a CPU
-ROWS_TOGETHER = 4  # so many times that is worked on together where it is small
+LEAST_IN_CACHE, MOST_IN_CACHE = 200_000, 400_000  # logits of one slot gone through at a time on a CPU
+LAST_CACHE = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")  # as Linux tells it: 32768K
+BYTES_A_CELL = 160  # of the last cache, for each of them: two threads' workspaces fill half of it
+ROWS_TOGETHER = 12  # so many times that is worked on together where it is small
+ROWS_IN_STEP = 4  # so many times that by ranks of a group
 CELLS_ON_DEVICE = 25_600_000  # logits of one slot that the statistics work on at a time, on a GPU
-ROWS_AT_ONCE = 128  # rows of a slot for which a product's weights weigh little beside its arithmetic
+ROWS_AT_ONCE = 320  # rows of a slot for which a product's weights weigh little beside its arithmetic
 GROUPS, FEW_GROUPS = 8, 4  # of layers, at least: a walk commits between them
-SMALL_GROUP = 256 << 20  # bytes of one model's layers: walked again in a second or two, so that FEW_GROUPS are enough
-TILE_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}  # logits of all slots of one tile
+LARGE_HEAD = 64 << 20  # bytes that a product goes through: as long as small layers take, so that two groups are enough
+SMALL_GROUP = 256 << 20  # bytes of one model's layers: walked again in a second or two, so that few groups are enough
+TILE_BYTES = {"cpu": 512 << 20, "cuda": 1 << 30}  # logits of all slots of one tile
 
 
 @dataclass
@@ -67,14 +73,24 @@ def statistics_rows(n_vocab: int, *, on_cpu: bool, alone: bool) -> tuple[int, in
     if not on_cpu:
         rows = max(1, CELLS_ON_DEVICE // n_vocab)
         return rows, rows
-    at_once = max(1, CELLS_IN_CACHE // n_vocab)
-    return ROWS_TOGETHER * at_once, at_once if alone else ROWS_TOGETHER * at_once
+    at_once = max(1, _cells_in_cache() // n_vocab)
+    return (ROWS_TOGETHER * at_once, at_once) if alone else (ROWS_IN_STEP * at_once, ROWS_IN_STEP * at_once)
 
 
-def layers_at_once(n_tokens: int, n_layers: int, layer_bytes: int, *, alone: bool) -> int:
-    """Of how many layers the rows of all n_tokens tokens go through one product. layer_bytes: of one model's largest layer. alone:
-    no other rank has a share of it; ranks, whose shares may differ by some bytes, must come to the same number."""
-    few = (n_layers + 2) // FEW_GROUPS
+@cache
+def _cells_in_cache() -> int:
+    try:
+        size = 1024 * int(LAST_CACHE.read_text().strip().removesuffix("K"))
+    except (OSError, ValueError):  # another system, or it does not say
+        size = 0
+    return min(MOST_IN_CACHE, max(LEAST_IN_CACHE, size // BYTES_A_CELL))
+
+
+def layers_at_once(n_tokens: int, n_layers: int, layer_bytes: int, head_bytes: int, *, alone: bool) -> int:
+    """Of how many layers the rows of all n_tokens tokens go through one product. layer_bytes: of one model's largest layer;
+    head_bytes: of the product's weights. alone: no other rank has a share of them; ranks, whose shares may differ by some bytes,
+    must come to the same number."""
+    few = (n_layers + 2) // (FEW_GROUPS if head_bytes < LARGE_HEAD else 2)
     most = few if alone and few * layer_bytes <= SMALL_GROUP else (n_layers + 2) // GROUPS
     return max(1, min(-(-ROWS_AT_ONCE // n_tokens), most))
 

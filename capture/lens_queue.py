@@ -21,9 +21,10 @@ from capture.config import Owner
 from capture.ledger import free_memory, is_out_of_memory
 from capture.lens import SMALL_KL, PairStats, SlotStats, Statistics, join, lens_tile, put
 from capture.lens_plan import LensPlan
+from capture.lens_sums import Space as Workspace
 from capture.lockstep import Pair
 from capture.logits import Logits, can_shift, sampled_logits, separate, shifted_logits, tile_logits
-from capture.unembed import Space
+from capture.unembed import Space, keeps_space
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +72,7 @@ class LensQueue:
         self.pair, self.lens, self.tracked, self.store = pair, lens, tracked, store
         self.waiting: list[Waiting] = []
         self.space = Space()
+        self.workspaces: list[Workspace] = []
         self.left_out_mass: dict[str, float] = {"base": 0.0, "sft": 0.0}
 
     def __len__(self) -> int:
@@ -122,7 +124,7 @@ class LensQueue:
             if not is_out_of_memory(error) or n == 1 or self.lens.vocabulary.group.size > 1:
                 raise
             why = str(error).splitlines()[0]
-        self.space = Space()
+        self.space, self.workspaces = Space(), []
         free_memory()  # outside of the handler: the traceback holds what the tile had made
         log.warning("lens: %s; going on with tiles of %d rows instead of %d", why, n // 2, n)
         self.lens.tile_bytes = n // 2 * len(rows.kind.heads) * self.lens.n_vocab * 4
@@ -180,8 +182,18 @@ class LensQueue:
         return lens_tile(
             logits, rows.kind.pairs, rows.following, self.tracked, self.lens.vocabulary,
             rows=self.lens.statistics_rows(exact=exact), at_once=self.lens.at_once, exact=exact, kernel=self.lens.kernel,
-            threads=torch.get_num_threads(),
+            spaces=self._workspaces(),
         )  # fmt: skip
+
+    def _workspaces(self) -> Sequence[Workspace]:
+        """One for each thread, kept where the logits are."""
+        if self.lens.kernel is not None:
+            return ()
+        made = self.workspaces or [Workspace() for _ in range(torch.get_num_threads())]
+        model = self.pair.models[self.pair.owners[0]]
+        if keeps_space(model.head_shard()[1].shape[0], model.device):
+            self.workspaces = made
+        return made
 
     def _common(self, logits: Logits, heads: Sequence[Owner]) -> Logits:
         """Logits over the rows that both vocabularies have."""

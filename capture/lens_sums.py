@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import repeat
+from math import prod
 
 import torch
 from torch import Tensor
@@ -33,31 +35,55 @@ class Space:
     arithmetic, and a view a microsecond.
 
     weights (e, g_1, ...) [S, R, V] and factors (1, y, x_1, ...) [S + 1, R, V] are what is multiplied: `left` and `right` in blocks
-    of SUM_BLOCK entries, weights zero behind V, [R * blocks, S, SUM_BLOCK] and [R * blocks, SUM_BLOCK, S + 1]. spare [S, R, V]: for
+    of SUM_BLOCK entries, weights zero behind V, [R * blocks, S, SUM_BLOCK] and [R * blocks, SUM_BLOCK, S + 1]. spare [R, V]: for
     what does not stay.
     """
 
     def __init__(self) -> None:
         self.shape: tuple[int, ...] = ()
+        self.flat: dict[str, Tensor] = {}
 
-    def take(self, n_slots: int, rows: int, size: int, like: Tensor) -> None:
+    def take(self, n_slots: int, rows: int, size: int, listed: int, like: Tensor) -> None:
         """Memory for so many slots and rows, of what is there already if it is as large."""
-        if self.shape == (n_slots, rows, size):
+        if self.shape == (n_slots, rows, size, listed):
             return
-        self.shape = (n_slots, rows, size)
-        self.n_blocks = max(2, -(-size // SUM_BLOCK))  # two: one matrix alone is multiplied otherwise
-        all_of = like.new_zeros(3 * n_slots + 1, rows, self.n_blocks * SUM_BLOCK)
-        weights, factors, spare = all_of.split([n_slots, n_slots + 1, n_slots])
+        self.shape = (n_slots, rows, size, listed)
+        self.n_blocks = _blocks(size)
+        all_of = self._memory("rows", (2 * n_slots + 2, rows, self.n_blocks * SUM_BLOCK), like).zero_()
+        weights, factors, spare = all_of.split([n_slots, n_slots + 1, 1])
         factors[0] = 1
-        self.e, self.g = weights[0, :, :size], weights[1:, :, :size]
-        self.y, self.x = factors[1, :, :size], factors[2:, :, :size]
-        self.spare = spare[..., :size]
+        self.e, *self.g = weights[:, :, :size].unbind()
+        _, self.y, *self.x = factors[:, :, :size].unbind()
+        self.spare = spare[0, :, :size]
+        self.in_blocks = {out: block_view(out[:, :listed]) for out in (self.spare, *self.x)}
         self.left = weights.view(n_slots, -1, SUM_BLOCK).permute(1, 0, 2)
+        self.first = self.left[:, :1]
         self.right = factors.view(n_slots + 1, -1, SUM_BLOCK).permute(1, 2, 0)
+        self.each = (rows, self.n_blocks, -1, n_slots + 1)
 
-    def products(self, n_weights: int) -> Tensor:
-        """Sums over blocks of the first weights times every factor, [R, blocks, n_weights, S + 1]."""
-        return torch.bmm(self.left[:, :n_weights], self.right).unflatten(0, (self.shape[1], self.n_blocks))
+    def maxima(self, n_searches: int, rows: int, listed: int, like: Tensor) -> Tensor:
+        """Memory for block maxima [N, R, B]."""
+        return self._memory("maxima", (n_searches, rows, listed // BLOCK), like)
+
+    def _memory(self, key: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        size = prod(shape)
+        if key not in self.flat or self.flat[key].numel() < size:
+            self.flat.pop(key, None)
+            self.flat[key] = like.new_empty(size)
+        return self.flat[key][:size].view(shape)
+
+    def products(self, left: Tensor) -> Tensor:
+        """Sums over blocks of weights times every factor, [R, blocks, weights, S + 1]. left: as `self.left`, or `self.first` of it."""
+        return torch.bmm(left, self.right).view(self.each)
+
+
+def _blocks(size: int) -> int:
+    return max(2, -(-size // SUM_BLOCK))  # two: one matrix alone is multiplied otherwise
+
+
+def space_bytes(n_slots: int, n_searches: int, size: int, listed: int, *, rows: int, at_once: int) -> int:
+    """What a Space comes to hold for logits of so many entries."""
+    return 4 * ((2 * n_slots + 2) * at_once * _blocks(size) * SUM_BLOCK + n_searches * rows * (listed // BLOCK))
 
 
 def compared(n_slots: int, pairs: Pairs) -> list[tuple[int, int]]:
@@ -69,30 +95,32 @@ def one_pass(logits: Sequence[Tensor], shifts: Pairs, listed: int, group: Group,
     """logits: S tensors [R, V]; shifts: as `compared` has them; listed: of V, the entries that may be in top-k lists."""
     n_slots, n_lead, (rows, size) = len(logits), len(logits) - 1, logits[0].shape
     n_others = len(shifts) - n_lead
-    maxima_NRB = logits[0].new_empty(n_slots + 2 * len(shifts), rows, listed // BLOCK)
-    in_blocks = [block_view(x[:, :listed]).split(at_once) for x in logits]
+    maxima_NRB = space.maxima(n_slots + 2 * len(shifts), rows, listed, logits[0])
+    steps = list(zip(*(x.split(at_once) for x in logits), strict=True))
+    in_blocks = list(zip(*(block_view(x[:, :listed]).split(at_once) for x in logits), strict=True))
     products, offsets, rests = [], [], []
-    for i, (x, maxima) in enumerate(
-        zip(zip(*(x.split(at_once) for x in logits), strict=True), maxima_NRB.split(at_once, 1), strict=True)
-    ):
-        space.take(n_slots, x[0].shape[0], size, logits[0])
-        of_slots, *of_shifts = maxima.split([n_slots, n_lead, n_others, n_lead, n_others])
-        for blocks, out in zip(in_blocks, of_slots, strict=True):
-            torch.amax(blocks[i], 1, out=out)
-        for at in range(0, n_others, n_slots):
-            few = slice(at, at + n_slots)
-            _shifts(x, shifts[n_lead:][few], space.spare, listed, of_shifts[1][few], of_shifts[3][few])
-        _shifts(x, shifts[:n_lead], space.x, listed, of_shifts[0], of_shifts[2])
+    for x, blocks, maxima in zip(steps, in_blocks, maxima_NRB.split(at_once, 1), strict=True):
+        space.take(n_slots, x[0].shape[0], size, listed, logits[0])
+        of_slots, of_shifts = (of := maxima.unbind())[:n_slots], of[n_slots:]
+        for block, out in zip(blocks, of_slots, strict=True):
+            torch.amax(block, 1, out=out)
+        outs = [*space.x, *repeat(space.spare, n_others)]
+        for i in (*range(n_lead, len(shifts)), *range(n_lead)):  # the leading ones last: they are needed below
+            a, b = shifts[i]
+            torch.sub(x[b], x[a], out=outs[i])
+            torch.amax(space.in_blocks[outs[i]], 1, out=of_shifts[i])
+            torch.amin(space.in_blocks[outs[i]], 1, out=of_shifts[len(shifts) + i])
         if listed % BLOCK or listed < size:
-            rest = space.x[..., listed // BLOCK * BLOCK :]
+            rest = torch.stack([x[:, listed // BLOCK * BLOCK :] for x in space.x])
             rests.append(torch.stack([rest.amax(2), -rest.amin(2)]))
         torch.sub(x[0], group.max(largest_of(of_slots[0], x[0]))[:, None], out=space.y)
         torch.exp(space.y, out=space.e)
-        of_one, _, *of_shift = group.sum(space.products(1).sum((1, 2)).T)
-        offsets.append(torch.stack(of_shift) / of_one)
-        space.x.sub_(offsets[-1][:, :, None])
-        _expm1(space.x, space.g, space.spare).mul_(space.e)
-        products.append(space.products(n_slots).sum(1, dtype=torch.float64))
+        mean = group.sum(space.products(space.first).sum((1, 2)).T)
+        offsets.append(mean[2:] / mean[0])
+        for shift, offset, out in zip(space.x, offsets[-1][:, :, None].unbind(), space.g, strict=True):
+            shift.sub_(offset)
+            _expm1(shift, out, space.spare).mul_(space.e)
+        products.append(space.products(space.left).sum(1, dtype=torch.float64))
     maxima_NRB[n_slots + len(shifts) :].neg_()  # of minima
     largest = group.max(torch.stack([largest_of(m, x) for m, x in zip(maxima_NRB, logits, strict=False)]))
     sums = torch.cat(products).permute(1, 2, 0)
@@ -106,28 +134,19 @@ def one_pass(logits: Sequence[Tensor], shifts: Pairs, listed: int, group: Group,
     return Pass(maxima_NRB, largest, Sums(group.sum(sums), taken_off, far))
 
 
-def _shifts(x: Sequence[Tensor], pairs: Pairs, out: Tensor, listed: int, highest: Tensor, lowest: Tensor) -> None:
-    """Logits of b minus those of a for every pair (a, b), and their block maxima and minima."""
-    for one, (a, b) in zip(out, pairs, strict=False):
-        torch.sub(x[b], x[a], out=one)
-    if pairs:
-        blocks = block_view(out[: len(pairs), :, :listed])
-        torch.amax(blocks, 2, out=highest)
-        torch.amin(blocks, 2, out=lowest)
-
-
 def _expm1(x: Tensor, out: Tensor, spare: Tensor) -> Tensor:
     """exp(x) - 1 as tanh(x / 2) (exp(x) + 1), to 1.5e-7 of it: on a processor expm1 takes twice as long as all of these."""
     if x.device.type != "cpu":
         return torch.expm1(x, out=out)
     torch.mul(x, 0.5, out=out).tanh_()
-    return out.addcmul_(out, torch.exp(x, out=spare[1:]))
+    return out.addcmul_(out, torch.exp(x, out=spare))
 
 
 def largest_of(maxima_RB: Tensor, x_RV: Tensor) -> Tensor:
     """The largest entry of each row [R], where the maxima of its first blocks are known."""
     rest = x_RV[:, maxima_RB.shape[1] * BLOCK :]
-    return (torch.cat([maxima_RB, rest], dim=1) if rest.shape[1] else maxima_RB).amax(1)
+    most = [part.amax(1) for part in (maxima_RB, rest) if part.shape[1]]
+    return torch.maximum(*most) if len(most) == 2 else most[0]
 
 
 def _far(reach_2SR: Tensor, offsets_SR: Tensor, group: Group) -> Tensor:

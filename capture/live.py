@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
 META = torch.device("meta")
 
@@ -57,10 +56,10 @@ class Live(TorchDispatchMode):
             out: Any = args[0].new_empty(*args[0].shape[:-1], args[1].shape[-1])
         else:
             out = func(*args, **(kwargs or {}))
-        given = {t.untyped_storage()._cdata for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)}
+        given = {t.untyped_storage()._cdata for t in _tensors((args, *(kwargs or {}).values()))}
         _ = self.live  # else what was made where something lay that is gone would be known
-        for tensor in tree_iter(out):
-            if isinstance(tensor, Tensor) and tensor.device.type == self.kind:
+        for tensor in _tensors((out,)):
+            if tensor.device.type == self.kind:
                 self._see(tensor.untyped_storage(), given)
         now = self.live + self.beside()
         if now > self.limit:
@@ -75,6 +74,15 @@ class Live(TorchDispatchMode):
             self._known[key] = nbytes
             self._live += nbytes
             weakref.finalize(storage, self._left.append, (key, nbytes))
+
+
+def _tensors(of: Iterable[Any]) -> Iterator[Tensor]:
+    """Those among what an operation takes or gives: tensors, and lists of them."""
+    for one in of:
+        if isinstance(one, Tensor):
+            yield one
+        elif isinstance(one, (tuple, list)):
+            yield from _tensors(one)
 
 
 class AsOn(TorchFunctionMode):

@@ -27,6 +27,7 @@ from capture.footprint import Activations, ModelBytes, Walk
 from capture.lens import lens_tile
 from capture.lens_kernel import Kernel
 from capture.lens_plan import LensPlan
+from capture.lens_sums import space_bytes
 from capture.live import META, AsOn, Live
 from capture.lockstep import Pair
 from capture.logits import can_shift, sampled_logits, separate, shifted_logits, tile_logits
@@ -38,7 +39,8 @@ from capture.unembed import SAMPLE, SAMPLES, SMALL_VOCABULARY, keeps_space
 log = logging.getLogger(__name__)
 
 SMALL, SMALL_PER_TOKEN = 1 << 15, 64  # bytes of ids, positions, masks of rows, and what else is too small to be counted
-SAMPLE_ROWS = 8  # rows that the lens statistics are measured on
+SAMPLE_ROWS = 8  # rows that the lens statistics are measured on, not on a processor
+SAMPLE_STEPS = 3  # likewise on a processor, times what it goes through at once: with fewer, another part takes most
 LIBRARY_LOADING = 1.6  # as in capture/checkpoint.py: beside a weight while the library puts it together
 
 
@@ -119,18 +121,21 @@ class Measure:
         probed = (
             sum(b.ids_BT.numel() for b in probe) * len(self.passes) * self.hidden * element
         )  # its rows, in its batch
-        kept = self._kept_logits(tile_bytes)
-        beside = probed + self._waiting(tile_bytes) + kept + SMALL + SMALL_PER_TOKEN * self.walk.tokens
+        kept = self._kept(tile_bytes)
+        waiting, left = self._waiting(tile_bytes)
+        beside = probed + waiting + kept + SMALL + SMALL_PER_TOKEN * self.walk.tokens
         tail = 4 * self.walk.batch_tokens * self.hidden * max(4, element)
         return Activations(
             states=footprint.state_bytes(walk),
             batch=batch,
             calls=sum(self._call_bytes(b) for b in self.batches) + beside,
             batch_calls=max(c.nbytes for c in self.calls) + beside,
-            opening=max(max(c.opening for c in self.calls), self.lens_bytes(tile_bytes, rows=8)),
+            opening=max(max(c.opening for c in self.calls), self.lens_bytes(tile_bytes, rows=8)) - kept - waiting,
             forward=forward,
             statistics=max(footprint.statistics_bytes(self.walk) + padded, tail) + spectra,
-            lens=self.lens_bytes(tile_bytes) - kept + padded // 2 + spectra if self.lens.layers else 0,
+            lens=self.lens_bytes(tile_bytes) - kept - (waiting - left) + padded // 2 + spectra
+            if self.lens.layers
+            else 0,
         )
 
     def _spectra(self) -> int:
@@ -249,29 +254,36 @@ class Measure:
             self._forward[key] = self._lens(tile, tile_bytes)
         return self._forward[key]
 
-    def _kept_logits(self, tile_bytes: int) -> int:
-        """Logits of the largest tile, where they stay in memory while layers run."""
+    def _kept(self, tile_bytes: int) -> int:
+        """What stays in memory while layers run: logits of the largest tile, and the plain lens's memory for statistics."""
         if not self.lens.layers:
             return 0
         tile = min(self._rows_at_once(), self.lens.tile_rows(len(self.passes), tile_bytes))
         shards = {o: self.pair.models[o].head_shard()[1].shape[0] for o in self.pair.owners}
-        return sum(
-            tile * shards[p.unembedding] * 4 for p in self.passes if keeps_space(shards[p.unembedding], self.device)
-        )
+        kept = {o for o, shard in shards.items() if keeps_space(shard, self.device)}
+        logits = sum(tile * shards[p.unembedding] * 4 for p in self.passes if p.unembedding in kept)
+        return logits + (self._workspaces(tile, min(shards.values())) if kept and self.lens.kernel is None else 0)
+
+    def _workspaces(self, tile: int, n_vocab: int) -> int:
+        slots, searches = len(self.passes), len(self.passes) + 2 * self.n_pairs
+        rows, v = min(tile, self.lens.statistics_rows()), self.lens.vocabulary
+        of_one = space_bytes(slots, searches, n_vocab, v.n, rows=rows, at_once=min(rows, self.lens.at_once))
+        return of_one * (min(tile, torch.get_num_threads()) if v.group.size == 1 else 1)
 
     def _rows_at_once(self) -> int:
         """Rows that may share a tile of the lens."""
         return sum(b.ids_BT.numel() for b in self.batches if not b.probe) * self.lens.layers_at_once
 
-    def _waiting(self, tile_bytes: int) -> int:
+    def _waiting(self, tile_bytes: int) -> tuple[int, int]:
         """States of rows that wait for the lens while layers run: less than a tile, and what one batch brings; and never those of
-        the batch behind which all that waits is worked off."""
+        the batch behind which all that waits is worked off. And of those that wait on, at most, while a tile is worked off."""
         if not self.lens.layers:
-            return 0
+            return 0, 0
         tile = self.lens.tile_rows(len(self.passes), tile_bytes)
         last = [b for b in self.batches if not b.probe][-1].ids_BT.numel()
-        rows = min(self._rows_at_once() - last, tile + self.walk.batch_tokens)
-        return rows * len(self.passes) * self.hidden * self.dtype.itemsize
+        most, of_row = self._rows_at_once(), len(self.passes) * self.hidden * self.dtype.itemsize
+        waiting = min(most - last, tile + self.walk.batch_tokens)
+        return waiting * of_row, min(waiting, max(0, most - tile), self.walk.batch_tokens) * of_row
 
     def _lens(self, tile: int, tile_bytes: int) -> int:
         if not self.exact or not self.lens.layers:
@@ -316,13 +328,24 @@ class Measure:
             return self._compiled(tile, self.lens.kernel)
         rows = min(tile, self.lens.statistics_rows(exact=exact))
         on_cpu = self.device.type == "cpu"
-        sample = rows if on_cpu else SAMPLE_ROWS  # elsewhere a row takes as much, however many there are
         v, heads = self.lens.vocabulary, len(self.passes)
         at_once = self.lens.at_once if on_cpu else None
-        most = _of_statistics(sample, heads, self.n_pairs, self.lens.n_vocab, v.n, v.k, at_once, exact)
-        made = 4 * heads * self.lens.n_vocab if exact else 0  # sums of products, where these were there before
+
+        def of(sample: int) -> int:
+            return _of_statistics(sample, heads, self.n_pairs, self.lens.n_vocab, v.n, v.k, at_once, exact)
+
+        if not on_cpu:  # a row takes as much, however many there are
+            most = -(-of(SAMPLE_ROWS) // SAMPLE_ROWS) * rows
+        elif rows <= SAMPLE_STEPS * self.lens.at_once:
+            most = of(rows)
+        else:  # each more takes as much as the one before
+            step = self.lens.at_once
+            few = of(SAMPLE_STEPS * step)
+            each = -(-(few - of((SAMPLE_STEPS - 1) * step)) // step)
+            most = few + each * (rows - SAMPLE_STEPS * step)
+        made = 4 * heads * self.lens.n_vocab * rows if exact else 0  # sums of products, where these were there before
         threads = min(tile, torch.get_num_threads()) if on_cpu else 1
-        return (-(-most // sample) + made) * rows * threads + self._found(tile)
+        return (most + made) * threads + self._found(tile)
 
     def _found(self, tile: int) -> int:
         """Results of a tile, while its last rows are worked on."""
@@ -367,7 +390,7 @@ def _of_statistics(
     for spread in (1e-3, 300.0):
         generator = torch.Generator().manual_seed(0)
         first = torch.randn(rows, n_vocab, generator=generator)
-        slots = [first + spread * torch.randn(first.shape, generator=generator) for _ in range(n_slots)]
+        slots = [first + spread * first.roll(1 + s, 1) for s in range(n_slots)]
         with Live(torch.device("cpu")) as live:
             lens_tile(
                 separate(slots), pairs, torch.zeros(rows, dtype=torch.long), nothing, Vocabulary(listed, k),

@@ -102,7 +102,7 @@ def local_top_k(searches: Sequence[Search], maxima_NRB: Tensor, n: int, k: int) 
     k = min(k, n)
     m = min(k + 1, n)
     rows = maxima_NRB.shape[1]
-    ids = _within(_largest(maxima_NRB.flatten(0, 1), m)[1], BLOCK, n)
+    ids = _within(_largest(maxima_NRB.flatten(0, 1), m, ordered=False)[1], BLOCK, n)
     parts = [s.entries(partial(_at, ids=i)) for s, i in zip(searches, ids.split(rows), strict=True)]
     values = torch.cat([-x if s.lowest else x for s, x in zip(searches, parts, strict=True)])
     best, where = _largest(values, m)
@@ -124,15 +124,15 @@ def _first(x_RV: Tensor, row: int, n: int) -> Tensor:
     return x_RV[row, :n]
 
 
-def _largest(x_RN: Tensor, m: int) -> tuple[Tensor, Tensor]:
-    """Values and places of the m largest entries of each row, best first: by blocks of few, their blocks, and so on, because
-    `topk` takes longer the longer rows are."""
+def _largest(x_RN: Tensor, m: int, *, ordered: bool = True) -> tuple[Tensor, Tensor]:
+    """Values and places of the m largest entries of each row, best first if `ordered`: by blocks of few, their blocks, and so on,
+    because `topk` takes longer the longer rows are."""
     n = x_RN.shape[1]
     if n < 2 * FEW * max(1, m):
-        best = x_RN.topk(min(m, n), dim=1)
+        best = x_RN.topk(min(m, n), dim=1, sorted=ordered)
         return best.values, best.indices
-    places = _within(_largest(block_view(x_RN, FEW).amax(1), m)[1], FEW, n)
-    best = x_RN.gather(1, places).topk(m, dim=1)
+    places = _within(_largest(block_view(x_RN, FEW).amax(1), m, ordered=False)[1], FEW, n)
+    best = x_RN.gather(1, places).topk(m, dim=1, sorted=ordered)
     return best.values, places.gather(1, best.indices)
 
 

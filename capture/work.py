@@ -24,7 +24,7 @@ from capture.layout import RunDir
 from capture.ledger import Ledger
 from capture.lens_kernel import Kernel, load_kernel
 from capture.lens_plan import TILE_BYTES, LensPlan, layers_at_once, plan_layers, statistics_rows
-from capture.loader import AHEAD_LAYERS
+from capture.loader import AHEAD_LAYERS, MapAhead
 from capture.lockstep import Pair, Split
 from capture.measure import Measure
 from capture.memory import ModeChoice, Promise
@@ -155,14 +155,17 @@ class Work:
     def _choose_mode(self) -> ModeChoice:
         """Compare what each mode needs with what is free, before anything large is loaded."""
         entry, pair = self.entry, self.pair
-        first, last = layers_of(pair, self.relay, self.lens.layers_at_once)
-        promise = Promise(entry, pair.unique(), self.choice, range(max(first, 0), last + 1))
+        promise = Promise(entry, pair.unique(), self.choice, self._own_layers())
         spectra = len(entry.comparisons) if entry.spectrum else 0
         measure = Measure(pair, self.batches, self.lens, entry.passes, len(entry.comparisons), spectra)
         most = 1 if self.group.size > 1 else max(len(b.items) for b in self.batches)
         choice = promise.choose(measure.activations, self.lens.tile_bytes, most)
         log.info("mode %s: %s", choice.mode, choice.why)
         return choice
+
+    def _own_layers(self) -> range:
+        first, last = layers_of(self.pair, self.relay, self.lens.layers_at_once)
+        return range(max(first, 0), last + 1)
 
     def _open_source(self) -> None:
         """Weights that come from the hub wait in memory until they are used; where that is the device's, so much less is free."""
@@ -219,7 +222,11 @@ class Work:
             at_once=at_once,
             compiled=self._compiled(),
             layers_at_once=layers_at_once(
-                sum(map(len, self.ids)), base.n_layers, max(base.layer_bytes()), alone=self.group.size == 1
+                sum(map(len, self.ids)),
+                base.n_layers,
+                max(base.layer_bytes()),
+                4 * n_vocab * base.config.hidden_size,
+                alone=self.group.size == 1,
             ),
         )
 

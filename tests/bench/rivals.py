@@ -196,6 +196,7 @@ def our_statistics(rival: Rival, found: States, ids_T: Tensor, n_tokens: int, to
     from capture.lens import lens_tile
     from capture.lens_kernel import Kernel, load_kernel
     from capture.lens_plan import statistics_rows
+    from capture.lens_sums import Space
     from capture.logits import separate
     from capture.topk import Vocabulary
 
@@ -206,6 +207,7 @@ def our_statistics(rival: Rival, found: States, ids_T: Tensor, n_tokens: int, to
     tracked = torch.tensor([5, 299])
     compiled = load_kernel()  # as a capture would take it
     kernel = compiled if isinstance(compiled, Kernel) else None
+    spaces = [Space() for _ in range(torch.get_num_threads())]
     done = []
     for layer, states_PTD in enumerate(found):
         states = [
@@ -214,7 +216,7 @@ def our_statistics(rival: Rival, found: States, ids_T: Tensor, n_tokens: int, to
         a, b = (m.lm_head(torch.cat(two)).chunk(2) for m, two in ((base, states[0::2]), (sft, states[1::2])))
         logits = separate([a[0], b[0], a[1], b[1]])
         rows, at_once = statistics_rows(n_vocab, on_cpu=True, alone=True)
-        how = {"rows": rows, "at_once": at_once, "kernel": kernel, "threads": torch.get_num_threads()}
+        how = {"rows": rows, "at_once": at_once, "kernel": kernel, "spaces": spaces}
         lens = lens_tile(logits, PAIRS, next_T, tracked, vocabulary, **how)
         norms = [statistics.norm(x) for x in states_PTD]
         across = [(statistics.norm_of_difference(states_PTD[i], states_PTD[j]),

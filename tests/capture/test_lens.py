@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from capture.lens import lens_tile
 from capture.lens_kernel import Kernel, load_kernel
+from capture.lens_sums import Space
 from capture.logits import separate
 from capture.threads import alone, in_threads
 from capture.topk import Search, Vocabulary, block_maxima, local_top_k
@@ -82,7 +83,17 @@ def test_how_many_rows_are_worked_on_at_a_time_and_in_how_many_threads_changes_n
     few = Vocabulary(vocab - 7, 5)
     ways = [(1, 1, 1), (2, 2, 1), (5, 1, 1), (5, 2, 1), (5, 5, 1), (2, 1, 2), (5, 2, 3), (1, 1, 9)]
     tiles = [
-        lens_tile(separate(x), PAIRS, NEXT, TRACKED, few, rows=rows, at_once=at_once, exact=exact, threads=threads)
+        lens_tile(
+            separate(x),
+            PAIRS,
+            NEXT,
+            TRACKED,
+            few,
+            rows=rows,
+            at_once=at_once,
+            exact=exact,
+            spaces=[Space() for _ in range(threads)],
+        )
         for rows, at_once, threads in ways
     ]
     for other in tiles[1:]:

@@ -6,12 +6,12 @@ import tiny
 import torch
 from test_capture import captured, entry_of, expected
 
-from capture import lens_queue
+from capture import lens_plan, lens_queue
 from capture.config import Lens
 from capture.lens_plan import layers_at_once
-from capture.run import capture_pair
 from capture.settings import Spans
 
+HEAD = 1 << 20  # bytes of an unembedding that is small beside its layers
 DEEP = {"num_hidden_layers": 13}  # of which three share a product
 
 
@@ -93,27 +93,44 @@ def test_rows_whose_slots_hardly_differ_and_others_agree_with_float64(scale, com
 
 def test_how_many_layers_share_a_product_follows_from_the_rows_and_the_layers():
     large = 400 << 20
-    assert layers_at_once(12, 30, large, alone=True) == 4
-    assert layers_at_once(64, 30, large, alone=True) == 2
-    assert layers_at_once(128, 30, large, alone=True) == 1
-    assert layers_at_once(1, 126, large, alone=True) == 16
-    assert layers_at_once(1, 4, large, alone=True) == 1
+    assert layers_at_once(12, 30, large, HEAD, alone=True) == 4
+    assert layers_at_once(100, 30, large, HEAD, alone=True) == 4
+    assert layers_at_once(160, 30, large, HEAD, alone=True) == 2
+    assert layers_at_once(320, 30, large, HEAD, alone=True) == 1
+    assert layers_at_once(1, 126, large, HEAD, alone=True) == 16
+    assert layers_at_once(1, 4, large, HEAD, alone=True) == 1
 
 
 def test_where_layers_are_small_more_of_them_share_a_product():
-    assert layers_at_once(12, 30, 14 << 20, alone=True) == 8
-    assert layers_at_once(1, 126, 14 << 20, alone=True) == 16, (
+    assert layers_at_once(12, 30, 14 << 20, HEAD, alone=True) == 8
+    assert layers_at_once(1, 126, 14 << 20, HEAD, alone=True) == 16, (
         "a quarter of these is more than what is walked again in a moment"
     )
-    assert layers_at_once(64, 30, 14 << 20, alone=True) == 2
-    assert layers_at_once(12, 30, 14 << 20, alone=False) == 4, "ranks of a group see shares of other sizes"
-    assert layers_at_once(1, 4, 1 << 10, alone=True) == 1
+    assert layers_at_once(64, 30, 14 << 20, HEAD, alone=True) == 5
+    assert layers_at_once(12, 30, 14 << 20, HEAD, alone=False) == 4, "ranks of a group see shares of other sizes"
+    assert layers_at_once(1, 4, 1 << 10, HEAD, alone=True) == 1
 
 
-def test_the_capture_id_does_not_know_how_the_lens_was_computed(deep, tmp_path):
-    entry = entry_of(deep, prompts=("a",))
-    ids = {
-        capture_pair(entry.model_copy(update={"lens": Lens(compile=way)}), str(tmp_path)).capture
-        for way in ("auto", False)
-    }
-    assert len(ids) == 1
+def test_where_the_unembedding_is_large_half_of_the_small_layers_share_a_product():
+    assert layers_at_once(12, 30, 14 << 20, 108 << 20, alone=True) == 16
+    assert layers_at_once(64, 30, 14 << 20, 108 << 20, alone=True) == 5
+    assert layers_at_once(12, 30, 14 << 20, 108 << 20, alone=False) == 4
+    assert layers_at_once(12, 30, 400 << 20, 2 << 30, alone=True) == 4
+
+
+def test_a_processor_with_a_larger_cache_goes_through_more_rows_at_a_time(monkeypatch, tmp_path):
+    told = tmp_path / "size"
+    monkeypatch.setattr(lens_plan, "LAST_CACHE", told)
+
+    def rows(n_vocab):
+        lens_plan._cells_in_cache.cache_clear()
+        return lens_plan.statistics_rows(n_vocab, on_cpu=True, alone=True)[1]
+
+    try:
+        assert rows(50_000) == 4, "a system that does not tell"
+        for text, at_once in (("16384K\n", 4), ("46080K\n", 5), ("266240K\n", 8), ("?\n", 4)):
+            told.write_text(text)
+            assert rows(50_000) == at_once, text
+        assert rows(500_000) == 1
+    finally:
+        lens_plan._cells_in_cache.cache_clear()

@@ -39,9 +39,12 @@ CASES = {  # what dominates -> architecture, its shape, the entry
         "mixtral", {"num_hidden_layers": 3}, {"prompts": prompts(4, 120), "lens": Lens(enabled=False)},
     ),
     "the lens": ("llama", {"vocab": 4001, "num_hidden_layers": 2}, {"prompts": prompts(2, 60)}),
-    "the lens of two layers at once": ("llama", {"vocab": 4001, "num_hidden_layers": 6}, {"prompts": prompts(2, 20)}),
+    "the lens of several layers at once": ("llama", {"vocab": 4001, "num_hidden_layers": 6}, {"prompts": prompts(2, 20)}),
     "the plain lens": (
         "llama", {"vocab": 4001, "num_hidden_layers": 2}, {"prompts": prompts(2, 60), "lens": Lens(compile=False)},
+    ),
+    "the plain lens in memory that is kept": (
+        "llama", {"vocab": 17001, "num_hidden_layers": 2}, {"prompts": prompts(2, 60), "lens": Lens(compile=False)},
     ),
 }  # fmt: skip
 
