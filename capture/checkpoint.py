@@ -70,6 +70,7 @@ class StreamedModel:
         self.loaded: dict[Any, int] = {}  # group -> bytes, from the moment that its reading may begin
         self._ready: set[Any] = set()
         self._read_ahead: set[Any] = set()  # of those that are not ready
+        self._mapped: set[Any] = set()  # of those that are views, what lay in memory
         self._views: dict[Any, bool] = {}
         self.model, record = open_model(
             directory, label, dtype, model_kwargs, self.quantization, device, whole=self.whole, ranks=self._ranks()
@@ -315,7 +316,20 @@ class StreamedModel:
 
     def is_at_hand(self, group: Any) -> bool:
         """Whether loading a group takes no time: it is there, or will be views of what is in memory, as far as can be told."""
-        return group in self._ready or (self.is_view(group) and self.stored.cached(self._keys(group)))
+        if group in self._ready or group in self._mapped:
+            return True
+        return self.is_view(group) and self.stored.cached(self._keys(group))
+
+    def map_ahead(self, group: Any) -> bool:
+        """Have the system map the pages of a group that will be views of what is in memory. False where it is not that."""
+        if (
+            not self.is_view(group)
+            or not self.stored.cached(self._keys(group))
+            or not self.stored.map_ahead(self._keys(group))
+        ):
+            return False
+        self._mapped.add(group)
+        return True
 
     def read_ahead(self, group: Any) -> None:
         """Let the system read a group's bytes from its disk."""

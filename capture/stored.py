@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import mmap
 import os
-from collections.abc import Iterable, Mapping, Sequence
+import sys
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 import torch
 from safetensors import safe_open
@@ -24,6 +28,7 @@ if TYPE_CHECKING:
 # as safetensors has them
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 AT_A_CALL = 128 << 10  # bytes that any system reads ahead at one call; of a longer range it may drop the rest
+POPULATE_READ = 22  # MADV_POPULATE_READ, of Linux 5.14 (man 2 madvise); Python's mmap has no name for it
 PROBES = 1 << 20  # bytes from one place of a tensor that is asked for to the next
 
 
@@ -40,6 +45,7 @@ class Stored:
         self.ignored_keys: list[str] = []
         self._handles: dict[str, Any] = {}
         self._files: dict[str, BinaryIO] = {}
+        self._opening = threading.Lock()
         self._maps: dict[str, Any] = {}  # storages, or None
         self._places: dict[str, dict[str, tuple[int, int]]] = {}
         where = f"{label} model '{directory}'"
@@ -95,9 +101,10 @@ class Stored:
         return True
 
     def _opened_file(self, file: str) -> BinaryIO:
-        if file not in self._files:
-            self._files[file] = open(file, "rb")  # noqa: SIM115  for as long as the model is there
-        return self._files[file]
+        with self._opening:  # a file that is mapped ahead is asked about by two threads
+            if file not in self._files:
+                self._files[file] = open(file, "rb")  # noqa: SIM115  for as long as the model is there
+            return self._files[file]
 
     def announce(self, keys: Iterable[tuple[str, str]]) -> None:
         """These will be read soon, in about this order."""
@@ -109,16 +116,31 @@ class Stored:
         first used: without this that is in the middle of a layer."""
         if not hasattr(os, "posix_fadvise"):
             return
-        by_file: dict[str, list[tuple[int, int]]] = {}
-        for file, key in keys:
-            if self._is_here(file):
-                by_file.setdefault(file, []).append(self._places[file][key])
         with contextlib.suppress(OSError):  # whatever it says no with, reading will tell
-            for file, wanted in by_file.items():
+            for file, wanted in self._by_file(keys).items():
                 number = self._opened_file(file).fileno()
                 for start, stop in joined(wanted):
                     for at in range(start, stop, AT_A_CALL):
                         os.posix_fadvise(number, at, min(AT_A_CALL, stop - at), os.POSIX_FADV_WILLNEED)
+
+    def map_ahead(self, keys: Iterable[tuple[str, str]]) -> bool:
+        """Let the system map the pages of these, which it has in memory, before they are first touched. False where it cannot."""
+        for file, wanted in self._by_file(keys).items():
+            if self._maps[file] is None or _madvise is None:
+                return False
+            first = self._maps[file].data_ptr()
+            for start, stop in joined(wanted):
+                start -= start % mmap.PAGESIZE
+                if _madvise(first + start, stop - start, POPULATE_READ):
+                    return False
+        return True
+
+    def _by_file(self, keys: Iterable[tuple[str, str]]) -> dict[str, list[tuple[int, int]]]:
+        by_file: dict[str, list[tuple[int, int]]] = {}
+        for file, key in keys:
+            if self._is_here(file):
+                by_file.setdefault(file, []).append(self._places[file][key])
+        return by_file
 
     def cancel(self, keys: Iterable[tuple[str, str]]) -> None:
         """These will not be read after all."""
@@ -147,6 +169,17 @@ class Stored:
             if self._is_here(file):
                 self._places[file], self._maps[file] = places(Path(file)), _mapped(file)
         return self._handles[file]
+
+
+def _find_madvise() -> Callable[[int, int, int], int] | None:
+    if sys.platform != "linux":
+        return None
+    found = ctypes.CDLL(None).madvise
+    found.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    return cast("Callable[[int, int, int], int]", found)
+
+
+_madvise = _find_madvise()
 
 
 def _mapped(file: str) -> Any:

@@ -76,6 +76,7 @@ class Work:
         self.peaks = Peaks(self.device, self.ledger)
         self.seconds: dict[str, float] = {}
         self.mode: ModeChoice
+        self.map_ahead: MapAhead | None = None
         self.handover: Handover | None = None  # where others walk the layers behind this worker's
         self.store = SpanStore(run, run.capture_path(entry.name, resolved.capture))
 
@@ -87,6 +88,8 @@ class Work:
         except torch.OutOfMemoryError as error:
             raise DeviceMemoryError(f"{self.choice.name} ran out of memory: {str(error).splitlines()[0]}") from error
         finally:
+            if self.map_ahead is not None:
+                self.map_ahead.close()
             leave_group(self.group)
 
     def _capture(self) -> None:
@@ -146,6 +149,8 @@ class Work:
         self.lens = self._lens_plan(base, sft, len(self.tokenizer))
         self.mode = self._choose_mode()
         self.lens.tile_bytes = self.mode.tile_bytes
+        if self.mode.mode == "resident":
+            self.map_ahead = MapAhead([[(m, ("layer", i)) for m in self.pair.unique()] for i in self._own_layers()])
         self.pair.begin(self.batches, mode=self.mode.mode, spill=self.mode.spill)
         for b, batch in enumerate(self.batches):
             if self.mode.parts > 1 and len(batch.items) > 1:

@@ -1,6 +1,7 @@
 """What streaming promises: few weights alive, each checkpoint byte read once, the same numbers as resident."""
 
 import gc
+import os
 import threading
 
 import pytest
@@ -12,6 +13,7 @@ from capture.batches import make_batches
 from capture.checkpoint import EMBEDDING, HEAD, REST
 from capture.config import FOUR_PASSES, Batching
 from capture.footprint import MODES, weight_bytes
+from capture.loader import MapAhead
 from capture.measure import model_bytes
 
 
@@ -132,3 +134,50 @@ def test_a_checkpoint_against_itself_is_opened_once_and_has_one_state(pairs):
     pair = open_pair(tiny.PairPaths(paths.base, paths.base, paths.tokenizer), FOUR_PASSES)
     pair.begin(make_batches(tiny.random_ids(2, 9).tolist(), Batching(), CPU, probe=False), mode="streamed")
     assert {len(s.slots) for s in pair.walk()} == {1}
+
+
+@pytest.mark.skipif(not hasattr(os, "RWF_NOWAIT"), reason="the system does not say what is in memory")
+def test_layers_that_lie_in_memory_are_mapped_ahead_and_not_asked_for_again(pairs, monkeypatch):
+    pair = open_pair(pairs("llama"))
+    base = pair.models["base"]
+    for file in pairs("llama").base.glob("*.safetensors"):
+        file.read_bytes()
+    groups = [("layer", i) for i in range(pair.n_layers)]
+    mapping = MapAhead([[(base, g)] for g in groups])
+    mapping.thread.join()
+    monkeypatch.setattr(base.stored, "cached", lambda keys: pytest.fail("asked again"))
+    assert all(base.is_at_hand(g) for g in groups)
+    mapping.close()
+
+
+def test_what_is_no_view_or_not_in_memory_is_not_mapped_ahead(pairs, monkeypatch):
+    pair = open_pair(pairs("mixtral"))  # whose experts are put together from many tensors
+    base = pair.models["base"]
+    assert not base.map_ahead(("layer", 0))
+    assert not base.is_at_hand(("layer", 0))
+    other = open_pair(pairs("llama")).models["base"]
+    monkeypatch.setattr(other.stored, "cached", lambda keys: False)
+    assert not other.map_ahead(("layer", 0))
+    assert not other.is_at_hand(("layer", 0))
+
+
+def test_mapping_ahead_ends_where_a_capture_ends_before_it():
+    begun, go_on, seen = threading.Event(), threading.Event(), []
+
+    class Slow:
+        def map_ahead(self, group):
+            begun.set()
+            assert go_on.wait(10)
+            seen.append(group)
+            return True
+
+    mapping = MapAhead([[(Slow(), i)] for i in range(5)])
+    assert begun.wait(10)
+    closing = threading.Thread(target=mapping.close)
+    closing.start()
+    while mapping.left:
+        closing.join(0.01)
+    go_on.set()
+    closing.join(10)
+    assert not mapping.thread.is_alive()
+    assert seen == [0]
