@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import threading
 from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -320,16 +321,14 @@ class StreamedModel:
             return True
         return self.is_view(group) and self.stored.cached(self._keys(group))
 
-    def map_ahead(self, group: Any) -> bool:
-        """Have the system map the pages of a group that will be views of what is in memory. False where it is not that."""
-        if (
-            not self.is_view(group)
-            or not self.stored.cached(self._keys(group))
-            or not self.stored.map_ahead(self._keys(group))
-        ):
-            return False
-        self._mapped.add(group)
-        return True
+    def map_ahead(self) -> threading.Thread | None:
+        """Have the system map the pages of all layers, in a thread, where they will be views of what is in memory: when a layer first
+        touches them, all of its cores wait. None where they are not that."""
+        layers = [group for group in self._tensors if isinstance(group, tuple)]
+        if not all(self.is_view(group) and self.stored.cached(self._keys(group)) for group in layers):
+            return None
+        self._mapped.update(layers)  # and they are not asked about again
+        return self.stored.map_ahead([key for group in layers for key in self._keys(group)])
 
     def read_ahead(self, group: Any) -> None:
         """Let the system read a group's bytes from its disk."""

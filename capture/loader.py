@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -10,27 +9,6 @@ from typing import Any
 from capture.checkpoint import StreamedModel
 
 Step = Sequence[tuple[StreamedModel, Any]]  # what is loaded together: (model, group)
-
-
-class MapAhead:
-    """Has the system map, in a thread of its own, what resident layers will be views of, while a capture still opens: there are
-    idle cores then, and when a layer first touches a page all of its cores may wait. Weights that lie in memory only.
-    """
-
-    def __init__(self, steps: Sequence[Step]) -> None:
-        self.left = True
-        self.thread = threading.Thread(target=self._run, args=(steps,), name="map-ahead")
-        self.thread.start()
-
-    def _run(self, steps: Sequence[Step]) -> None:
-        for step in steps:
-            for model, group in step:
-                if not self.left or not model.map_ahead(group):
-                    return
-
-    def close(self) -> None:
-        self.left = False
-        self.thread.join()
 
 
 ANNOUNCED = 4  # steps behind the one being read whose bytes may be fetched, as far as their window reaches

@@ -45,7 +45,6 @@ class Stored:
         self.ignored_keys: list[str] = []
         self._handles: dict[str, Any] = {}
         self._files: dict[str, BinaryIO] = {}
-        self._opening = threading.Lock()
         self._maps: dict[str, Any] = {}  # storages, or None
         self._places: dict[str, dict[str, tuple[int, int]]] = {}
         where = f"{label} model '{directory}'"
@@ -101,10 +100,9 @@ class Stored:
         return True
 
     def _opened_file(self, file: str) -> BinaryIO:
-        with self._opening:  # a file that is mapped ahead is asked about by two threads
-            if file not in self._files:
-                self._files[file] = open(file, "rb")  # noqa: SIM115  for as long as the model is there
-            return self._files[file]
+        if file not in self._files:
+            self._files[file] = open(file, "rb")  # noqa: SIM115  for as long as the model is there
+        return self._files[file]
 
     def announce(self, keys: Iterable[tuple[str, str]]) -> None:
         """These will be read soon, in about this order."""
@@ -123,17 +121,20 @@ class Stored:
                     for at in range(start, stop, AT_A_CALL):
                         os.posix_fadvise(number, at, min(AT_A_CALL, stop - at), os.POSIX_FADV_WILLNEED)
 
-    def map_ahead(self, keys: Iterable[tuple[str, str]]) -> bool:
-        """Let the system map the pages of these, which it has in memory, before they are first touched. False where it cannot."""
+    def map_ahead(self, keys: Iterable[tuple[str, str]]) -> threading.Thread | None:
+        """Let the system map the pages of these, which it has in memory, before they are first touched. One call for a range: after
+        each the thread waits until the interpreter is free, and all else waits for it in turn."""
+        ranges = []
         for file, wanted in self._by_file(keys).items():
-            if self._maps[file] is None or _madvise is None:
-                return False
-            first = self._maps[file].data_ptr()
-            for start, stop in joined(wanted):
-                start -= start % mmap.PAGESIZE
-                if _madvise(first + start, stop - start, POPULATE_READ):
-                    return False
-        return True
+            mapped = self._maps[file]
+            if mapped is None or _madvise is None:
+                return None
+            start, stop = min(w[0] for w in wanted), max(w[1] for w in wanted)
+            start -= start % mmap.PAGESIZE
+            ranges.append((mapped, start, stop - start))
+        thread = threading.Thread(target=_map, args=(ranges,), name="map-ahead")
+        thread.start()
+        return thread
 
     def _by_file(self, keys: Iterable[tuple[str, str]]) -> dict[str, list[tuple[int, int]]]:
         by_file: dict[str, list[tuple[int, int]]] = {}
@@ -180,6 +181,12 @@ def _find_madvise() -> Callable[[int, int, int], int] | None:
 
 
 _madvise = _find_madvise()
+
+
+def _map(ranges: Sequence[tuple[Any, int, int]]) -> None:
+    for mapped, start, size in ranges:  # holds what is mapped as long as it takes
+        assert _madvise is not None
+        _madvise(mapped.data_ptr() + start, size, POPULATE_READ)
 
 
 def _mapped(file: str) -> Any:

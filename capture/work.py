@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -24,7 +25,7 @@ from capture.layout import RunDir
 from capture.ledger import Ledger
 from capture.lens_kernel import Kernel, load_kernel
 from capture.lens_plan import TILE_BYTES, LensPlan, layers_at_once, plan_layers, statistics_rows
-from capture.loader import AHEAD_LAYERS, MapAhead
+from capture.loader import AHEAD_LAYERS
 from capture.lockstep import Pair, Split
 from capture.measure import Measure
 from capture.memory import ModeChoice, Promise
@@ -46,6 +47,10 @@ from capture.topk import Vocabulary
 from capture.unembed import check_against_model
 
 log = logging.getLogger(__name__)
+
+LIKELY_RESIDENT = (
+    5  # layers of one model that are less than this part of what is free stay in memory: both are less than a half
+)
 
 
 class Work:
@@ -76,7 +81,7 @@ class Work:
         self.peaks = Peaks(self.device, self.ledger)
         self.seconds: dict[str, float] = {}
         self.mode: ModeChoice
-        self.map_ahead: MapAhead | None = None
+        self.mapping: list[threading.Thread] = []
         self.handover: Handover | None = None  # where others walk the layers behind this worker's
         self.store = SpanStore(run, run.capture_path(entry.name, resolved.capture))
 
@@ -88,8 +93,8 @@ class Work:
         except torch.OutOfMemoryError as error:
             raise DeviceMemoryError(f"{self.choice.name} ran out of memory: {str(error).splitlines()[0]}") from error
         finally:
-            if self.map_ahead is not None:
-                self.map_ahead.close()
+            for thread in self.mapping:
+                thread.join()
             leave_group(self.group)
 
     def _capture(self) -> None:
@@ -149,8 +154,6 @@ class Work:
         self.lens = self._lens_plan(base, sft, len(self.tokenizer))
         self.mode = self._choose_mode()
         self.lens.tile_bytes = self.mode.tile_bytes
-        if self.mode.mode == "resident":
-            self.map_ahead = MapAhead([[(m, ("layer", i)) for m in self.pair.unique()] for i in self._own_layers()])
         self.pair.begin(self.batches, mode=self.mode.mode, spill=self.mode.spill)
         for b, batch in enumerate(self.batches):
             if self.mode.parts > 1 and len(batch.items) > 1:
@@ -196,7 +199,15 @@ class Work:
         )
         if self.entry.mode != "sub-layer":  # else the ends are read by rows, and layers matrix by matrix
             model.announce_first(layer=self.relay.index == 0)
+        self._map_ahead(model)
         return model
+
+    def _map_ahead(self, model: StreamedModel) -> None:
+        """Layers that will likely be resident, while all else is opened: that takes one core, and their mapping another."""
+        likely = sum(model.layer_bytes()) <= self.choice.free_bytes // LIKELY_RESIDENT
+        alone = self.relay.is_last and self.relay.index == 0
+        if self.entry.mode in ("auto", "resident") and likely and alone and (thread := model.map_ahead()) is not None:
+            self.mapping.append(thread)
 
     def _lens_plan(self, base: StreamedModel, sft: StreamedModel, n_tokens: int) -> LensPlan:
         lens = self.entry.lens

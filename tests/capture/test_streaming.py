@@ -1,6 +1,7 @@
 """What streaming promises: few weights alive, each checkpoint byte read once, the same numbers as resident."""
 
 import gc
+import mmap
 import os
 import threading
 
@@ -9,11 +10,11 @@ import tiny
 import torch
 from walked import CPU, open_pair, walk
 
+from capture import stored
 from capture.batches import make_batches
 from capture.checkpoint import EMBEDDING, HEAD, REST
 from capture.config import FOUR_PASSES, Batching
 from capture.footprint import MODES, weight_bytes
-from capture.loader import MapAhead
 from capture.measure import model_bytes
 
 
@@ -138,46 +139,33 @@ def test_a_checkpoint_against_itself_is_opened_once_and_has_one_state(pairs):
 
 @pytest.mark.skipif(not hasattr(os, "RWF_NOWAIT"), reason="the system does not say what is in memory")
 def test_layers_that_lie_in_memory_are_mapped_ahead_and_not_asked_for_again(pairs, monkeypatch):
-    pair = open_pair(pairs("llama"))
-    base = pair.models["base"]
     for file in pairs("llama").base.glob("*.safetensors"):
         file.read_bytes()
-    groups = [("layer", i) for i in range(pair.n_layers)]
-    mapping = MapAhead([[(base, g)] for g in groups])
-    mapping.thread.join()
+    pair = open_pair(pairs("llama"))
+    base, asked = pair.models["base"], []
+    monkeypatch.setattr(stored, "_madvise", lambda *call: asked.append(call) or 0)
+    thread = base.map_ahead()
+    thread.join()
+    sizes = sum(base.layer_bytes())
+    assert sum(size for _, size, _ in asked) >= sizes
+    assert all(start % mmap.PAGESIZE == 0 and advice == stored.POPULATE_READ for start, _, advice in asked)
     monkeypatch.setattr(base.stored, "cached", lambda keys: pytest.fail("asked again"))
-    assert all(base.is_at_hand(g) for g in groups)
-    mapping.close()
+    assert all(base.is_at_hand(("layer", i)) for i in range(pair.n_layers))
 
 
 def test_what_is_no_view_or_not_in_memory_is_not_mapped_ahead(pairs, monkeypatch):
-    pair = open_pair(pairs("mixtral"))  # whose experts are put together from many tensors
-    base = pair.models["base"]
-    assert not base.map_ahead(("layer", 0))
+    base = open_pair(pairs("mixtral")).models["base"]  # whose experts are put together from many tensors
+    assert base.map_ahead() is None
     assert not base.is_at_hand(("layer", 0))
     other = open_pair(pairs("llama")).models["base"]
     monkeypatch.setattr(other.stored, "cached", lambda keys: False)
-    assert not other.map_ahead(("layer", 0))
+    assert other.map_ahead() is None
     assert not other.is_at_hand(("layer", 0))
 
 
-def test_mapping_ahead_ends_where_a_capture_ends_before_it():
-    begun, go_on, seen = threading.Event(), threading.Event(), []
-
-    class Slow:
-        def map_ahead(self, group):
-            begun.set()
-            assert go_on.wait(10)
-            seen.append(group)
-            return True
-
-    mapping = MapAhead([[(Slow(), i)] for i in range(5)])
-    assert begun.wait(10)
-    closing = threading.Thread(target=mapping.close)
-    closing.start()
-    while mapping.left:
-        closing.join(0.01)
-    go_on.set()
-    closing.join(10)
-    assert not mapping.thread.is_alive()
-    assert seen == [0]
+def test_where_the_system_cannot_map_ahead_layers_are_read_as_ever(pairs, monkeypatch):
+    monkeypatch.setattr(stored, "_madvise", None)
+    pair = open_pair(pairs("llama"))
+    assert pair.models["base"].map_ahead() is None
+    walked = walk(pair, tiny.random_ids(1, 9).tolist(), streamed=False)
+    assert all(len(states) == pair.n_layers + 2 for states in walked.values())
