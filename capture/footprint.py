@@ -235,7 +235,7 @@ def needs(
     )
 
 
-SHRINK = (1, 4, 16, 64, 256, 1024)  # what lens tiles are divided by, until the rest fits
+SHRINK = tuple(1 << n for n in range(11))  # what lens tiles are divided by, until the rest fits
 
 
 @dataclass(frozen=True)

@@ -99,7 +99,12 @@ def tile_logits(pair: Pair, rows: Sequence[Tensor], heads: Sequence[Owner], spac
 @torch.no_grad()
 def sampled_logits(pair: Pair, rows: Sequence[Tensor], heads: Sequence[Owner]) -> list[Tensor]:
     """Logits [R, n] float32 of each slot at some hundred places of the vocabulary (of this rank's share of it)."""
-    return [some_logits(pair.models[owner], states) for states, owner in zip(rows, heads, strict=True)]
+    found: dict[int, Tensor] = {}
+    for owner in dict.fromkeys(heads):
+        members = [i for i, h in enumerate(heads) if h == owner]
+        logits = some_logits(pair.models[owner], torch.cat([rows[i] for i in members]))
+        found |= dict(zip(members, logits.chunk(len(members)), strict=True))
+    return [found[i] for i in range(len(rows))]
 
 
 def can_shift(pair: Pair, heads: Sequence[Owner]) -> bool:

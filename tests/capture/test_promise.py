@@ -110,7 +110,7 @@ def test_auto_takes_the_first_mode_that_fits(free, mode, monkeypatch):
 
 def test_smaller_tiles_are_tried_before_a_smaller_mode_and_parts_of_batches_after_all_modes(monkeypatch):
     tiles = chosen(monkeypatch, 40_000, lens=20_000)
-    assert (tiles.mode, tiles.tile_bytes, tiles.parts) == ("resident", 1250, 1)
+    assert (tiles.mode, tiles.tile_bytes, tiles.parts) == ("resident", 2500, 1)
     parts = chosen(monkeypatch, 6_000, batch=8_000)
     assert (parts.mode, parts.parts) == ("sub-layer", 4)
 
