@@ -22,6 +22,7 @@ from capture.sublayer import HeadRows
 HEAD_CHUNK = (
     16384  # vocabulary rows multiplied at a time: upcast where they are not float32, read where they are not there
 )
+CHANGE_CHUNK = 2048  # likewise of the difference of two heads, which is new memory even where they are float32
 SAMPLES, SAMPLE = 16, 16  # where a glance at the logits is enough
 SMALL_VOCABULARY = 4 * SAMPLES * SAMPLE  # looked at whole
 LOGIT_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
@@ -116,10 +117,10 @@ def _product(x: Tensor, weight: Tensor | HeadRows, bias: Tensor | None, out: Ten
     return out.unflatten(0, x.shape[:-1])
 
 
-def _chunks(weight: Tensor | HeadRows) -> Iterator[slice]:
+def _chunks(weight: Tensor | HeadRows, size: int = HEAD_CHUNK) -> Iterator[slice]:
     """Ranges of rows that together are all of them."""
     rows = weight.shape[0]
-    yield from (slice(v, min(v + HEAD_CHUNK, rows)) for v in range(0, rows, HEAD_CHUNK))
+    yield from (slice(v, min(v + size, rows)) for v in range(0, rows, size))
 
 
 class _Hidden(tuple[Tensor]):
@@ -180,7 +181,7 @@ def shift_of_heads(base: StreamedModel, other: StreamedModel, rows_RD: Tensor, m
     def product(x: Tensor) -> Tensor:
         rows = x.flatten(0, -2).float()
         out = torch.empty(rows.shape[0], wa.shape[0], dtype=torch.float32, device=x.device)
-        for part in _chunks(wa):
+        for part in _chunks(wa, CHANGE_CHUNK):
             change = wb[part].to(torch.float32, copy=True).sub_(wa[part])
             torch.mm(rows, change.T, out=out[:, part])
             del change  # one chunk in float32 at a time
