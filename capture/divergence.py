@@ -31,7 +31,7 @@ SUM_ERROR = 2e-7  # of a mean shift of 1, as the sums have it; found by trial ag
 ENTROPY_ERROR = 4e-6  # nats: where an entropy may be off by more, its row takes the plain way
 KL_ERROR = 2e-4  # relative error of a KL from which on it is computed the plain way
 KL_FLOOR = 2e-10  # nats: what a smaller KL may be off by
-PLAIN_PIECES = 16  # a chunk's rows go the plain way in so many pieces, should all of them have to
+PLAIN_PIECES = 16  # rows that are worked on at once go the plain way in so many pieces, should all of them have to
 PLAIN_FAR = 60.0  # nats: beyond this shift exp() of the plain form may leave the range of float32
 
 Pairs = Sequence[tuple[int, int]]
@@ -57,11 +57,14 @@ class Sums:
     far: Tensor
 
 
-def divergences(logits: Sequence[Tensor], maxima_SR: Tensor, pairs: Pairs, group: Group, found: Sums) -> Divergences:
-    """Everything about S slots of logits [R, V], from their sums. maxima_SR: of each row, over all ranks."""
+def divergences(
+    logits: Sequence[Tensor], maxima_SR: Tensor, pairs: Pairs, group: Group, found: Sums, at_once: int
+) -> Divergences:
+    """Everything about S slots of logits [R, V], from their sums. maxima_SR: of each row, over all ranks. at_once: rows whose sums
+    were made together; of those that have to go the plain way a fraction goes together, as each takes more."""
     of = _from_sums(found, pairs)
     far = found.far | _lossy(found.sums)
-    piece = max(1, logits[0].shape[0] // PLAIN_PIECES)
+    piece = max(1, at_once // PLAIN_PIECES)
     for rows in _pieces(far, piece):
         again = plain([x.index_select(0, rows) for x in logits], maxima_SR[:, rows], pairs, group)
         for mine, theirs in zip(vars(of).values(), vars(again).values(), strict=True):

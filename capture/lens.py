@@ -88,7 +88,7 @@ def lens_tile(
             mine = logits.some(some), pairs, next_R[some], tracked_N, vocabulary
             parts[thread].append(_rows(*mine, exact, at_once or rows, spaces[thread]))
 
-    if n == 1:
+    if not alone_here or len(spaces) == 1:
         some_rows(0, 0, logits.n_rows)
     else:
         with alone():  # one row too: torch would sum it up in parts, in as many threads as there are
@@ -134,7 +134,7 @@ def _rows(
         shifts = compared(n_slots, pairs)
         found = one_pass(x, shifts, v.n, v.group, at_once=at_once, space=space)
         maxima_NRB = found.maxima_NRB
-        d = divergences(x, found.largest_SR, pairs, v.group, found.sums)
+        d = divergences(x, found.largest_SR, pairs, v.group, found.sums, at_once)
         lossy = _rounded(x, d, pairs, v, at_once)
     asked = [shifts.index(pair) for pair in pairs]
     which = [*range(n_slots), *(n_slots + i for i in asked), *(n_slots + len(shifts) + i for i in asked)]

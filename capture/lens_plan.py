@@ -19,6 +19,7 @@ CELLS_ON_DEVICE = 25_600_000  # logits of one slot that the statistics work on a
 ROWS_AT_ONCE = 320  # rows of a slot for which a product's weights weigh little beside its arithmetic
 GROUPS, FEW_GROUPS = 8, 4  # of layers, at least: a walk commits between them
 LARGE_HEAD = 64 << 20  # bytes that a product goes through: as long as small layers take, so that two groups are enough
+BESIDE = 8  # a tile over the rows that take new memory beside what is kept for its logits
 SMALL_GROUP = 256 << 20  # bytes of one model's layers: walked again in a second or two, so that few groups are enough
 TILE_BYTES = {"cpu": 512 << 20, "cuda": 1 << 30}  # logits of all slots of one tile
 
@@ -66,6 +67,10 @@ class LensPlan:
         for each row; the kernel does not."""
         return rows if self.kernel is not None else max(1, rows * n_slots // (n_slots + 3))
 
+    def beside_rows(self, rows: int) -> int:
+        """Of a tile's rows, those whose shifts may be products of their own while the memory of all its logits is kept."""
+        return rows // BESIDE
+
 
 def statistics_rows(n_vocab: int, *, on_cpu: bool, alone: bool) -> tuple[int, int]:
     """(rows, at_once) of LensPlan for the logits of n_vocab entries. alone: no other rank has a share of them; each step of a
@@ -90,8 +95,8 @@ def layers_at_once(n_tokens: int, n_layers: int, layer_bytes: int, head_bytes: i
     """Of how many layers the rows of all n_tokens tokens go through one product. layer_bytes: of one model's largest layer;
     head_bytes: of the product's weights. alone: no other rank has a share of them; ranks, whose shares may differ by some bytes,
     must come to the same number."""
-    few = (n_layers + 2) // (FEW_GROUPS if head_bytes < LARGE_HEAD else 2)
-    most = few if alone and few * layer_bytes <= SMALL_GROUP else (n_layers + 2) // GROUPS
+    small = [(n_layers + 2) // groups for groups in ((2, FEW_GROUPS) if head_bytes >= LARGE_HEAD else (FEW_GROUPS,))]
+    most = next((few for few in small if alone and few * layer_bytes <= SMALL_GROUP), (n_layers + 2) // GROUPS)
     return max(1, min(-(-ROWS_AT_ONCE // n_tokens), most))
 
 

@@ -106,7 +106,7 @@ class LensQueue:
                 self.waiting.insert(0, first.part(slice(left, None)))
             left -= len(taken[-1])
         rows = taken[0] if len(taken) == 1 else _together(taken)
-        del taken
+        del taken, first  # a part of a batch holds all of it
         if (found := self._or_smaller(rows)) is None:
             self.waiting.insert(0, rows)
         else:
@@ -171,7 +171,11 @@ class LensQueue:
         )
 
     def _shifted(self, rows: Waiting, where: Tensor) -> Statistics:
-        """Of the rows at `where`, from shifts that are products of their own."""
+        """Of the rows at `where`, from shifts that are products of their own: in new memory, so that what is kept for statistics goes,
+        and where they are many, what is kept for logits."""
+        self.workspaces = []
+        if len(where) > self.lens.beside_rows(len(rows)):
+            self.space = Space()
         parts = []
         for some in where.split(self.lens.refine_rows(len(rows), len(rows.kind.heads))):
             few = _chosen(rows, some)
@@ -187,8 +191,6 @@ class LensQueue:
 
     def _workspaces(self) -> Sequence[Workspace]:
         """One for each thread, kept where the logits are."""
-        if self.lens.kernel is not None:
-            return ()
         made = self.workspaces or [Workspace() for _ in range(torch.get_num_threads())]
         model = self.pair.models[self.pair.owners[0]]
         if keeps_space(model.head_shard()[1].shape[0], model.device):

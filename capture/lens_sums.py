@@ -30,6 +30,9 @@ class Pass:
     sums: Sums
 
 
+VIEWS = ("e", "g", "y", "x", "spare", "in_blocks", "left", "first", "right")
+
+
 class Space:
     """Memory for the logits of a few rows at work, kept, with the views of it that are used: fresh memory costs as much as the
     arithmetic, and a view a microsecond.
@@ -47,7 +50,9 @@ class Space:
         """Memory for so many slots and rows, of what is there already if it is as large."""
         if self.shape == (n_slots, rows, size, listed):
             return
-        self.shape = (n_slots, rows, size, listed)
+        self.shape = ()
+        for view in VIEWS:  # else what they are of stays beside what is asked for
+            self.__dict__.pop(view, None)
         self.n_blocks = _blocks(size)
         all_of = self._memory("rows", (2 * n_slots + 2, rows, self.n_blocks * SUM_BLOCK), like).zero_()
         weights, factors, spare = all_of.split([n_slots, n_slots + 1, 1])
@@ -60,6 +65,7 @@ class Space:
         self.first = self.left[:, :1]
         self.right = factors.view(n_slots + 1, -1, SUM_BLOCK).permute(1, 2, 0)
         self.each = (rows, self.n_blocks, -1, n_slots + 1)
+        self.shape = (n_slots, rows, size, listed)
 
     def maxima(self, n_searches: int, rows: int, listed: int, like: Tensor) -> Tensor:
         """Memory for block maxima [N, R, B]."""
@@ -110,7 +116,7 @@ def one_pass(logits: Sequence[Tensor], shifts: Pairs, listed: int, group: Group,
             torch.sub(x[b], x[a], out=outs[i])
             torch.amax(space.in_blocks[outs[i]], 1, out=of_shifts[i])
             torch.amin(space.in_blocks[outs[i]], 1, out=of_shifts[len(shifts) + i])
-        if listed % BLOCK or listed < size:
+        if n_lead and (listed % BLOCK or listed < size):
             rest = torch.stack([x[:, listed // BLOCK * BLOCK :] for x in space.x])
             rests.append(torch.stack([rest.amax(2), -rest.amin(2)]))
         torch.sub(x[0], group.max(largest_of(of_slots[0], x[0]))[:, None], out=space.y)

@@ -121,7 +121,7 @@ class Measure:
         probed = (
             sum(b.ids_BT.numel() for b in probe) * len(self.passes) * self.hidden * element
         )  # its rows, in its batch
-        kept = self._kept(tile_bytes)
+        kept = sum(self._kept(tile_bytes))
         waiting, left = self._waiting(tile_bytes)
         beside = probed + waiting + kept + SMALL + SMALL_PER_TOKEN * self.walk.tokens
         tail = 4 * self.walk.batch_tokens * self.hidden * max(4, element)
@@ -254,18 +254,19 @@ class Measure:
             self._forward[key] = self._lens(tile, tile_bytes)
         return self._forward[key]
 
-    def _kept(self, tile_bytes: int) -> int:
+    def _kept(self, tile_bytes: int) -> tuple[int, int]:
         """What stays in memory while layers run: logits of the largest tile, and the plain lens's memory for statistics."""
         if not self.lens.layers:
-            return 0
+            return 0, 0
         tile = min(self._rows_at_once(), self.lens.tile_rows(len(self.passes), tile_bytes))
         shards = {o: self.pair.models[o].head_shard()[1].shape[0] for o in self.pair.owners}
         kept = {o for o, shard in shards.items() if keeps_space(shard, self.device)}
         logits = sum(tile * shards[p.unembedding] * 4 for p in self.passes if p.unembedding in kept)
-        return logits + (self._workspaces(tile, min(shards.values())) if kept and self.lens.kernel is None else 0)
+        return logits, self._workspaces(tile, min(shards.values())) if kept and self.lens.kernel is None else 0
 
     def _workspaces(self, tile: int, n_vocab: int) -> int:
-        slots, searches = len(self.passes), len(self.passes) + 2 * self.n_pairs
+        slots = len(self.passes)
+        searches = slots + 2 * (slots - 1 + self.n_pairs)  # lens_sums.compared has the leading pairs too
         rows, v = min(tile, self.lens.statistics_rows()), self.lens.vocabulary
         of_one = space_bytes(slots, searches, n_vocab, v.n, rows=rows, at_once=min(rows, self.lens.at_once))
         return of_one * (min(tile, torch.get_num_threads()) if v.group.size == 1 else 1)
@@ -276,14 +277,16 @@ class Measure:
 
     def _waiting(self, tile_bytes: int) -> tuple[int, int]:
         """States of rows that wait for the lens while layers run: less than a tile, and what one batch brings; and never those of
-        the batch behind which all that waits is worked off. And of those that wait on, at most, while a tile is worked off."""
+        the batch behind which all that waits is worked off. And of those that are there beside a tile that is worked off: a batch of
+        which the tile has a part, or none, stays whole."""
         if not self.lens.layers:
             return 0, 0
         tile = self.lens.tile_rows(len(self.passes), tile_bytes)
         last = [b for b in self.batches if not b.probe][-1].ids_BT.numel()
         most, of_row = self._rows_at_once(), len(self.passes) * self.hidden * self.dtype.itemsize
         waiting = min(most - last, tile + self.walk.batch_tokens)
-        return waiting * of_row, min(waiting, max(0, most - tile), self.walk.batch_tokens) * of_row
+        beside = self.walk.batch_tokens if most > self.walk.batch_tokens else max(0, most - tile)
+        return waiting * of_row, beside * of_row
 
     def _lens(self, tile: int, tile_bytes: int) -> int:
         if not self.exact or not self.lens.layers:
@@ -298,6 +301,7 @@ class Measure:
                 made = tile_logits(self.pair, states, heads)
                 kept = products.live
                 del made
+            logits_kept, space = self._kept(tile_bytes)
             shifted, sampled = 0, 0
             if can_shift_without_data(self.pair, heads):
                 with torch.no_grad(), Live(META) as glance:
@@ -305,17 +309,25 @@ class Measure:
                     sampled = max(glance.peak, glance.live + 3 * tile * 4 * some[0].shape[1])
                     del some
                 few = self.lens.refine_rows(tile, len(heads))
-                with torch.no_grad(), Live(META) as again:
-                    shifts = shifted_logits(self.pair, [s[:few] for s in states], heads)
-                    shifted = max(again.peak, again.live + self.statistics(few, exact=True))
-                    del shifts
+                beside = min(few, self.lens.beside_rows(tile))
+                of_many = self._refined(heads, states, few)
+                shifted = max(of_many, logits_kept + self._refined(heads, states, beside) if beside else 0)
         except Exception as error:
             log.info("the lens is planned by formula, it cannot run without data: %s", str(error)[:200])
             return footprint.lens_bytes(replace(self.walk, batch_tokens=tile, lens=True), tile_bytes)
         lists = self._lists() * (2 * self.walk.batch_tokens + (self.walk.tokens if self.lens.final_norm else 0))
         rows_kept = SAMPLES * SAMPLE * len(self.pair.unique()) if self.lens.n_vocab > SMALL_VOCABULARY else 0
         samples = rows_kept * self.hidden * self.dtype.itemsize
-        return normed + samples + max(products.peak, kept + self.statistics(tile), shifted, sampled) + lists
+        work = max(products.peak + space, kept + self.statistics(tile), shifted, logits_kept + space + sampled)
+        return normed + samples + work + lists
+
+    def _refined(self, heads: Sequence[Owner], states: Sequence[torch.Tensor], rows: int) -> int:
+        """Rows whose shifts are products of their own, with their statistics."""
+        with torch.no_grad(), Live(META) as again:
+            shifts = shifted_logits(self.pair, [s[:rows] for s in states], heads)
+            found = max(again.peak, again.live + self.statistics(rows, exact=True))
+            del shifts
+        return found
 
     def _lists(self) -> int:
         """What is found out about one token: kept until its batch is through, and of layer L-1 for all that is left of it."""
@@ -329,20 +341,22 @@ class Measure:
         rows = min(tile, self.lens.statistics_rows(exact=exact))
         on_cpu = self.device.type == "cpu"
         v, heads = self.lens.vocabulary, len(self.passes)
-        at_once = self.lens.at_once if on_cpu else None
+        at_once = (
+            self.lens.at_once if on_cpu else 2 * SAMPLE_ROWS if exact else None
+        )  # of these the exact way takes half
 
-        def of(sample: int) -> int:
+        def of(sample: int) -> Sequence[int]:
             return _of_statistics(sample, heads, self.n_pairs, self.lens.n_vocab, v.n, v.k, at_once, exact)
 
         if not on_cpu:  # a row takes as much, however many there are
-            most = -(-of(SAMPLE_ROWS) // SAMPLE_ROWS) * rows
+            most = -(-max(of(SAMPLE_ROWS)) // SAMPLE_ROWS) * rows
         elif rows <= SAMPLE_STEPS * self.lens.at_once:
-            most = of(rows)
+            most = max(of(rows))
         else:  # each more takes as much as the one before
             step = self.lens.at_once
-            few = of(SAMPLE_STEPS * step)
-            each = -(-(few - of((SAMPLE_STEPS - 1) * step)) // step)
-            most = few + each * (rows - SAMPLE_STEPS * step)
+            of_few, of_fewer = of(SAMPLE_STEPS * step), of((SAMPLE_STEPS - 1) * step)
+            more = rows - SAMPLE_STEPS * step
+            most = max(few - (fewer - few) * more // step for few, fewer in zip(of_few, of_fewer, strict=True))
         made = 4 * heads * self.lens.n_vocab * rows if exact else 0  # sums of products, where these were there before
         threads = min(tile, torch.get_num_threads()) if on_cpu else 1
         return (most + made) * threads + self._found(tile)
@@ -381,12 +395,12 @@ def largest(batches: Sequence[Batch]) -> list[Batch]:
 @cache
 def _of_statistics(
     rows: int, n_slots: int, n_pairs: int, n_vocab: int, listed: int, k: int, at_once: int | None, exact: bool
-) -> int:
-    """Bytes that the plain lens makes of so many rows, at most: measured once for all pairs that this process captures, since with
+) -> Sequence[int]:
+    """Bytes that the plain lens makes of so many rows, at most, where they hardly differ and where they differ much: measured once for all pairs that this process captures, since with
     a large vocabulary it takes longer than opening the models."""
     pairs = [(a, b) for a in range(n_slots) for b in range(a)][:n_pairs]
     nothing = torch.zeros(0, dtype=torch.long)
-    most = 0
+    most = []
     for spread in (1e-3, 300.0):
         generator = torch.Generator().manual_seed(0)
         first = torch.randn(rows, n_vocab, generator=generator)
@@ -396,5 +410,5 @@ def _of_statistics(
                 separate(slots), pairs, torch.zeros(rows, dtype=torch.long), nothing, Vocabulary(listed, k),
                 rows=rows, at_once=at_once, exact=exact,
             )  # fmt: skip
-        most = max(most, live.peak)
+        most.append(live.peak)
     return most

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 # as safetensors has them
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 AT_A_CALL = 128 << 10  # bytes that any system reads ahead at one call; of a longer range it may drop the rest
+GAP = 1 << 20  # bytes between what is mapped ahead that may be mapped, and read, as well
 POPULATE_READ = 22  # MADV_POPULATE_READ, of Linux 5.14 (man 2 madvise); Python's mmap has no name for it
 PROBES = 1 << 20  # bytes from one place of a tensor that is asked for to the next
 
@@ -122,18 +123,21 @@ class Stored:
                         os.posix_fadvise(number, at, min(AT_A_CALL, stop - at), os.POSIX_FADV_WILLNEED)
 
     def map_ahead(self, keys: Iterable[tuple[str, str]]) -> threading.Thread | None:
-        """Let the system map the pages of these, which it has in memory, before they are first touched. One call for a range: after
-        each the thread waits until the interpreter is free, and all else waits for it in turn."""
+        """Let the system map the pages of these, which it has in memory, before they are first touched. Few calls: after each the
+        thread waits until the interpreter is free, and all else waits for it in turn."""
         ranges = []
         for file, wanted in self._by_file(keys).items():
             mapped = self._maps[file]
             if mapped is None or _madvise is None:
                 return None
-            start, stop = min(w[0] for w in wanted), max(w[1] for w in wanted)
-            start -= start % mmap.PAGESIZE
-            ranges.append((mapped, start, stop - start))
+            for start, end in joined((a, b + GAP) for a, b in wanted):
+                start -= start % mmap.PAGESIZE
+                ranges.append((mapped, start, end - GAP - start))
         thread = threading.Thread(target=_map, args=(ranges,), name="map-ahead")
-        thread.start()
+        try:
+            thread.start()
+        except RuntimeError:  # no more threads: then not
+            return None
         return thread
 
     def _by_file(self, keys: Iterable[tuple[str, str]]) -> dict[str, list[tuple[int, int]]]:

@@ -163,17 +163,14 @@ class Work:
     def _choose_mode(self) -> ModeChoice:
         """Compare what each mode needs with what is free, before anything large is loaded."""
         entry, pair = self.entry, self.pair
-        promise = Promise(entry, pair.unique(), self.choice, self._own_layers())
+        first, last = layers_of(pair, self.relay, self.lens.layers_at_once)
+        promise = Promise(entry, pair.unique(), self.choice, range(max(first, 0), last + 1))
         spectra = len(entry.comparisons) if entry.spectrum else 0
         measure = Measure(pair, self.batches, self.lens, entry.passes, len(entry.comparisons), spectra)
         most = 1 if self.group.size > 1 else max(len(b.items) for b in self.batches)
         choice = promise.choose(measure.activations, self.lens.tile_bytes, most)
         log.info("mode %s: %s", choice.mode, choice.why)
         return choice
-
-    def _own_layers(self) -> range:
-        first, last = layers_of(self.pair, self.relay, self.lens.layers_at_once)
-        return range(max(first, 0), last + 1)
 
     def _open_source(self) -> None:
         """Weights that come from the hub wait in memory until they are used; where that is the device's, so much less is free."""
@@ -221,7 +218,8 @@ class Work:
             )
         mine = max(0, min(n_tokens - first, shard.shape[0]))
         cuda = self.device.type == "cuda"
-        rows, at_once = statistics_rows(shard.shape[0], on_cpu=not cuda, alone=self.group.size == 1)
+        share = -(-sizes[0] // self.group.size)  # ranks, whose shares may differ by a row, take the same rows together
+        rows, at_once = statistics_rows(share, on_cpu=not cuda, alone=self.group.size == 1)
         return LensPlan(
             layers=self.layers & plan_layers(lens.layers, base.n_layers, "lens.layers")
             if lens.enabled

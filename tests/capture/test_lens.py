@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from capture.lens import lens_tile
 from capture.lens_kernel import Kernel, load_kernel
 from capture.lens_sums import Space
+from capture.live import Live
 from capture.logits import separate
 from capture.threads import alone, in_threads
 from capture.topk import Search, Vocabulary, block_maxima, local_top_k
@@ -187,3 +188,41 @@ def test_a_small_kl_is_lossy_where_the_slots_hardly_differ_and_not_where_both_ar
         _, pairs = lens_tile(separate(x), [(0, 1)], NEXT, TRACKED, Vocabulary(3000, 5), rows=2, kernel=kernel)
         assert bool((pairs[0, 1].kl_ba < 1e-4).all()) == (lossy or first is sure)
         assert pairs[0, 1].lossy.tolist() == [lossy] * 5
+
+
+@pytest.mark.parametrize("listed", [301, 307, 9])
+def test_one_slot_alone_has_its_entropy_and_lists(listed):
+    x = logits(307, 1.0)[:1]
+    (slot,), pairs = lens_tile(separate(x), [], NEXT, TRACKED, Vocabulary(listed, 4), rows=2)
+    log_p = x[0].double().log_softmax(1)
+    assert pairs == {}
+    assert torch.allclose(slot.entropy, -(log_p.exp() * log_p).sum(1), atol=1e-5)
+    assert torch.equal(slot.top.values, x[0][:, :listed].topk(4, dim=1).values)
+
+
+def test_a_row_alone_has_the_bits_that_it_has_among_others():
+    """torch adds up one long row in as many parts as there are threads, and one of several in one."""
+    x = logits(40_009, 1.0)
+    x[1][3] *= 40
+    few = Vocabulary(40_009, 5)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        both = [Space(), Space()]
+        _, all_rows = lens_tile(separate(x), PAIRS, NEXT, TRACKED, few, rows=5, spaces=both)
+        for row in range(5):
+            some = slice(row, row + 1)
+            _, one = lens_tile(separate([s[some] for s in x]), PAIRS, NEXT[some], TRACKED, few, rows=5, spaces=both)
+            for pair in PAIRS:
+                assert torch.equal(one[pair].kl_ba, all_rows[pair].kl_ba[some]), (row, pair)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_workspace_lets_go_what_it_had_before_it_takes_more():
+    space, like = Space(), torch.zeros(1)
+    with Live(torch.device("cpu")) as live:
+        space.take(2, 4, 5000, 5000, like)
+        small = live.live
+        space.take(4, 8, 5000, 5000, like)
+        assert live.peak == live.live > small

@@ -115,6 +115,7 @@ def test_where_the_unembedding_is_large_half_of_the_small_layers_share_a_product
     assert layers_at_once(12, 30, 14 << 20, 108 << 20, alone=True) == 16
     assert layers_at_once(64, 30, 14 << 20, 108 << 20, alone=True) == 5
     assert layers_at_once(12, 30, 14 << 20, 108 << 20, alone=False) == 4
+    assert layers_at_once(12, 30, 20 << 20, 108 << 20, alone=True) == 8, "half of these is too much, a quarter is not"
     assert layers_at_once(12, 30, 400 << 20, 2 << 30, alone=True) == 4
 
 

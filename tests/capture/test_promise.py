@@ -43,10 +43,16 @@ CASES = {  # what dominates -> architecture, its shape, the entry
     "the plain lens": (
         "llama", {"vocab": 4001, "num_hidden_layers": 2}, {"prompts": prompts(2, 60), "lens": Lens(compile=False)},
     ),
+    "the lens of rows that hardly differ": (
+        "llama", {"vocab": 17001, "num_hidden_layers": 2, "perturb": 1e-3}, {"prompts": prompts(2, 120)},
+    ),
     "the plain lens in memory that is kept": (
         "llama", {"vocab": 17001, "num_hidden_layers": 2}, {"prompts": prompts(2, 60), "lens": Lens(compile=False)},
     ),
 }  # fmt: skip
+
+# Rows of an unembedding come and go while shifts are made of it; the plan has them there all the time.
+SLACK = {("the lens of rows that hardly differ", "sub-layer"): 1.2}
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +77,7 @@ def test_what_is_alive_at_most_is_what_was_planned(case, mode, made, tmp_path, m
     counted = counted_capture(entry_of(made(case), mode=mode, **CASES[case][2]), tmp_path, monkeypatch)
     assert counted.document["mode"] == mode
     print(f"{case}, {mode}: planned {counted.planned:,}, alive {counted.peak:,}, {counted.planned / counted.peak:.3f}")
-    assert counted.peak <= counted.planned <= 1.15 * counted.peak, str(counted.at_peak)
+    assert counted.peak <= counted.planned <= SLACK.get((case, mode), 1.15) * counted.peak, str(counted.at_peak)
     assert counted.weights_peak <= counted.weights_planned
 
 

@@ -145,6 +145,8 @@ def test_layers_that_lie_in_memory_are_mapped_ahead_and_not_asked_for_again(pair
     base, asked = pair.models["base"], []
     monkeypatch.setattr(stored, "_madvise", lambda *call: asked.append(call) or 0)
     thread = base.map_ahead()
+    if thread is None:
+        pytest.skip("this file system does not say what is in memory")
     thread.join()
     sizes = sum(base.layer_bytes())
     assert sum(size for _, size, _ in asked) >= sizes
