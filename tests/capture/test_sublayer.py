@@ -41,6 +41,7 @@ def test_states_equal_those_of_resident_mode_bitwise(arch, tie, pairs):
 @pytest.mark.parametrize("arch", ["llama", "gpt2", "mixtral", "deepseek_v3", "nemotron"])
 def test_the_peak_is_the_rest_two_leaves_and_a_chunk_of_each_unembedding(arch, pairs, monkeypatch):
     monkeypatch.setattr(unembed, "HEAD_CHUNK", 100)
+    monkeypatch.setattr(unembed, "CHANGE_CHUNK", 100)
     pair = open_pair(pairs(arch, intermediate_size=160))
     models = list(pair.models.values())
     rest = sum(m.group_bytes(REST) for m in models)
@@ -87,6 +88,7 @@ def test_only_the_rows_of_the_tokens_in_use_are_read_of_the_embedding(pairs):
 def test_all_tables_are_those_of_resident_mode(arch, pairs, tmp_path, monkeypatch):
     """The lens as well: all modes multiply with the same chunks of the unembedding."""
     monkeypatch.setattr(unembed, "HEAD_CHUNK", 100)
+    monkeypatch.setattr(unembed, "CHANGE_CHUNK", 100)
     found = {}
     for mode in ("resident", "sub-layer"):
         capture_pair(entry_of(pairs(arch), mode=mode), str(tmp_path / mode))
