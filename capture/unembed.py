@@ -110,15 +110,15 @@ def _product(x: Tensor, weight: Tensor | HeadRows, bias: Tensor | None, out: Ten
     rows = x.flatten(0, -2)
     if out is None:
         out = torch.empty(rows.shape[0], weight.shape[0], dtype=torch.float32, device=x.device)
-    for part in _chunks(weight):
+    for part in _chunks(weight, HEAD_CHUNK):
         torch.mm(rows, weight[part].float().T, out=out[:, part])
         if bias is not None:
             out[:, part] += bias[part].float()
     return out.unflatten(0, x.shape[:-1])
 
 
-def _chunks(weight: Tensor | HeadRows, size: int = HEAD_CHUNK) -> Iterator[slice]:
-    """Ranges of rows that together are all of them."""
+def _chunks(weight: Tensor | HeadRows, size: int) -> Iterator[slice]:
+    """Ranges of so many rows that together are all of them."""
     rows = weight.shape[0]
     yield from (slice(v, min(v + size, rows)) for v in range(0, rows, size))
 
