@@ -223,7 +223,7 @@ def _through(model: StreamedModel, rows_RD: Tensor, head: Callable[[Tensor], Ten
 
 def _own_product(x: Tensor, weight: Tensor | HeadRows, bias: Tensor | None) -> Tensor:
     """x W^T + b in the model's dtype, as its head gives it."""
-    parts = [functional.linear(x, weight[p], None if bias is None else bias[p]) for p in _chunks(weight)]
+    parts = [functional.linear(x, weight[p], None if bias is None else bias[p]) for p in _chunks(weight, HEAD_CHUNK)]
     return torch.cat(parts, dim=-1)
 
 
@@ -235,7 +235,7 @@ def heads_equal(base: StreamedModel, sft: StreamedModel) -> bool:
     (_, wa, ba), (_, wb, bb) = base.head_shard(), sft.head_shard()
     same = wa.shape == wb.shape and wa.dtype == wb.dtype and (ba is None) == (bb is None)
     same = same and (ba is None or bb is None or torch.equal(ba, bb))
-    same = same and all(torch.equal(wa[p], wb[p]) for p in _chunks(wa))
+    same = same and all(torch.equal(wa[p], wb[p]) for p in _chunks(wa, HEAD_CHUNK))
     return base.group.all(same, base.device)
 
 
