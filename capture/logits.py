@@ -88,23 +88,26 @@ def tile_logits(pair: Pair, rows: Sequence[Tensor], heads: Sequence[Owner], spac
     rows: S tensors [R, D] behind whatever norm they shall have; heads: whose unembedding each has; space: the logits are good
     until the next are made in it.
     """
-    out: dict[int, Tensor] = {}
+    logits = _by_head(rows, heads, lambda owner, states: own_logits(pair.models[owner], states, space))
+    return separate(logits)
+
+
+def _by_head(
+    rows: Sequence[Tensor], heads: Sequence[Owner], product: Callable[[Owner, Tensor], Tensor]
+) -> list[Tensor]:
+    """One product for all slots of an unembedding; what it gives for each slot."""
+    found: dict[int, Tensor] = {}
     for owner in dict.fromkeys(heads):
         members = [i for i, h in enumerate(heads) if h == owner]
-        logits = own_logits(pair.models[owner], torch.cat([rows[i] for i in members]), space)
-        out |= dict(zip(members, logits.chunk(len(members)), strict=True))
-    return separate([out[i] for i in range(len(rows))])
+        logits = product(owner, torch.cat([rows[i] for i in members]))
+        found |= dict(zip(members, logits.chunk(len(members)), strict=True))
+    return [found[i] for i in range(len(rows))]
 
 
 @torch.no_grad()
 def sampled_logits(pair: Pair, rows: Sequence[Tensor], heads: Sequence[Owner]) -> list[Tensor]:
     """Logits [R, n] float32 of each slot at some hundred places of the vocabulary (of this rank's share of it)."""
-    found: dict[int, Tensor] = {}
-    for owner in dict.fromkeys(heads):
-        members = [i for i, h in enumerate(heads) if h == owner]
-        logits = some_logits(pair.models[owner], torch.cat([rows[i] for i in members]))
-        found |= dict(zip(members, logits.chunk(len(members)), strict=True))
-    return [found[i] for i in range(len(rows))]
+    return _by_head(rows, heads, lambda owner, states: some_logits(pair.models[owner], states))
 
 
 def can_shift(pair: Pair, heads: Sequence[Owner]) -> bool:

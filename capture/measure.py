@@ -396,8 +396,8 @@ def largest(batches: Sequence[Batch]) -> list[Batch]:
 def _of_statistics(
     rows: int, n_slots: int, n_pairs: int, n_vocab: int, listed: int, k: int, at_once: int | None, exact: bool
 ) -> Sequence[int]:
-    """Bytes that the plain lens makes of so many rows, at most, where they hardly differ and where they differ much: measured once for all pairs that this process captures, since with
-    a large vocabulary it takes longer than opening the models."""
+    """Bytes that the plain lens makes of so many rows, at most, where they hardly differ and where they differ much: measured once
+    for all pairs that this process captures, since with a large vocabulary it takes longer than opening the models."""
     pairs = [(a, b) for a in range(n_slots) for b in range(a)][:n_pairs]
     nothing = torch.zeros(0, dtype=torch.long)
     most = []

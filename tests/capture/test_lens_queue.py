@@ -9,6 +9,7 @@ from test_capture import captured, entry_of, expected
 from capture import lens_plan, lens_queue
 from capture.config import Lens
 from capture.lens_plan import layers_at_once
+from capture.run import capture_pair
 from capture.settings import Spans
 
 HEAD = 1 << 20  # bytes of an unembedding that is small beside its layers
@@ -117,6 +118,15 @@ def test_where_the_unembedding_is_large_half_of_the_small_layers_share_a_product
     assert layers_at_once(12, 30, 14 << 20, 108 << 20, alone=False) == 4
     assert layers_at_once(12, 30, 20 << 20, 108 << 20, alone=True) == 8, "half of these is too much, a quarter is not"
     assert layers_at_once(12, 30, 400 << 20, 2 << 30, alone=True) == 4
+
+
+def test_the_capture_id_does_not_know_how_the_lens_was_computed(deep, tmp_path):
+    entry = entry_of(deep, prompts=("a",))
+    ids = {
+        capture_pair(entry.model_copy(update={"lens": Lens(compile=way)}), str(tmp_path)).capture
+        for way in ("auto", False)
+    }
+    assert len(ids) == 1
 
 
 def test_a_processor_with_a_larger_cache_goes_through_more_rows_at_a_time(monkeypatch, tmp_path):
