@@ -90,18 +90,26 @@ class ModelBytes:
         """A chunk of the unembedding."""
         return min(self.embedding if self.tied else self.head, LENS_HEAD_CHUNK * self.row)
 
+    @property
+    def last_chunk(self) -> int:
+        """The chunk that stays when all have been used."""
+        whole = self.embedding if self.tied else self.head
+        return (whole % self.chunk or self.chunk) if self.chunk else 0
+
 
 @dataclass(frozen=True)
 class Weights:
-    """The most bytes of weights alive in each stage: while the first states are made; while layers run; while lenses do."""
+    """The most bytes of weights alive in each stage: while the first states are made; while layers run; while logits are made;
+    while lenses read those."""
 
     open: int
     layers: int
+    products: int
     lens: int
 
     @property
     def peak(self) -> int:
-        return max(self.open, self.layers, self.lens)
+        return max(self.open, self.layers, self.products, self.lens)
 
 
 def weights(models: Sequence[ModelBytes], mode: str) -> Weights:
@@ -110,23 +118,26 @@ def weights(models: Sequence[ModelBytes], mode: str) -> Weights:
     Embedding tables are read one after the other; only one that is an unembedding as well stays. Then both models' ends
     stay, and of the layers: resident all; streamed the largest two consecutive layers of every model; streamed-2 the largest
     two in the order base 0, sft 0, base 1, sft 1, ...; one-at-a-time all of one model, in whose time no unembedding is there.
-    sub-layer: two leaves, and a chunk of each unembedding.
+    sub-layer: two leaves, and a chunk of each unembedding, of which the last one stays.
     """
     rests = sum(m.rest for m in models)
     if mode == "sub-layer":
         stay = rests + sum(m.chunk for m in models)
-        return Weights(stay, stay + max(m.most_leaves + max(m.reading) for m in models), stay)
+        left = rests + sum(m.last_chunk for m in models)
+        return Weights(stay, stay + max(m.most_leaves + max(m.reading) for m in models), stay, left)
     tables = [sum(m.embedding for m in models[:i] if m.tied) + one.embedding for i, one in enumerate(models)]
     ends = sum(m.ends for m in models)
     opening = max(*tables, ends)
     if mode == "one-at-a-time":
-        return Weights(opening, rests + max(_all(list(zip(m.layers, m.reading, strict=True))) for m in models), ends)
+        return Weights(
+            opening, rests + max(_all(list(zip(m.layers, m.reading, strict=True))) for m in models), ends, ends
+        )
     steps = [list(step) for step in zip(*(list(zip(m.layers, m.reading, strict=True)) for m in models), strict=True)]
     both = [(sum(size for size, _ in step), max(more for _, more in step)) for step in steps]
     turns = [one for step in steps for one in step]
     held = {"resident": _all, "streamed": _largest_two, "streamed-2": _largest_two}[mode]
     layers = held(turns if mode == "streamed-2" else both)
-    return Weights(opening, ends + layers, ends + layers)
+    return Weights(opening, *3 * [ends + layers])
 
 
 def weight_bytes(models: Sequence[ModelBytes]) -> dict[str, int]:
@@ -181,7 +192,8 @@ class Activations:
     states: of all passes and batches between two layers; batch: of those, the largest batch's. calls, batch_calls: likewise
     what the model gave its layers with them (masks, rotary tables). opening: while first states are made, beside
     them; less by what is held from the first layer on.
-    forward: a layer at work on a batch, with the new states; statistics, lens: of one batch, beside its states.
+    forward: a layer at work on a batch, with the new states; statistics, lens: of one batch, beside its states; products: while
+    the lens's logits are made.
     """
 
     states: int
@@ -191,6 +203,7 @@ class Activations:
     opening: int
     forward: int
     statistics: int
+    products: int
     lens: int
 
 
@@ -230,7 +243,7 @@ def needs(
     return Need(
         held.open + alone + act.opening,
         held.layers + max(alone + waiting + act.forward, alone + waiting + act.batch + act.statistics),
-        held.lens + alone + waiting + act.batch + act.lens,
+        max(held.products + act.products, held.lens + act.lens) + alone + waiting + act.batch,
         held.peak,
     )
 
@@ -336,7 +349,7 @@ def activations(walk: Walk, tile_bytes: int = LENS_TILE_BYTES) -> Activations:
     rotary = 2 * 2 * walk.head_dim * walk.element
     return Activations(
         states, batch, walk.tokens * rotary, walk.batch_tokens * rotary, 2 * batch, forward_bytes(walk),
-        statistics_bytes(walk), lens_bytes(walk, tile_bytes),
+        statistics_bytes(walk), *2 * [lens_bytes(walk, tile_bytes)],
     )  # fmt: skip
 
 

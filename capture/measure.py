@@ -108,6 +108,7 @@ class Measure:
             model.load(REST)
         self.calls = [self._record(b) for b in largest(self.batches)]
         self._forward: dict[Any, int] = {}
+        self._tiles: dict[int, tuple[int, int]] = {}
 
     def activations(self, tile_bytes: int, parts: int = 1) -> Activations:
         """What is needed with lens tiles of at most tile_bytes, and batches in so many parts."""
@@ -125,6 +126,8 @@ class Measure:
         waiting, left = self._waiting(tile_bytes)
         beside = probed + waiting + kept + SMALL + SMALL_PER_TOKEN * self.walk.tokens
         tail = 4 * self.walk.batch_tokens * self.hidden * max(4, element)
+        products, lens = self._lens_stages(tile_bytes)
+        more = padded // 2 + spectra - kept - (waiting - left)
         return Activations(
             states=footprint.state_bytes(walk),
             batch=batch,
@@ -133,9 +136,8 @@ class Measure:
             opening=max(max(c.opening for c in self.calls), self.lens_bytes(tile_bytes, rows=8)) - kept - waiting,
             forward=forward,
             statistics=max(footprint.statistics_bytes(self.walk) + padded, tail) + spectra,
-            lens=self.lens_bytes(tile_bytes) - kept - (waiting - left) + padded // 2 + spectra
-            if self.lens.layers
-            else 0,
+            products=products + more if self.lens.layers else 0,
+            lens=lens + more if self.lens.layers else 0,
         )
 
     def _spectra(self) -> int:
@@ -248,11 +250,14 @@ class Measure:
 
     def lens_bytes(self, tile_bytes: int, rows: int | None = None) -> int:
         """One tile of the lens at work, at most."""
+        return max(self._lens_stages(tile_bytes, rows))
+
+    def _lens_stages(self, tile_bytes: int, rows: int | None = None) -> tuple[int, int]:
+        """The same while its logits are made, which rows of the unembedding are read for, and while they are looked at."""
         tile = min(rows or self._rows_at_once(), self.lens.tile_rows(len(self.passes), tile_bytes))
-        key = ("lens", tile)
-        if key not in self._forward:
-            self._forward[key] = self._lens(tile, tile_bytes)
-        return self._forward[key]
+        if tile not in self._tiles:
+            self._tiles[tile] = self._lens(tile, tile_bytes)
+        return self._tiles[tile]
 
     def _kept(self, tile_bytes: int) -> tuple[int, int]:
         """What stays in memory while layers run: logits of the largest tile, and the plain lens's memory for statistics."""
@@ -288,9 +293,10 @@ class Measure:
         beside = self.walk.batch_tokens if most > self.walk.batch_tokens else max(0, most - tile)
         return waiting * of_row, beside * of_row
 
-    def _lens(self, tile: int, tile_bytes: int) -> int:
+    def _lens(self, tile: int, tile_bytes: int) -> tuple[int, int]:
+        by_formula = footprint.lens_bytes(replace(self.walk, batch_tokens=tile, lens=True), tile_bytes)
         if not self.exact or not self.lens.layers:
-            return footprint.lens_bytes(replace(self.walk, batch_tokens=tile, lens=True), tile_bytes)
+            return by_formula, by_formula
         heads = [p.unembedding for p in self.passes]
         states = [torch.empty(tile, self.hidden, dtype=self.dtype, device=META) for _ in heads]
         normed = (
@@ -298,11 +304,11 @@ class Measure:
         )  # as they wait, and those chosen of them
         try:
             with torch.no_grad(), Live(META) as products:
-                made = tile_logits(self.pair, states, heads)
+                logits = tile_logits(self.pair, states, heads)
                 kept = products.live
-                del made
+                del logits
             logits_kept, space = self._kept(tile_bytes)
-            shifted, sampled = 0, 0
+            again, shifted, sampled = 0, 0, 0
             if can_shift_without_data(self.pair, heads):
                 with torch.no_grad(), Live(META) as glance:
                     some = sampled_logits(self.pair, states, heads)
@@ -311,21 +317,23 @@ class Measure:
                 few = self.lens.refine_rows(tile, len(heads))
                 beside = min(few, self.lens.beside_rows(tile))
                 of_many = self._refined(heads, states, few)
-                shifted = max(of_many, logits_kept + self._refined(heads, states, beside) if beside else 0)
+                of_few = [logits_kept + x for x in self._refined(heads, states, beside)] if beside else of_many
+                again, shifted = (max(both) for both in zip(of_many, of_few, strict=True))
         except Exception as error:
             log.info("the lens is planned by formula, it cannot run without data: %s", str(error)[:200])
-            return footprint.lens_bytes(replace(self.walk, batch_tokens=tile, lens=True), tile_bytes)
+            return by_formula, by_formula
         lists = self._lists() * (2 * self.walk.batch_tokens + (self.walk.tokens if self.lens.final_norm else 0))
         rows_kept = SAMPLES * SAMPLE * len(self.pair.unique()) if self.lens.n_vocab > SMALL_VOCABULARY else 0
         samples = rows_kept * self.hidden * self.dtype.itemsize
-        work = max(products.peak + space, kept + self.statistics(tile), shifted, logits_kept + space + sampled)
-        return normed + samples + work + lists
+        beside_work = normed + samples + lists
+        made = max(products.peak + space, again, logits_kept + space + sampled)
+        return beside_work + made, beside_work + max(kept + self.statistics(tile), shifted)
 
-    def _refined(self, heads: Sequence[Owner], states: Sequence[torch.Tensor], rows: int) -> int:
-        """Rows whose shifts are products of their own, with their statistics."""
+    def _refined(self, heads: Sequence[Owner], states: Sequence[torch.Tensor], rows: int) -> tuple[int, int]:
+        """Rows whose shifts are products of their own: while these are made; with their statistics."""
         with torch.no_grad(), Live(META) as again:
             shifts = shifted_logits(self.pair, [s[:rows] for s in states], heads)
-            found = max(again.peak, again.live + self.statistics(rows, exact=True))
+            found = again.peak, again.live + self.statistics(rows, exact=True)
             del shifts
         return found
 

@@ -127,14 +127,14 @@ def test_a_rank_holds_its_share_and_what_is_not_divided():
 
 
 def test_what_loading_takes_stands_beside_the_layers():
-    act = footprint.Activations(0, 0, 0, 0, 0, 0, 0, 0)
+    act = footprint.Activations(*9 * [0])
     loads = dataclasses.replace(MODEL, loading=(0, 0, 7))
     assert footprint.needs([loads], "streamed", act).layers == footprint.needs([MODEL], "streamed", act).layers + 7
 
 
 def test_states_that_wait_count_where_the_models_take_turns_and_not_where_they_are_spilled():
     act = footprint.Activations(
-        states=1000, batch=100, calls=10, batch_calls=1, opening=0, forward=50, statistics=0, lens=0
+        states=1000, batch=100, calls=10, batch_calls=1, opening=0, forward=50, statistics=0, products=0, lens=0
     )
     layers = footprint.weights([MODEL], "streamed").layers
 

@@ -81,7 +81,7 @@ def test_what_is_alive_at_most_is_what_was_planned(case, mode, made, tmp_path, m
     assert counted.weights_peak <= counted.weights_planned
 
 
-ACT = Activations(states=0, batch=0, calls=0, batch_calls=0, opening=0, forward=100, statistics=0, lens=0)
+ACT = Activations(states=0, batch=0, calls=0, batch_calls=0, opening=0, forward=100, statistics=0, products=0, lens=0)
 
 
 @dataclasses.dataclass
