@@ -12,13 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from capture.ledger import Ledger
+from capture.upload import Upload
 
 STRIP = 1 << 22  # elements of an FP8 weight that are multiplied with their scales at a time
 FP8 = frozenset({"F8_E4M3", "F8_E5M2"})  # as safetensors names them
@@ -73,7 +74,7 @@ class Place:
     """Where a weight is to stand: shape of this process's share, dtype, device; block: of FP8 scales, as the config says.
 
     share: (shape stored, expert) -> the part of a stored tensor that belongs to the share, or None. first: the expert that
-    the share begins with.
+    the share begins with. upload: the way to the device.
     """
 
     shape: torch.Size
@@ -82,6 +83,7 @@ class Place:
     share: Callable[[list[int], int | None], Index | None]
     first: int = 0
     block: tuple[int, int] | None = None
+    upload: Upload = field(default_factory=Upload)
 
 
 class Misshapen(Exception):
@@ -108,8 +110,7 @@ def assemble(recipe: Recipe, place: Place, opened: Callable[[str, str], Any], le
         if sources[0].get_dtype() in FP8:
             raise ValueError(f"'{first.key}' is stored in FP8 without the scales '{first.key}{'_scale_inv'}'")
         whole = sources[0][index] if index else sources[0][...]
-        result: Tensor = whole.to(device=place.device, dtype=place.dtype)
-        return result
+        return place.upload.put(whole, place.dtype, place.device)
     out = torch.empty(place.shape, dtype=place.dtype, device=place.device)
     views = _views(recipe, place, shares, out)
     for part, source, index, view in zip(recipe.parts, sources, shares, views, strict=True):
@@ -118,7 +119,7 @@ def assemble(recipe: Recipe, place: Place, opened: Callable[[str, str], Any], le
         if part.scale is None:
             if source.get_dtype() in FP8:
                 raise ValueError(f"'{part.key}' is stored in FP8 without the scales '{part.key}{'_scale_inv'}'")
-            view.copy_(source[index] if index else source[...])
+            place.upload.fill(view, source[index] if index else source[...])
         else:
             scale = opened(*part.scale)
             try:
@@ -166,7 +167,7 @@ def _fill_fp8(view: Tensor, source: Any, index: Index, scale: Any, place: Place,
     shape, grid = list(source.get_shape()), list(scale.get_shape())
     m, n = block_of(shape, grid, place.block)
     rows, columns = index
-    scales = _as_float(scale[...].to(place.device)).reshape(-(-shape[0] // m), -(-shape[1] // n))
+    scales = _as_float(_here(scale[...], place)).reshape(-(-shape[0] // m), -(-shape[1] // n))
     of_column = torch.arange(columns.start, columns.stop, device=place.device) // n
     scales = scales[:, of_column]  # [row blocks, C of this share]
     width = columns.stop - columns.start
@@ -176,11 +177,15 @@ def _fill_fp8(view: Tensor, source: Any, index: Index, scale: Any, place: Place,
         stop = min(rows.stop, start - start % m + strip)
         stored = source[start:stop, columns]
         with held(ledger, 5 * stored.numel()):  # as stored, and in float32
-            values = stored.to(place.device).float()
+            values = _here(stored, place).float()
             _multiply(values, scales, start, m)
             view[start - rows.start : stop - rows.start].copy_(values)
             del stored, values
         start = stop
+
+
+def _here(x: Tensor, place: Place) -> Tensor:
+    return place.upload.put(x, x.dtype, place.device)
 
 
 def _multiply(values: Tensor, scales: Tensor, start: int, m: int) -> None:

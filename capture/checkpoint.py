@@ -26,12 +26,14 @@ from capture.opening import find_layers, open_model
 from capture.quantize import quantization_of
 from capture.stored import Stored
 from capture.sublayer import HeadRows, embed_rows
+from capture.upload import Upload, upload_to
 
 if TYPE_CHECKING:
     from capture.remote import Source
 
 log = logging.getLogger(__name__)
 
+CPU = torch.device("cpu")
 EMBEDDING, HEAD, REST = "embedding", "head", "rest"
 LIBRARY_LOADING = 1.6  # bytes beside a weight's own while transformers puts it together, as a share of it (measured)
 
@@ -54,12 +56,14 @@ class StreamedModel:
         whole: bool = False,
         group: Group | None = None,
         source: Source | None = None,
+        upload: Upload | None = None,
     ) -> None:
-        """source: where weights that are not in `directory` come from. group: the ranks that share the model's weights; None is this process alone. whole: load everything at once by the
+        """upload: the way to the device; by default one of its own. source: where weights that are not in `directory` come from. group: the ranks that share the model's weights; None is this process alone. whole: load everything at once by the
         library's own means and free nothing: for pickled checkpoints; quantized weights are loaded so in any case."""
         borrowed.check_version()
         self.label, self.device, self.ledger, self.directory = label, device, ledger, directory
         self.group = group or ALONE
+        self.upload = upload or upload_to(device)
         # found out and kept by capture/unembed.py
         self.linear_head: bool | None = None
         self.head_place: tuple[nn.Module, str] | None = None
@@ -71,6 +75,7 @@ class StreamedModel:
         self.loaded: dict[Any, int] = {}  # group -> bytes, from the moment that its reading may begin
         self._ready: set[Any] = set()
         self._read_ahead: set[Any] = set()  # of those that are not ready
+        self._room: dict[Any, Any] = {}  # of those that are not ready, as Upload.room has it
         self._mapped: set[Any] = set()  # of those that are views, what lay in memory
         self._views: dict[Any, bool] = {}
         self.model, record = open_model(
@@ -272,6 +277,7 @@ class StreamedModel:
         if group not in self.loaded:
             self.loaded[group] = self.group_bytes(group)
             self.ledger.add(self.loaded[group])
+            self._room[group] = self.upload.room()
 
     def announce(self, group: Any) -> None:
         """A group will be loaded soon: what can be read ahead of that is. Ranks read shares, which nobody knows before."""
@@ -335,16 +341,26 @@ class StreamedModel:
         self._read_ahead.add(group)
         self.stored.read_ahead(self._keys(group))
 
-    def load(self, group: Any) -> None:
-        """Read one group from its files. Raises CheckpointError where a weight is missing, misshapen or unreadable."""
-        if group in self._ready:
-            return
-        self.reserve(group)
-        self.announce(group)
+    def load(self, group: Any, *, ahead: bool = False) -> None:
+        """Read one group from its files. ahead: who uses it will ask for it again, and wait then for what is still on its way.
+
+        Raises CheckpointError where a weight is missing, misshapen or unreadable.
+        """
+        if group not in self._ready:
+            self.reserve(group)
+            self.announce(group)
+            if group not in self._read_ahead and not self.is_at_hand(group):
+                self.read_ahead(group)
+            self._read_ahead.discard(group)
+            with self.upload.on_stream(self._room.pop(group, None)):
+                self._load(group)
+            self.upload.arriving((self, group))
+            self._ready.add(group)
+        if not ahead:
+            self.upload.wait((self, group))
+
+    def _load(self, group: Any) -> None:
         view = self.is_view(group)
-        if group not in self._read_ahead and not self.is_at_hand(group):
-            self.read_ahead(group)
-        self._read_ahead.discard(group)
         name = ""
         try:
             left = []
@@ -369,7 +385,6 @@ class StreamedModel:
         nbytes = self._live_bytes(group)
         self.ledger.add(nbytes - self.loaded[group])
         self.loaded[group] = nbytes
-        self._ready.add(group)
 
     def _viewed(self, name: str, recipe: Recipe) -> torch.Tensor:
         tensor, shape = self.stored.view(recipe.parts[0].file, recipe.parts[0].key), self._meta[name].shape
@@ -382,13 +397,14 @@ class StreamedModel:
         if is_plain(meta) and recipe.is_plain:  # what nearly all are: without the way through shares and parts
             source = self.opened(recipe.parts[0].file, recipe.parts[0].key)
             if source.get_shape() == list(meta.shape) and source.get_dtype() not in FP8:
-                return self._as_weight(name, source[...].to(device=self.device, dtype=meta.dtype))
+                return self._as_weight(name, self.upload.put(source[...], meta.dtype, self.device))
         if borrowed.interleaved(meta) and recipe.parts[0].expert is None:
             (part,) = recipe.parts
-            tensor = borrowed.read_share(meta, self.opened(part.file, part.key), self.device)
+            share = borrowed.read_share(meta, self.opened(part.file, part.key), CPU)
+            tensor = self.upload.put(share, meta.dtype, self.device)
         else:
             place = Place(local(meta).shape, meta.dtype, self.device, partial(borrowed.share_of, meta),
-                          borrowed.first_expert(meta), self.quantization.block)  # fmt: skip
+                          borrowed.first_expert(meta), self.quantization.block, self.upload)  # fmt: skip
             tensor = assemble(recipe, place, self.opened, self.ledger)
         return self._as_weight(name, borrowed.wrapped(tensor, meta))
 
@@ -402,7 +418,7 @@ class StreamedModel:
 
     def _load_by_library(self, group: Any, recipes: Sequence[Recipe]) -> None:
         state = {key: self.opened(file, key) for recipe in recipes for file, key in recipe.keys}
-        with held(self.ledger, int(LIBRARY_LOADING * self.group_bytes(group))):
+        with held(self.ledger, int(LIBRARY_LOADING * self.group_bytes(group))), self.upload.off_stream():
             errors, misshapen = borrowed.load_by_library(self.model, state, self.load_config)
         if errors:
             raise CheckpointError(f"{self.label} model '{self.directory}', {_name(group)}: {errors[0]}")
@@ -447,8 +463,12 @@ class StreamedModel:
         self._ready.discard(group)
         if self.head_rows is not None and group == (EMBEDDING if self.tied else HEAD):
             self.head_rows.release()
+        self._room.pop(group, None)
+        weights = (local(self._get(name)) for name in self._tensors[group])
+        self.upload.leaving((self, group), (w for w in weights if not w.is_meta))
         for name in self._tensors[group]:
             self._set(name, self._meta[name])
+        self.upload.left()
         self.ledger.add(-self.loaded.pop(group))
 
     def layer_bytes(self) -> list[int]:

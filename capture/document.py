@@ -53,7 +53,7 @@ def document(work: Work, files: list[dict[str, Any]]) -> dict[str, Any]:
             "residual_statistics": "float64",
             "logits": "float32, from upcast operands",
             "lens_statistics": "float32 terms, float64 from each row's sums on",
-            "lens_compiled": lens.kernel is not None or f"no: {lens.compiled}",
+            "lens_compiled": not isinstance(lens.compiled, str) or f"no: {lens.compiled}",
             "nonfinite_lens_rows": collector.nonfinite,
         },
         "halvings": {

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from capture.divergence import Divergences, divergences, mean_shift, plain
 from capture.lens_kernel import Kernel
-from capture.lens_sums import Space, compared, largest_of, one_pass
+from capture.lens_sums import Fused, Space, compared, largest_of, one_pass
 from capture.logits import Logits
 from capture.threads import alone, in_threads
 from capture.topk import Search, TopK, Vocabulary, block_maxima, top_k
@@ -65,12 +65,14 @@ def lens_tile(
     at_once: int | None = None,
     exact: bool = False,
     kernel: Kernel | None = None,
+    fused: Fused | None = None,
     spaces: Sequence[Space] = (),
 ) -> Statistics:
     """All statistics of one tile. pairs: ordered pairs of slots; next_R: id of the token that follows each row, or -1;
     tracked_N: ids. Every row is computed alone.
 
-    kernel: the compiled way, where it takes these logits and the whole vocabulary is here. Else `rows` at a time, and of those
+    kernel: the compiled way, where it takes these logits and the whole vocabulary is here. Else `rows` at a time, by way of `fused`
+    where that is given and takes them, and of those
     `at_once` (all of them) where all of the vocabulary is gone through: so that it stays in cache. spaces: memory that is kept, one
     for each thread of a processor that rows go through side by side, where the whole vocabulary is here. exact: divergences pair by
     pair from the logits' own shifts, for rows that hardly differ.
@@ -86,7 +88,7 @@ def lens_tile(
         for start in range(first, last, rows):
             some = slice(start, min(start + rows, last))
             mine = logits.some(some), pairs, next_R[some], tracked_N, vocabulary
-            parts[thread].append(_rows(*mine, exact, at_once or rows, spaces[thread]))
+            parts[thread].append(_rows(*mine, exact, at_once or rows, spaces[thread], fused))
 
     if not alone_here or len(spaces) == 1:
         some_rows(0, 0, logits.n_rows)
@@ -122,7 +124,7 @@ def _by_kernel(
 
 def _rows(
     logits: Logits, pairs: Sequence[tuple[int, int]], next_R: Tensor, tracked_N: Tensor, v: Vocabulary, exact: bool,
-    at_once: int, space: Space,
+    at_once: int, space: Space, fused: Fused | None = None,
 ) -> Statistics:  # fmt: skip
     n_slots, n_pairs = logits.n_slots, len(pairs)
     if exact:
@@ -132,7 +134,10 @@ def _rows(
     else:
         x = [logits.slot(s) for s in range(n_slots)]
         shifts = compared(n_slots, pairs)
-        found = one_pass(x, shifts, v.n, v.group, at_once=at_once, space=space)
+        if fused is not None and fused.takes(x):
+            found = fused.one_pass(x, shifts, v.n, v.group)
+        else:
+            found = one_pass(x, shifts, v.n, v.group, at_once=at_once, space=space)
         maxima_NRB = found.maxima_NRB
         d = divergences(x, found.largest_SR, pairs, v.group, found.sums, at_once)
         lossy = _rounded(x, d, pairs, v, at_once)

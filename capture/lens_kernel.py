@@ -183,6 +183,16 @@ def _terms(of: Sequence[Sequence[int]]) -> Tensor:
 
 
 @cache
+def load_fused(device: torch.device) -> Any:
+    """The compiled way on a GPU (lens.Fused), built and tried on it (some seconds, once a process); or why there is none, in words."""
+    try:
+        from capture.lens_triton import tried
+    except ImportError as error:
+        return f"the package triton is not there ({error})"
+    return tried(device)
+
+
+@cache
 def load_kernel() -> Kernel | str:
     """The kernel, compiled if it was not yet; or why there is none, in words."""
     compiler = os.environ.get("CXX") or next((c for c in COMPILERS if shutil.which(c)), None)

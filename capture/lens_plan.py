@@ -8,6 +8,7 @@ from pathlib import Path
 
 from capture.errors import ConfigError
 from capture.lens_kernel import Kernel
+from capture.lens_sums import Fused
 from capture.topk import Vocabulary
 
 LEAST_IN_CACHE, MOST_IN_CACHE = 200_000, 400_000  # logits of one slot gone through at a time on a CPU
@@ -29,7 +30,8 @@ class LensPlan:
     """Which layers the lens reads, and how. layers: -1..L; n_vocab: rows compared; n_tokens: ids that may be in top-k lists.
 
     vocabulary: this rank's share of it. rows: rows whose statistics are worked on at a time; at_once: of those, the rows whose
-    vocabulary is gone through at a time. compiled: the compiled way, or why it is not taken, in words. layers_at_once: whose rows go through one product together.
+    vocabulary is gone through at a time. compiled: the compiled way of the processor or of the device, or why it is not taken, in
+    words. layers_at_once: whose rows go through one product together.
     """
 
     layers: frozenset[int]
@@ -43,12 +45,16 @@ class LensPlan:
     tile_bytes: int
     rows: int
     at_once: int
-    compiled: Kernel | str = ""
+    compiled: Kernel | Fused | str = ""
     layers_at_once: int = 1
 
     @property
     def kernel(self) -> Kernel | None:
         return self.compiled if isinstance(self.compiled, Kernel) else None
+
+    @property
+    def fused(self) -> Fused | None:
+        return None if isinstance(self.compiled, Kernel | str) else self.compiled
 
     def ends_group(self, layer: int, n_layers: int) -> bool:
         """Whether the rows that wait go through their product behind this layer. Layer L is layer L-1 after the final norm."""

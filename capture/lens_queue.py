@@ -186,7 +186,7 @@ class LensQueue:
         return lens_tile(
             logits, rows.kind.pairs, rows.following, self.tracked, self.lens.vocabulary,
             rows=self.lens.statistics_rows(exact=exact), at_once=self.lens.at_once, exact=exact, kernel=self.lens.kernel,
-            spaces=self._workspaces(),
+            fused=self.lens.fused, spaces=self._workspaces(),
         )  # fmt: skip
 
     def _workspaces(self) -> Sequence[Workspace]:

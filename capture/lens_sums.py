@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import repeat
 from math import prod
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -28,6 +29,14 @@ class Pass:
     maxima_NRB: Tensor
     largest_SR: Tensor
     sums: Sums
+
+
+class Fused(Protocol):
+    """What is found out in one way through logits, on a device: capture/lens_triton.py."""
+
+    def takes(self, logits: Sequence[Tensor]) -> bool: ...
+
+    def one_pass(self, logits: Sequence[Tensor], shifts: Pairs, listed: int, group: Group) -> Pass: ...
 
 
 VIEWS = ("e", "g", "y", "x", "spare", "in_blocks", "left", "first", "right")
@@ -121,7 +130,7 @@ def one_pass(logits: Sequence[Tensor], shifts: Pairs, listed: int, group: Group,
             rests.append(torch.stack([rest.amax(2), -rest.amin(2)]))
         torch.sub(x[0], group.max(largest_of(of_slots[0], x[0]))[:, None], out=space.y)
         torch.exp(space.y, out=space.e)
-        mean = group.sum(space.products(space.first).sum((1, 2)).T)
+        mean = group.sum(space.products(space.first).sum((1, 2)).T.contiguous())
         offsets.append(mean[2:] / mean[0])
         for shift, offset, out in zip(space.x, offsets[-1][:, :, None].unbind(), space.g, strict=True):
             shift.sub_(offset)
@@ -129,13 +138,13 @@ def one_pass(logits: Sequence[Tensor], shifts: Pairs, listed: int, group: Group,
         products.append(space.products(space.left).sum(1, dtype=torch.float64))
     maxima_NRB[n_slots + len(shifts) :].neg_()  # of minima
     largest = group.max(torch.stack([largest_of(m, x) for m, x in zip(maxima_NRB, logits, strict=False)]))
-    sums = torch.cat(products).permute(1, 2, 0)
+    sums = torch.cat(products).permute(1, 2, 0).contiguous()  # as reductions over GPUs want it
     offsets_SR = torch.cat(offsets, 1)
     far = ~largest.isfinite().all(0)
     if n_lead:
         both = maxima_NRB[n_slots:].unflatten(0, (2, -1))[:, :n_lead]
         reach = torch.cat([both, torch.cat(rests, 2)[..., None]], 3) if rests else both
-        far |= _far(reach.amax(3), offsets_SR, group)
+        far |= far_rows(reach.amax(3), offsets_SR, group)
     taken_off = largest[0].double() + torch.cat([torch.zeros_like(largest[:1]), offsets_SR])
     return Pass(maxima_NRB, largest, Sums(group.sum(sums), taken_off, far))
 
@@ -155,7 +164,7 @@ def largest_of(maxima_RB: Tensor, x_RV: Tensor) -> Tensor:
     return torch.maximum(*most) if len(most) == 2 else most[0]
 
 
-def _far(reach_2SR: Tensor, offsets_SR: Tensor, group: Group) -> Tensor:
+def far_rows(reach_2SR: Tensor, offsets_SR: Tensor, group: Group) -> Tensor:
     """Rows [R] with a shift from slot 0 beyond FAR, behind its mean, or with none that is a number. reach: the largest shifts up
     and down."""
     most = torch.maximum(reach_2SR[0] - offsets_SR, reach_2SR[1] + offsets_SR).amax(0)

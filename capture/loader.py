@@ -40,7 +40,7 @@ class Loader:
             if model.is_view(group):
                 model.read_ahead(group)
             else:
-                model.load(group)
+                model.load(group, ahead=True)
 
     def ahead(self, step: int) -> None:
         """Start to read a step, if there is one and it is not on its way."""

@@ -106,6 +106,7 @@ class Pair:
             self._cancel_first()
         self.inside = [SubLayer(m) for m in self.unique()] if mode == "sub-layer" else []
         embeds = self._embed()
+        self._tidy()
         for model in self.unique():
             for group in (REST, HEAD):
                 model.load(group)
@@ -129,6 +130,10 @@ class Pair:
         firsts = list(dict.fromkeys(first_of))
         self.slot_of = {p: firsts.index(first) for p, first in zip(names, first_of, strict=True)}
         self.states = [[entry[p] for p in firsts] for entry in entries]
+
+    def _tidy(self) -> None:
+        """What large weights that are gone leave is for states as well."""
+        self.models["base"].upload.tidy()
 
     def _cancel_first(self) -> None:
         """What was announced before it was known where the walk begins, and in which pieces weights are read."""
@@ -327,6 +332,7 @@ class Pair:
             owner = late[0]
             kept[owner] = self._alone(owner, inputs[owner], layers, waiting, stop)
             ran[owner] = tuple(self.splits)
+        self._tidy()
         for model, group in ends:
             model.load(group)
         for number, layer in enumerate(layers):

@@ -92,7 +92,7 @@ class SubLayer:
                 upcoming = (*group[:2], following)
                 self.model.reserve(upcoming)
                 self.thread = self.thread or ThreadPoolExecutor(1, thread_name_prefix="prefetch")
-                self.ahead = (upcoming, self.thread.submit(self.model.load, upcoming))
+                self.ahead = (upcoming, self.thread.submit(self.model.load, upcoming, ahead=True))
 
         return hook
 

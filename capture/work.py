@@ -23,8 +23,9 @@ from capture.files import ModelFiles
 from capture.group import ALONE, join_group, leave_group
 from capture.layout import RunDir
 from capture.ledger import Ledger
-from capture.lens_kernel import Kernel, load_kernel
+from capture.lens_kernel import Kernel, load_fused, load_kernel
 from capture.lens_plan import TILE_BYTES, LensPlan, layers_at_once, plan_layers, statistics_rows
+from capture.lens_sums import Fused
 from capture.loader import AHEAD_LAYERS
 from capture.lockstep import Pair, Split
 from capture.measure import Measure
@@ -45,6 +46,7 @@ from capture.store import CaptureWriter
 from capture.tables import Rows
 from capture.topk import Vocabulary
 from capture.unembed import check_against_model
+from capture.upload import upload_to
 
 log = logging.getLogger(__name__)
 
@@ -78,6 +80,7 @@ class Work:
         self.device = torch.device(device.device)
         self.source = resolved.source if resolved.base.remote or resolved.sft.remote else None
         self.ledger = Ledger()
+        self.upload = upload_to(self.device)
         self.peaks = Peaks(self.device, self.ledger)
         self.seconds: dict[str, float] = {}
         self.mode: ModeChoice
@@ -193,6 +196,7 @@ class Work:
             whole=files.format == "pickle",
             group=self.group,
             source=self.resolved.source if files.remote else None,
+            upload=self.upload,
         )
         if self.entry.mode != "sub-layer":  # else the ends are read by rows, and layers matrix by matrix
             model.announce_first(layer=self.relay.index == 0)
@@ -244,21 +248,23 @@ class Work:
             ),
         )
 
-    def _compiled(self) -> Kernel | str:
+    def _compiled(self) -> Kernel | Fused | str:
         """The compiled way of the lens, or why it is not taken. Raises ConfigError where it is asked for and cannot be had."""
         asked = self.entry.lens.compile
         if asked is False:
             return "lens.compile is false"
-        found: Kernel | str
+        found: Kernel | Fused | str
         if self.device.type != "cpu":
-            found = f"logits are on the device ({self.device})"
+            found = load_fused(self.device) if self.entry.lens.enabled else "lens.enabled is false"
+            if not self.group.all(not isinstance(found, str), self.device) and not isinstance(found, str):
+                found = "another rank cannot"  # they reduce over the vocabulary together
         elif self.group.size > 1:
             found = "the vocabulary is shared by ranks"
         else:
             found = load_kernel()
         if isinstance(found, str) and self.entry.lens.enabled:
             if asked is True:
-                raise ConfigError(f"lens.compile is true, but {found}; install one, or set lens.compile: auto")
+                raise ConfigError(f"lens.compile is true, but {found}; mend that, or set lens.compile: auto")
             log.info("the lens is not compiled: %s", found)
         return found
 

@@ -221,7 +221,7 @@ def against_floor(
 
     from capture.config import Lens
 
-    every = ways() | {"without the lens": {"lens": Lens(enabled=False)}}
+    every = ways(_ways_of(device)) | {"without the lens": {"lens": Lens(enabled=False)}}
     for case in cases:
         tokens, n = CASES[case]
         found: dict[str, list[dict[str, Any]]] = {way: [] for way in every}
@@ -260,6 +260,19 @@ def against_floor(
                 note=f"floor {statistics.median(floors[way]):.3g} s",
             )  # fmt: skip
             memory(bench, f"{name} {case} {way}", text, found[way][-1])
+
+
+def _ways_of(device: str) -> list[str]:
+    """Of the lens, on this device; says why the compiled one is left out."""
+    import torch
+
+    from capture.lens_kernel import load_fused
+
+    found = load_fused(torch.device(device)) if device.startswith("cuda") else None
+    if isinstance(found, str):
+        print(f"the compiled lens is left out: {found}", flush=True)
+        return ["eager"]
+    return ["eager", "compiled"]
 
 
 def memory(bench: Bench, name: str, text: str, found: dict[str, Any]) -> None:

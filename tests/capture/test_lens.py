@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interpreted import interpreted
 
 from capture.lens import lens_tile
 from capture.lens_kernel import Kernel, load_kernel
@@ -18,15 +19,17 @@ NEXT = torch.tensor([3, 0, -1, 7, 1])
 TRACKED = torch.tensor([5, 1])
 
 
-@pytest.fixture(params=["eager", "compiled"])
-def kernel(request):
-    """None, or the compiled way, which must do all that the plain one does."""
+@pytest.fixture(params=["eager", "compiled", "triton"])
+def way(request):
+    """What lens_tile is told of the compiled ways, which must do all that the plain one does."""
     if request.param == "eager":
-        return None
+        return {}
+    if request.param == "triton":
+        return {"fused": interpreted().Fused()}
     found = load_kernel()
     if not isinstance(found, Kernel):
         pytest.skip(found)
-    return found
+    return {"kernel": found}
 
 
 def logits(vocab, scale):
@@ -38,10 +41,10 @@ def logits(vocab, scale):
 
 @pytest.mark.parametrize("scale", [1e-3, 1e-2, 0.1, 1, 10, 60, 300])
 @pytest.mark.parametrize("vocab", [40, 64, 307, 20011])
-def test_statistics_agree_with_float64(vocab, scale, kernel):
+def test_statistics_agree_with_float64(vocab, scale, way):
     x = logits(vocab, scale)
     n = vocab - 3
-    slots, pairs = lens_tile(separate(x), PAIRS, NEXT, TRACKED, Vocabulary(n, 10), rows=2, kernel=kernel)
+    slots, pairs = lens_tile(separate(x), PAIRS, NEXT, TRACKED, Vocabulary(n, 10), rows=2, **way)
     exact = [one.double().log_softmax(1) for one in x]
     for one, log_p, stats in zip(x, exact, slots, strict=True):
         entropy = -(log_p.exp() * log_p).sum(1)
@@ -68,9 +71,9 @@ def test_statistics_agree_with_float64(vocab, scale, kernel):
         assert torch.equal(stats.decreased.values, down.values[:, :10])
 
 
-def test_equal_slots_differ_by_exactly_nothing(kernel):
+def test_equal_slots_differ_by_exactly_nothing(way):
     x = separate(logits(307, 1.0))
-    _, pairs = lens_tile(x, PAIRS, NEXT, TRACKED, Vocabulary(307, 3), rows=5, kernel=kernel)
+    _, pairs = lens_tile(x, PAIRS, NEXT, TRACKED, Vocabulary(307, 3), rows=5, **way)
     assert (pairs[(0, 3)].kl_ba == 0).all()
     assert (pairs[(0, 3)].kl_ab == 0).all()
     assert torch.equal(pairs[(0, 3)].increased.ids[0], torch.arange(3))
@@ -155,22 +158,22 @@ def test_ties_are_broken_by_the_smaller_id(data):
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
-def test_an_overflow_shows_as_not_finite_instead_of_a_number(kernel, value):
+def test_an_overflow_shows_as_not_finite_instead_of_a_number(way, value):
     x = logits(307, 1.0)
     x[1][2, 9] = value
-    slots, _ = lens_tile(separate(x), PAIRS, NEXT, TRACKED, Vocabulary(307, 3), rows=5, kernel=kernel)
+    slots, _ = lens_tile(separate(x), PAIRS, NEXT, TRACKED, Vocabulary(307, 3), rows=5, **way)
     assert not slots[1].logsumexp[2].isfinite()
     assert slots[1].entropy[[0, 1, 3, 4]].isfinite().all()
 
 
-def test_a_peaked_slot_beside_a_broad_one_and_its_twin_keep_their_digits(kernel):
+def test_a_peaked_slot_beside_a_broad_one_and_its_twin_keep_their_digits(way):
     generator = torch.Generator().manual_seed(5)
     broad = torch.randn(6, 307, generator=generator)
     peaked = broad - 11 * (torch.arange(307) > 2)
     twin = peaked + 0.02 * torch.randn(6, 307, generator=generator)
     rows = torch.zeros(6, dtype=torch.long)
     slots, pairs = lens_tile(
-        separate([broad, peaked, twin]), [(1, 2)], rows, TRACKED, Vocabulary(307, 5), rows=3, kernel=kernel
+        separate([broad, peaked, twin]), [(1, 2)], rows, TRACKED, Vocabulary(307, 5), rows=3, **way
     )
     p, q = (x.double().log_softmax(1) for x in (peaked, twin))
     assert (-(p.exp() * p).sum(1) - slots[1].entropy).abs().max() < 1e-6
@@ -178,14 +181,14 @@ def test_a_peaked_slot_beside_a_broad_one_and_its_twin_keep_their_digits(kernel)
     assert ((pairs[(1, 2)].kl_ba - want).abs() / want).max() < 1e-4
 
 
-def test_a_small_kl_is_lossy_where_the_slots_hardly_differ_and_not_where_both_are_sure_of_one_token(kernel):
+def test_a_small_kl_is_lossy_where_the_slots_hardly_differ_and_not_where_both_are_sure_of_one_token(way):
     generator = torch.Generator().manual_seed(9)
     close = torch.randn(5, 3000, generator=generator)
     sure = close.clone()
     sure[:, 7] = 20  # all but 1e-5 of the weight
     for first, scale, lossy in ((close, 5e-3, True), (sure, 0.3, False), (close, 0.3, False)):
         x = [first, first + scale * torch.randn(5, 3000, generator=generator)]
-        _, pairs = lens_tile(separate(x), [(0, 1)], NEXT, TRACKED, Vocabulary(3000, 5), rows=2, kernel=kernel)
+        _, pairs = lens_tile(separate(x), [(0, 1)], NEXT, TRACKED, Vocabulary(3000, 5), rows=2, **way)
         assert bool((pairs[0, 1].kl_ba < 1e-4).all()) == (lossy or first is sure)
         assert pairs[0, 1].lossy.tolist() == [lossy] * 5
 
