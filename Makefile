@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install look audit coverage demo demo-smollm2 test triton slow faults reliability soak rehearsal lint bench bench-docs bench-rivals bench-gpu bench-analysis bench-page docs images clean
+.PHONY: help install look audit coverage demo demo-smollm2 test triton gpu slow faults reliability soak rehearsal lint bench bench-docs bench-rivals bench-gpu bench-analysis bench-page docs images clean
 
 help:  ## show this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | expand -t 16
@@ -49,6 +49,9 @@ test: $(STAMP)  ## all tests, but for the slow ones and those that need a GPU; f
 
 triton: $(STAMP)  ## install Triton, so that the tests of its kernels run here too: interpreted, without a GPU (1 GB of disk)
 	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps triton==3.9.0
+
+gpu: $(STAMP)  ## the tests that need an NVIDIA GPU
+	@$(BIN)/python -m pytest -m gpu tests/capture
 
 slow: $(STAMP)  ## the slow tests: groups of ranks that die, groups of four, spans over two Ray nodes, benches (some minutes)
 	@$(BIN)/python -m pytest -m "slow and not gpu" tests/capture tests/cluster tests/bench

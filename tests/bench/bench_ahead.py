@@ -1,11 +1,11 @@
 """A sweep of three pairs from a hub of a given bandwidth, with the next pair's files fetched while one computes, and without.
 
-    python tests/bench/bench_ahead.py [--mb-per-s 25] [--rounds 2] [--prompts 24] [--ways download cache]
+    python tests/bench/bench_ahead.py [--mb-per-s 50] [--rounds 2] [--prompts N] [--ways download cache]
 
 The hub is tests/e2e/local_hub.py in a process of its own, on loopback, throttled; every sweep begins with an empty cache. The pairs
-are one random pair under three names, each about 0.3 GB, and there are prompts enough that computing takes about as long as
-fetching: where one of the two takes far longer than the other, little can be gained. The sweeps run one entry at a time, through
-a Ray of their own, whose start is in the figures.
+are one random pair under three names, each about 0.4 GB, and there are as many prompts as make computing take about as long as
+fetching, on this machine: where one of the two takes far longer than the other, little can be gained. The sweeps run one entry at a
+time, through a Ray of their own, whose start is in the figures.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ from pathlib import Path
 from typing import Any
 
 from measured import CACHE, ROOT, Bench, in_turns, ratios
-from pairs import make_pair, prompts_of
+from pairs import captured, entry_of, make_pair, prompts_of, work
 
+TRIED = 24  # prompts whose time says how many take as long as fetching
 NAMES = ("one", "two", "three")
 SHAPE: dict[str, Any] = {
     "vocab": 4096,
@@ -50,6 +51,19 @@ def serve(folder: Path, paths: Any) -> None:
             link.parent.mkdir(parents=True, exist_ok=True)
             if not link.is_symlink():
                 link.symlink_to(path)
+
+
+def prompts_that_take(seconds: float, paths: Any) -> int:
+    """How many prompts of 64 tokens a walk over this pair takes so long for, where its files are on the disk."""
+    from capture.config import Lens
+
+    entry = entry_of(paths, prompts_of(64, TRIED), mode="streamed", noise_floor=False, lens=Lens(enabled=False))
+    out = Path(tempfile.mkdtemp(prefix="bench-ahead-", dir=CACHE))
+    try:
+        found = min(work(captured(entry, out)) for _ in range(2))
+    finally:
+        shutil.rmtree(out)
+    return max(1, round(TRIED * seconds / found))
 
 
 def sweep_seconds(weights: str, ahead: bool, prompts: tuple[str, ...], env: dict[str, str]) -> float:
@@ -92,9 +106,9 @@ def measure(
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--mb-per-s", type=float, default=25.0, help="bandwidth of the hub (default 25)")
+    parser.add_argument("--mb-per-s", type=float, default=50.0, help="bandwidth of the hub (default 50)")
     parser.add_argument("--rounds", type=int, default=2, help="sweeps of each kind (default 2)")
-    parser.add_argument("--prompts", type=int, default=24, help="prompts of 64 tokens (default 24)")
+    parser.add_argument("--prompts", type=int, help="prompts of 64 tokens (default: as many as take as long as fetching)")
     parser.add_argument("--ways", nargs="+", default=["download", "cache"], help="values of weights to measure")
     parser.add_argument("--json", type=Path, help="where the figures go (default .cache/bench/ahead.json)")
     args = parser.parse_args()
@@ -116,8 +130,9 @@ def main() -> int:
         env = {"HF_ENDPOINT": hub.stdout.readline().strip(), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": "",
                "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}  # fmt: skip
         bench = Bench("ahead", "make bench")
-        over = f"{nbytes / 1e9:.2f} GB a pair at {args.mb_per_s:g} MB/s"
-        measure(bench, args.rounds, args.ways, prompts_of(64, args.prompts), env, over)
+        n = args.prompts or prompts_that_take(nbytes / args.mb_per_s / 1e6, paths)
+        over = f"{nbytes / 1e9:.2f} GB a pair at {args.mb_per_s:g} MB/s, {n} prompts of 64 tokens"
+        measure(bench, args.rounds, args.ways, prompts_of(64, n), env, over)
     finally:
         hub.kill()
         hub.wait()

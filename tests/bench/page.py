@@ -48,7 +48,9 @@ NO_GPU = """
 ## On a GPU
 
 `make bench-gpu` (tests/bench/bench_gpu.py) was **never run on a GPU**: none was at hand. It was only rehearsed on a CPU, with
-`--device cpu`, which shows that it runs and nothing about speed.
+`--device cpu`, which shows that it runs and nothing about speed. Of what a capture does differently there, the stream that weights take and its
+order are tested with simulated streams, the two Triton kernels of the lens by Triton's own interpreter (`make triton`, then `make
+test`); tests/capture/test_on_gpu.py (marked `gpu`) waits for a GPU.
 """
 
 

@@ -17,7 +17,7 @@ from capture.run import capture_pair
 from capture.topk import Vocabulary
 from capture.upload import SideStream
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")]
 CUDA = torch.device("cuda", 0)
 
 
