@@ -31,6 +31,9 @@ class Pass:
     sums: Sums
 
 
+FUSED_TILE = 2048  # entries of a vocabulary that one program of the kernels in capture/lens_triton.py has
+
+
 class Fused(Protocol):
     """What is found out in one way through logits, on a device: capture/lens_triton.py."""
 
@@ -40,6 +43,11 @@ class Fused(Protocol):
 
 
 VIEWS = ("e", "g", "y", "x", "spare", "in_blocks", "left", "first", "right")
+
+
+def fused_bytes(n_slots: int, size: int) -> int:
+    """What the kernels take for a row beside what they find: 4 S numbers of every tile, and S (S + 1) sums in float64."""
+    return (-(-size // FUSED_TILE) + 1) * (16 * n_slots + 8 * n_slots * (n_slots + 1))
 
 
 class Space:

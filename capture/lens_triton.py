@@ -20,12 +20,12 @@ from torch import Tensor
 
 from capture.divergence import PLAIN_PIECES, SUM_BLOCK, Pairs, Sums, divergences
 from capture.group import ALONE, Group
-from capture.lens_sums import Pass, Space, compared, far_rows, one_pass
+from capture.lens_sums import FUSED_TILE, Pass, Space, compared, far_rows, one_pass
 from capture.topk import BLOCK
 
 MOST_SLOTS = 4
-COLUMNS = 128  # blocks of which one program of the first kernel finds the largest entries
-TILE = BLOCK * COLUMNS  # entries of a vocabulary that one program of either kernel has
+TILE = FUSED_TILE
+COLUMNS = TILE // BLOCK  # blocks of which one program of the first kernel finds the largest entries
 PARTS = TILE // SUM_BLOCK  # sums over these that are made in float32
 TRIED_ROWS, TRIED_VOCAB = 3, 2 * TILE + 77  # of the tile that the kernels are tried on
 ENTROPY_APART, KL_APART = 1e-5, 1e-3  # nats, and of a KL: what the tests allow either way

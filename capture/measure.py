@@ -17,17 +17,21 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.func import functional_call
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_iter, tree_map_only
 
 from capture import footprint
 from capture.batches import Batch, halves
 from capture.checkpoint import EMBEDDING, HEAD, REST, StreamedModel
-from capture.config import Owner, Pass
+from capture.config import Owner
+from capture.config import Pass as ModelPass
+from capture.divergence import PLAIN_PIECES, Pairs
 from capture.footprint import Activations, ModelBytes, Walk
+from capture.group import Group
 from capture.lens import lens_tile
 from capture.lens_kernel import Kernel
 from capture.lens_plan import LensPlan
-from capture.lens_sums import space_bytes
+from capture.lens_sums import Pass, Space, fused_bytes, one_pass, space_bytes
 from capture.live import META, AsOn, Live
 from capture.lockstep import Pair
 from capture.logits import can_shift, sampled_logits, separate, shifted_logits, tile_logits
@@ -93,7 +97,7 @@ class Measure:
         pair: Pair,
         batches: Sequence[Batch],
         lens: LensPlan,
-        passes: Sequence[Pass],
+        passes: Sequence[ModelPass],
         n_pairs: int,
         n_spectra: int = 0,
     ) -> None:
@@ -353,11 +357,16 @@ class Measure:
             self.lens.at_once if on_cpu else 2 * SAMPLE_ROWS if exact else None
         )  # of these the exact way takes half
 
-        def of(sample: int) -> Sequence[int]:
-            return _of_statistics(sample, heads, self.n_pairs, self.lens.n_vocab, v.n, v.k, at_once, exact)
+        fused = self.lens.fused is not None and not exact
 
-        if not on_cpu:  # a row takes as much, however many there are
-            most = -(-max(of(SAMPLE_ROWS)) // SAMPLE_ROWS) * rows
+        def of(sample: int) -> Sequence[int]:
+            return _of_statistics(sample, heads, self.n_pairs, self.lens.n_vocab, v.n, v.k, at_once, exact, fused)
+
+        if (
+            not on_cpu
+        ):  # a row takes as much, however many there are; rows that go the plain way behind the kernels go in pieces
+            sample = PLAIN_PIECES if fused else SAMPLE_ROWS
+            most = -(-max(of(sample)) // sample) * rows
         elif rows <= SAMPLE_STEPS * self.lens.at_once:
             most = max(of(rows))
         else:  # each more takes as much as the one before
@@ -402,10 +411,19 @@ def largest(batches: Sequence[Batch]) -> list[Batch]:
 
 @cache
 def _of_statistics(
-    rows: int, n_slots: int, n_pairs: int, n_vocab: int, listed: int, k: int, at_once: int | None, exact: bool
+    rows: int,
+    n_slots: int,
+    n_pairs: int,
+    n_vocab: int,
+    listed: int,
+    k: int,
+    at_once: int | None,
+    exact: bool,
+    fused: bool,
 ) -> Sequence[int]:
     """Bytes that the plain lens makes of so many rows, at most, where they hardly differ and where they differ much: measured once
-    for all pairs that this process captures, since with a large vocabulary it takes longer than opening the models."""
+    for all pairs that this process captures, since with a large vocabulary it takes longer than opening the models. fused: by way of
+    the kernels of a device."""
     pairs = [(a, b) for a in range(n_slots) for b in range(a)][:n_pairs]
     nothing = torch.zeros(0, dtype=torch.long)
     most = []
@@ -416,7 +434,22 @@ def _of_statistics(
         with Live(torch.device("cpu")) as live:
             lens_tile(
                 separate(slots), pairs, torch.zeros(rows, dtype=torch.long), nothing, Vocabulary(listed, k),
-                rows=rows, at_once=at_once, exact=exact,
+                rows=rows, at_once=at_once, exact=exact, fused=_AsFused() if fused else None,
             )  # fmt: skip
         most.append(live.peak)
     return most
+
+
+class _AsFused:
+    """Takes the memory that the kernels of a device take; what they would find is made by plain operations, which are not counted."""
+
+    def takes(self, logits: Sequence[Tensor]) -> bool:
+        return True
+
+    def one_pass(self, logits: Sequence[Tensor], shifts: Pairs, listed: int, group: Group) -> Pass:
+        with _disable_current_modes():
+            plain = one_pass(logits, shifts, listed, group, at_once=logits[0].shape[0], space=Space())
+        beside = torch.empty(logits[0].shape[0] * fused_bytes(len(logits), logits[0].shape[1]), dtype=torch.uint8)
+        found = Pass(plain.maxima_NRB.clone(), plain.largest_SR.clone(), plain.sums)
+        del beside
+        return found

@@ -108,7 +108,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mb-per-s", type=float, default=50.0, help="bandwidth of the hub (default 50)")
     parser.add_argument("--rounds", type=int, default=2, help="sweeps of each kind (default 2)")
-    parser.add_argument("--prompts", type=int, help="prompts of 64 tokens (default: as many as take as long as fetching)")
+    parser.add_argument(
+        "--prompts", type=int, help="prompts of 64 tokens (default: as many as take as long as fetching)"
+    )
     parser.add_argument("--ways", nargs="+", default=["download", "cache"], help="values of weights to measure")
     parser.add_argument("--json", type=Path, help="where the figures go (default .cache/bench/ahead.json)")
     args = parser.parse_args()

@@ -9,6 +9,7 @@ import torch
 from interpreted import interpreted
 from test_lens import PAIRS, logits
 
+from capture import measure
 from capture.divergence import divergences
 from capture.group import ALONE, Group
 from capture.lens_kernel import load_fused
@@ -91,6 +92,14 @@ def test_a_row_is_the_same_whatever_its_neighbours_are(kernels):
         assert torch.equal(alone.maxima_NRB.nan_to_num()[:, 0], whole.maxima_NRB.nan_to_num()[:, row])
         assert torch.equal(alone.sums.sums.nan_to_num()[..., 0], whole.sums.sums.nan_to_num()[..., row])
         assert bool(alone.sums.far[0]) == bool(whole.sums.far[row]) == (row == 1)
+
+
+def test_the_plan_of_their_memory_is_what_they_take(kernels, monkeypatch):
+    of = 16, 4, 6, 20011, 20000, 10, None, False, True
+    planned = measure._of_statistics.__wrapped__(*of)
+    monkeypatch.setattr(measure, "_AsFused", kernels.Fused)
+    for took, plan in zip(measure._of_statistics.__wrapped__(*of), planned, strict=True):
+        assert plan == pytest.approx(took, rel=0.02)  # the interpreter holds what it was last given
 
 
 @dataclass(frozen=True)
