@@ -7,6 +7,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -30,7 +31,13 @@ class Batch:
 
     def rows(self, x_BTD: Tensor) -> Tensor:
         """[B, T, D] -> [R, D]: the rows of real tokens, prompt after prompt."""
-        return x_BTD.flatten(0, 1) if self.keep_BT is None else x_BTD[self.keep_BT]
+        every = x_BTD.flatten(0, 1)
+        return every if self._kept is None else every.index_select(0, self._kept)
+
+    @cached_property
+    def _kept(self) -> Tensor | None:
+        """Where the rows of real tokens are; found out once, as a device must be waited for to tell."""
+        return None if self.keep_BT is None else self.keep_BT.flatten().nonzero().flatten()
 
     def part(self, some: slice) -> Batch:
         """Some of the prompts, at the batch's own width."""

@@ -6,6 +6,8 @@ Shapes: P passes, C comparisons, N tokens of the whole capture (prompt after pro
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,8 @@ from torch import Tensor
 from capture import statistics
 from capture.batches import Batch
 from capture.config import Comparison, Owner, Pass
-from capture.lens import Statistics
+from capture.download import download_from
+from capture.lens import Statistics, statistics_of, tensors_of
 from capture.lens_plan import LensPlan
 from capture.lens_queue import Kind, LensQueue, Waiting
 from capture.lockstep import Pair, State
@@ -55,8 +58,11 @@ class Collector:
         self.tracked = np.full((len(passes), *shape, len(lens.tracked)), np.nan, np.float32)
         self.topk: dict[int, dict[tuple[str, str], tuple[Any, Any]]] = {}
         self.nonfinite = 0
-        tracked = torch.tensor(lens.tracked, dtype=torch.long, device=pair.models["base"].device)
-        self.queue = LensQueue(pair, lens, tracked, self._store)
+        device = pair.models["base"].device
+        self.next_ids = [ids.to(device) for ids in self.next_ids]
+        self.download = download_from(device)
+        tracked = torch.tensor(lens.tracked, dtype=torch.long, device=device)
+        self.queue = LensQueue(pair, lens, tracked, self._found)
         self.noise: dict[str, dict[str, list[float]]] = {}
         self._probed: list[Tensor] | None = None
 
@@ -64,10 +70,16 @@ class Collector:
         """Bytes of the top-k lists that wait to be written."""
         return sum(ids.nbytes + values.nbytes for lists in self.topk.values() for ids, values in lists.values())
 
+    def forget_lists(self) -> None:
+        """The lists collected so far are in a span."""
+        self.download.settle()
+        self.topk.clear()
+
     # -- spans ---------------------------------------------------------------------------------------------------------
 
     def columns(self, first: int, last: int) -> dict[str, Any]:
         """What was collected of layers first..last: "table/column" -> [P or C, layers, N(, ...)]; lists by layer."""
+        self.download.settle()
         layers = slice(first + 1, last + 2)
         found = {f"runs/{name}": array[:, layers] for name, array in self.runs.items()}
         found |= {f"pairwise/{name}": array[:, layers] for name, array in self.pairwise.items()}
@@ -121,6 +133,7 @@ class Collector:
 
     def found(self) -> dict[str, Any]:
         """What the walk found out besides columns, as JSON values."""
+        self.download.settle()
         return {"nonfinite": self.nonfinite, "left_out_mass": self.queue.left_out_mass, "noise": self.noise}
 
     def restore_found(self, found: dict[str, Any], last: int) -> None:
@@ -152,6 +165,11 @@ class Collector:
             self.queue.flush()
             self.stage("layers")
 
+    def finish(self) -> None:
+        """Work off all that waits; what was collected is then to be read."""
+        self.queue.flush()
+        self.download.settle()
+
     def _measure(self, state: State, batch: Batch, rows: list[Tensor]) -> None:
         at = (state.layer + 1, self.where[state.batch])
         self._residuals(state, batch, rows, (at[0], _run(at[1])))
@@ -169,18 +187,22 @@ class Collector:
         turns = sorted(set(moved))
         pairs = list(dict.fromkeys(s for s in sides if s[0] != s[1]))
         found = statistics.residuals(rows, previous, turns, pairs, self.lens.kernel)
-        norm, delta, turned = _numpy(found.norm), _numpy(found.norm_delta), _numpy(found.turned)
-        for p, one in enumerate(self.passes):
-            self.runs["norm"][p][at] = norm[state.slot_of[one.name]]
-            if previous:
-                turn = turns.index(moved[p])
-                self.runs["norm_delta"][p][at] = delta[turn]
-                self.runs["cosine_distance_prev"][p][at] = turned[turn]
-        distance, difference = _numpy(found.distance), _numpy(found.difference)
-        for c, side in enumerate(sides):
-            same = side[0] == side[1]
-            self.pairwise["cosine_distance"][c][at] = 0.0 if same else distance[pairs.index(side)]
-            self.pairwise["norm_diff"][c][at] = 0.0 if same else difference[pairs.index(side)]
+        slot_of = state.slot_of  # and not the state, which goes
+
+        def use(numbers: list[Tensor]) -> None:
+            norm, delta, turned, distance, difference = (x.numpy() for x in numbers)
+            for p, one in enumerate(self.passes):
+                self.runs["norm"][p][at] = norm[slot_of[one.name]]
+                if moved:
+                    turn = turns.index(moved[p])
+                    self.runs["norm_delta"][p][at] = delta[turn]
+                    self.runs["cosine_distance_prev"][p][at] = turned[turn]
+            for c, side in enumerate(sides):
+                same = side[0] == side[1]
+                self.pairwise["cosine_distance"][c][at] = 0.0 if same else distance[pairs.index(side)]
+                self.pairwise["norm_diff"][c][at] = 0.0 if same else difference[pairs.index(side)]
+
+        self.download.put(list(vars(found).values()), use)
 
     # -- the lens ------------------------------------------------------------------------------------------------------
 
@@ -212,8 +234,14 @@ class Collector:
             )
             where = self.where[state.batch]
             states = [run_tail(self.pair.tails[norm], rows[s]) if norm else rows[s] for s, norm, _ in order]
-            following = self.next_ids[state.batch].to(rows[0].device)
-            self.queue.put(Waiting(kind, states, following, np.full(len(where), state.layer), where))
+            self.queue.put(Waiting(kind, states, self.next_ids[state.batch], np.full(len(where), state.layer), where))
+
+    def _found(self, rows: Waiting, found: Statistics) -> None:
+        """The statistics of one tile, made."""
+        of = replace(rows, states=())
+        tensors = tensors_of(found)
+        shells = statistics_of(found, len(tensors) * [torch.empty(0)])
+        self.download.put(tensors, lambda here: self._store(of, statistics_of(shells, here)))
 
     def _store(self, rows: Waiting, found: Statistics) -> None:
         """Put the statistics of one tile into the columns."""
@@ -288,10 +316,12 @@ class Collector:
             alone, batched = rows[state.slot_of[p.name]], self._probed[state.slot_of[p.name]]
             difference = statistics.norm_of_difference(batched, alone)
             relative = difference / statistics.norm(batched).clamp(min=1e-300)
-            for name, values in zip(
-                NOISE, (difference, relative, statistics.cosine_distance(batched, alone)), strict=True
-            ):
-                self.noise.setdefault(p.name, {}).setdefault(name, []).append(float(values.max()))
+            turned = statistics.cosine_distance(batched, alone)
+            self.download.put([x.max() for x in (difference, relative, turned)], partial(self._keep_noise, p.name))
+
+    def _keep_noise(self, name: str, largest: Sequence[Tensor]) -> None:
+        for measure, value in zip(NOISE, largest, strict=True):
+            self.noise.setdefault(name, {}).setdefault(measure, []).append(float(value))
 
 
 def _run(indices: np.ndarray) -> Any:

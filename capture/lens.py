@@ -7,7 +7,7 @@ and top-k candidates are reduced over the ranks; no rank ever holds all logits. 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -224,6 +224,34 @@ def join(parts: Sequence[Stats], order: Tensor | None = None) -> Stats:
             whole = values[0] if len(values) == 1 else torch.cat(values)
             fields[name] = whole if order is None else whole[order]
     return type(parts[0])(**fields)
+
+
+def tensors_of(found: Statistics) -> list[Tensor]:
+    """All that statistics consist of, in an order that `statistics_of` knows."""
+    every: list[SlotStats | PairStats] = [*found[0], *found[1].values()]
+    return [x for stats in every for x in _tensors(stats)]
+
+
+def _tensors(stats: SlotStats | PairStats | TopK) -> Iterator[Tensor]:
+    for value in vars(stats).values():
+        if isinstance(value, TopK):
+            yield from _tensors(value)
+        else:
+            yield value
+
+
+def statistics_of(like: Statistics, tensors: Sequence[Tensor]) -> Statistics:
+    """Statistics of the given tensors, in the place of those of others."""
+    rest = iter(tensors)
+    slots = [_rebuilt(stats, rest) for stats in like[0]]
+    return slots, {pair: _rebuilt(stats, rest) for pair, stats in like[1].items()}
+
+
+def _rebuilt(like: Stats, rest: Iterator[Tensor]) -> Stats:
+    fields: dict[str, Any] = {
+        n: _rebuilt(v, rest) if isinstance(v, TopK) else next(rest) for n, v in vars(like).items()
+    }
+    return type(like)(**fields)
 
 
 def put(mine: Stats, where: Tensor | slice, better: Stats) -> None:

@@ -379,9 +379,13 @@ class Measure:
         return (most + made) * threads + self._found(tile)
 
     def _found(self, tile: int) -> int:
-        """Results of a tile, while its last rows are worked on."""
+        """Results of a tile, while its last rows are worked on; on a device once more, put together to be copied."""
         n_slots, lists = len(self.passes), len(self.passes) + 2 * self.n_pairs
-        return tile * (lists * self.lens.vocabulary.k * (8 + 4) + 64 * (n_slots + self.n_pairs))
+        return (
+            (1 if self.device.type == "cpu" else 2)
+            * tile
+            * (lists * self.lens.vocabulary.k * (8 + 4) + 64 * (n_slots + self.n_pairs))
+        )
 
     def _compiled(self, tile: int, kernel: Kernel) -> int:
         """The same where the kernel does it: room for each thread, and results for each row."""

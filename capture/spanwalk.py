@@ -153,7 +153,7 @@ class SpanWalk:
             self.spans.append(
                 self.store.commit(self.at, state.layer, columns, meta, self.pair.states, since=max(self.first, 0))
             )
-        self.collector.topk.clear()
+        self.collector.forget_lists()
         self.at, self.committed = state.layer + 1, time.monotonic()
         self.write_seconds += self.committed - started
 

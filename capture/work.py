@@ -314,7 +314,7 @@ class Work:
                     if self.course.due(state.layer):
                         self.course.commit(state)
                     self._tell(state.layer, start, started)
-            self.collector.queue.flush()
+            self.collector.finish()
         self.seconds["write"] = self.course.write_seconds
         self.seconds["walk"] = time.monotonic() - started - self.seconds["write"]
         if self.collector.nonfinite:

@@ -48,6 +48,9 @@ class Event:
         with LOCK:
             self.stream, self.behind = stream, len(stream.asked)
 
+    def query(self):
+        return self.stream.done >= self.behind
+
     def synchronize(self):
         if self.stream is not None:
             self.stream.run(self.behind)
