@@ -37,7 +37,7 @@ LENS_TILE_BYTES = 1 << 30
 LENS_STATISTICS_CELLS = 400_000 * 64
 LENS_HEAD_CHUNK = 16384
 # [rows, V] float32 tensors that the statistics of lens.lens_tile may take beside the logits: an upper bound, for plans without torch;
-# before a capture they are measured where that can be done (capture/measure.py)
+# before a capture they are measured where that can be done (capture/measure_lens.py)
 LENS_TEMPORARIES = 40
 STATISTICS_CELLS = 1 << 19  # numbers of a state that the residual statistics work on at a time
 # float64 tensors of that size alive at most in statistics.residuals: a direction for each pass, and besides those

@@ -9,7 +9,7 @@ import torch
 from interpreted import interpreted
 from test_lens import PAIRS, logits
 
-from capture import measure
+from capture import measure_lens as measure
 from capture.divergence import divergences
 from capture.group import ALONE, Group
 from capture.lens_kernel import load_fused
