@@ -20,7 +20,8 @@ from capture import borrowed
 from capture.assemble import FP8, Misshapen, Place, Recipe, assemble, held
 from capture.degrees import check_degree, whole_attention_plan
 from capture.errors import CheckpointError, UnsupportedModelError
-from capture.group import ALONE, Group, is_plain, local, nbytes_of, vocabulary_shard
+from capture.group import ALONE, Group, is_plain, local, vocabulary_shard
+from capture.groups import EMBEDDING, HEAD, REST, Groups
 from capture.ledger import CountedSlice, Ledger, is_out_of_memory
 from capture.opening import find_layers, open_model
 from capture.quantize import quantization_of
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 CPU = torch.device("cpu")
-EMBEDDING, HEAD, REST = "embedding", "head", "rest"
 LIBRARY_LOADING = 1.6  # bytes beside a weight's own while transformers puts it together, as a share of it (measured)
 
 
@@ -58,8 +58,9 @@ class StreamedModel:
         source: Source | None = None,
         upload: Upload | None = None,
     ) -> None:
-        """upload: the way to the device; by default one of its own. source: where weights that are not in `directory` come from. group: the ranks that share the model's weights; None is this process alone. whole: load everything at once by the
-        library's own means and free nothing: for pickled checkpoints; quantized weights are loaded so in any case."""
+        """upload: the way to the device; by default one of its own. source: where weights that are not in `directory` come from.
+        group: the ranks that share the model's weights; None is this process alone. whole: load everything at once by the library's
+        own means and free nothing: for pickled checkpoints; quantized weights are loaded so in any case."""
         borrowed.check_version()
         self.label, self.device, self.ledger, self.directory = label, device, ledger, directory
         self.group = group or ALONE
@@ -85,7 +86,7 @@ class StreamedModel:
         if self.whole:
             if self.quantization.method is None:
                 self.model.to(device)
-            self._name_groups()
+            self.weights = Groups(self.model, self.layers_name, self.n_layers)
             for each in self.groups():
                 self.reserve(each)
                 self._ready.add(each)
@@ -93,7 +94,7 @@ class StreamedModel:
         self.stored = Stored(record.get("files") or [], label, directory, ledger, source)
         self.load_config = dataclasses.replace(record["load_config"], device_map={"": device})
         self._move_buffers()
-        self._name_groups()
+        self.weights = Groups(self.model, self.layers_name, self.n_layers)
         self._map_keys()
 
     def _ranks(self) -> DistributedConfig | None:
@@ -174,45 +175,26 @@ class StreamedModel:
                 owner, _, leaf = name.rpartition(".")
                 self.model.get_submodule(owner)._buffers[leaf] = buffer.to(self.device)
 
-    def _name_groups(self) -> None:
-        self.ties: dict[str, str] = {}  # target -> source
-        names = {id(m): n for n, m in self.model.named_modules(remove_duplicate=False)}
-        embedding, head = names[id(self.embedding)] + ".", names[id(self.head)] + "."
-        ties = self.model.all_tied_weights_keys.items()
-        self.tied = any({t.startswith(head), s.startswith(head)} == {True, False} for t, s in ties)
-        # Tied weights are one group: they come and go together.
-        self._prefix = {embedding: EMBEDDING, head: EMBEDDING if self.tied else HEAD}
-        self._tensors: dict[Any, list[str]] = {
-            g: [] for g in (EMBEDDING, HEAD, REST, *(("layer", i) for i in range(self.n_layers)))
-        }
-        self._meta: dict[str, torch.Tensor] = {}
-        # The dict of its module that a weight is kept in, and whether that is the one of parameters: the way through the modules
-        # takes as long as all else that loading a mapped tensor does.
-        self._holders: dict[str, tuple[dict[str, Any], bool]] = {}
-        modules = dict(self.model.named_modules(remove_duplicate=False))
-        saved = self.model.state_dict().keys()
-        named = (
-            *self.model.named_parameters(remove_duplicate=False),
-            *self.model.named_buffers(remove_duplicate=False),
-        )
-        for name, tensor in named:
-            if name in saved:  # buffers that a checkpoint does not hold are no weights
-                self._tensors[self.group_of(name)].append(name)
-                self._meta[name] = tensor
-                module = modules[name.rpartition(".")[0]]
-                is_parameter = name.rpartition(".")[2] in module._parameters
-                self._holders[name] = (module._parameters if is_parameter else module._buffers), is_parameter
+    @property
+    def tied(self) -> bool:
+        """Whether the unembedding is the embedding."""
+        return self.weights.tied
+
+    @property
+    def ties(self) -> dict[str, str]:
+        """Of tied weights, target -> source."""
+        return self.weights.ties
 
     def groups(self) -> list[Any]:
-        return list(self._tensors)
+        return list(self.weights.by_group)
 
     def names(self, group: Any) -> list[str]:
         """The weights of a group, by name."""
-        return self._tensors[group]
+        return self.weights.by_group[group]
 
     def meta(self, name: str) -> torch.Tensor:
         """A weight as it will stand, without data."""
-        return self._meta[name]
+        return self.weights.meta[name]
 
     def recipe(self, name: str) -> Recipe | None:
         """How a weight, or the one that it is tied to, is put together; None where nothing is stored for it."""
@@ -221,34 +203,22 @@ class StreamedModel:
     def split(self, leaves: dict[Any, list[str]]) -> None:
         """From now on load layers leaf by leaf: what is named in `leaves` leaves its layer's group for one of its own, and
         embedding and unembedding are read by rows."""
-        own = {name for names in leaves.values() for name in names}
-        for group, names in self._tensors.items():
-            ends = group in (EMBEDDING, HEAD)
-            self._tensors[group] = [n for n in names if n not in own and not (ends and self._meta[n].dim() >= 2)]
-        self._tensors |= leaves
+        self.weights.split(leaves)
         self._views.clear()
         self.head_rows, self.by_leaf = HeadRows(self), True
 
-    def group_of(self, name: str) -> Any:
-        """The group that a parameter belongs to."""
-        if name.startswith(self.layers_name + "."):
-            return ("layer", int(name[len(self.layers_name) + 1 :].split(".")[0]))
-        for prefix, group in self._prefix.items():
-            if name.startswith(prefix):
-                return group
-        return REST
-
     def _map_keys(self) -> None:
         """Find out once for every weight which stored tensors make it: 0.3 ms a key, so not again at every load."""
-        self._recipes, all_stored = self.stored.recipes(self.model, self.load_config, self._meta)
-        self._tie(set(self._recipes))
-        for name, dtype in borrowed.kept_in_float32(self.load_config, list(self._meta)).items():
-            if self._meta[name].dtype != dtype:  # so that its bytes are counted as it will stand
+        meta = self.weights.meta
+        self._recipes, all_stored = self.stored.recipes(self.model, self.load_config, meta)
+        self.weights.tie(set(self._recipes))
+        for name, dtype in borrowed.kept_in_float32(self.load_config, list(meta)).items():
+            if meta[name].dtype != dtype:  # so that its bytes are counted as it will stand
                 with torch.no_grad():
-                    self._meta[name] = self._as_weight(name, self._meta[name].to(dtype))
-                self._set(name, self._meta[name])
+                    meta[name] = self.weights.as_weight(name, meta[name].to(dtype))
+                self.weights.set(name, meta[name])
         if all_stored:
-            for name in self._meta:
+            for name in meta:
                 if name not in self._recipes and self.ties.get(name) not in self._recipes:
                     self._lacks(name)
         left = {recipe.by_library for recipe in self._recipes.values() if recipe.by_library}
@@ -261,14 +231,6 @@ class StreamedModel:
             f"{self.label} model '{self.directory}' lacks the weight '{name}'. The checkpoint is incomplete, or its "
             "config.json is of another model"
         )
-
-    def _tie(self, found: set[str]) -> None:
-        """Which parameter stands in for which. As in the library: whichever of the two the checkpoint holds is the source."""
-        for target, source in self.model.all_tied_weights_keys.items():
-            if target in found and source not in found:
-                target, source = source, target
-            self.ties[target] = source
-        self._both = {t for t, s in self.ties.items() if t in found and s in found}
 
     # -- loading -----------------------------------------------------------------------------------------------------
 
@@ -302,7 +264,7 @@ class StreamedModel:
 
     def _keys(self, group: Any) -> list[tuple[str, str]]:
         """File and key of all that a group is made of."""
-        recipes = (self._recipes.get(name) for name in self._tensors[group])
+        recipes = (self._recipes.get(name) for name in self.names(group))
         return [key for recipe in recipes if recipe is not None for key in recipe.sources()]
 
     def is_view(self, group: Any) -> bool:
@@ -310,7 +272,7 @@ class StreamedModel:
         if group not in self._views:
             self._views[group] = (
                 not self.whole and self.group.size == 1 and self.device.type == "cpu"
-                and all(self._is_view(name) for name in self._tensors[group])
+                and all(self._is_view(name) for name in self.names(group))
             )  # fmt: skip
         return self._views[group]
 
@@ -318,8 +280,8 @@ class StreamedModel:
         recipe = self._recipes.get(name)
         if recipe is None:
             return True  # tied, or missing
-        plain = recipe.is_plain and is_plain(self._meta[name])
-        return plain and self.stored.maps(recipe.parts[0].file, recipe.parts[0].key, self._meta[name].dtype)
+        plain = recipe.is_plain and is_plain(self.meta(name))
+        return plain and self.stored.maps(recipe.parts[0].file, recipe.parts[0].key, self.meta(name).dtype)
 
     def is_at_hand(self, group: Any) -> bool:
         """Whether loading a group takes no time: it is there, or will be views of what is in memory, as far as can be told."""
@@ -330,7 +292,7 @@ class StreamedModel:
     def map_ahead(self) -> threading.Thread | None:
         """Have the system map the pages of all layers, in a thread, where they will be views of what is in memory: when a layer first
         touches them, all of its cores wait. None where they are not that."""
-        layers = [group for group in self._tensors if isinstance(group, tuple)]
+        layers = [group for group in self.groups() if isinstance(group, tuple)]
         if not all(self.is_view(group) and self.stored.cached(self._keys(group)) for group in layers):
             return None
         self._mapped.update(layers)  # and they are not asked about again
@@ -364,12 +326,12 @@ class StreamedModel:
         name = ""
         try:
             left = []
-            for name in self._tensors[group]:
+            for name in self.names(group):
                 recipe = self._recipes.get(name)
                 if recipe is not None and recipe.by_library:
                     left.append(recipe)
                 elif recipe is not None:
-                    self._set(name, self._viewed(name, recipe) if view else self._assembled(name, recipe))
+                    self.weights.set(name, self._viewed(name, recipe) if view else self._assembled(name, recipe))
             if left:
                 self._load_by_library(group, left)
         except Misshapen as error:
@@ -379,25 +341,25 @@ class StreamedModel:
                 raise
             raise CheckpointError(f"{self.label} model '{self.directory}', {_name(group)}: {error}") from error
         self._apply_ties(group)
-        for name in self._tensors[group]:
-            if self._get(name).is_meta:
+        for name in self.names(group):
+            if self.weights.get(name).is_meta:
                 self._lacks(name)
-        nbytes = self._live_bytes(group)
+        nbytes = self.weights.live_bytes(group)
         self.ledger.add(nbytes - self.loaded[group])
         self.loaded[group] = nbytes
 
     def _viewed(self, name: str, recipe: Recipe) -> torch.Tensor:
-        tensor, shape = self.stored.view(recipe.parts[0].file, recipe.parts[0].key), self._meta[name].shape
+        tensor, shape = self.stored.view(recipe.parts[0].file, recipe.parts[0].key), self.meta(name).shape
         if tensor.shape != shape:
             raise Misshapen(list(tensor.shape), list(shape))
-        return self._as_weight(name, tensor)
+        return self.weights.as_weight(name, tensor)
 
     def _assembled(self, name: str, recipe: Recipe) -> torch.Tensor:
-        meta = self._meta[name]
+        meta = self.meta(name)
         if is_plain(meta) and recipe.is_plain:  # what nearly all are: without the way through shares and parts
             source = self.opened(recipe.parts[0].file, recipe.parts[0].key)
             if source.get_shape() == list(meta.shape) and source.get_dtype() not in FP8:
-                return self._as_weight(name, self.upload.put(source[...], meta.dtype, self.device))
+                return self.weights.as_weight(name, self.upload.put(source[...], meta.dtype, self.device))
         if borrowed.interleaved(meta) and recipe.parts[0].expert is None:
             (part,) = recipe.parts
             share = borrowed.read_share(meta, self.opened(part.file, part.key), CPU)
@@ -406,11 +368,7 @@ class StreamedModel:
             place = Place(local(meta).shape, meta.dtype, self.device, partial(borrowed.share_of, meta),
                           borrowed.first_expert(meta), self.quantization.block, self.upload)  # fmt: skip
             tensor = assemble(recipe, place, self.opened, self.ledger)
-        return self._as_weight(name, borrowed.wrapped(tensor, meta))
-
-    def _as_weight(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        is_parameter = self._holders[name][1]
-        return nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor
+        return self.weights.as_weight(name, borrowed.wrapped(tensor, meta))
 
     def opened(self, file: str, key: str) -> CountedSlice:
         """One stored tensor, not read yet. What is read of it is counted."""
@@ -431,28 +389,15 @@ class StreamedModel:
             f"{tuple(expected)}"
         )
 
-    def _live_bytes(self, group: Any) -> int:
-        """Bytes of a group's tensors that hold data, a tied tensor once."""
-        tensors = {id(t): t for t in map(self._get, self._tensors[group]) if not t.is_meta}
-        return sum(nbytes_of(t) for t in tensors.values())
-
-    def _get(self, name: str) -> torch.Tensor:
-        found: torch.Tensor | None = self._holders[name][0].get(name.rpartition(".")[2])
-        assert found is not None, name
-        return found
-
-    def _set(self, name: str, tensor: torch.Tensor) -> None:
-        self._holders[name][0][name.rpartition(".")[2]] = tensor
-
     def _apply_ties(self, group: Any) -> None:
         """Let a tied weight be the very same Parameter as its source."""
         for target, source in self.ties.items():
-            if target not in self._tensors[group] or self._get(source).is_meta:
+            if target not in self.names(group) or self.weights.get(source).is_meta:
                 continue
-            both = (local(self._get(target)), local(self._get(source)))
-            if target in self._both and not self.group.all(torch.equal(*both), self.device):
+            both = (local(self.weights.get(target)), local(self.weights.get(source)))
+            if target in self.weights.both_stored and not self.group.all(torch.equal(*both), self.device):
                 continue  # both stored and different: the library does not tie them either
-            self._set(target, self._get(source))
+            self.weights.set(target, self.weights.get(source))
 
     def free(self, group: Any) -> None:
         """Put the group's weights back on meta."""
@@ -464,10 +409,10 @@ class StreamedModel:
         if self.head_rows is not None and group == (EMBEDDING if self.tied else HEAD):
             self.head_rows.release()
         self._room.pop(group, None)
-        weights = (local(self._get(name)) for name in self._tensors[group])
+        weights = (local(self.weights.get(name)) for name in self.names(group))
         self.upload.leaving((self, group), (w for w in weights if not w.is_meta))
-        for name in self._tensors[group]:
-            self._set(name, self._meta[name])
+        for name in self.names(group):
+            self.weights.set(name, self.meta(name))
         self.upload.left()
         self.ledger.add(-self.loaded.pop(group))
 
@@ -475,15 +420,14 @@ class StreamedModel:
         """Bytes of each layer as it will stand in memory, from the shapes and dtypes on meta; all of it, even where it comes leaf
         by leaf."""
         found = [0] * self.n_layers
-        for group in self._tensors:
+        for group in self.groups():
             if isinstance(group, tuple):
                 found[group[1]] += self.group_bytes(group)
         return found
 
     def group_bytes(self, group: Any) -> int:
         """Bytes of one group when loaded; a tied tensor counts once."""
-        tensors = {id(t): t for t in (self._meta[n] for n in self._tensors[group] if n not in self.ties)}
-        return sum(nbytes_of(t) for t in tensors.values())
+        return self.weights.nbytes(group)
 
 
 def _name(group: Any) -> str:
@@ -500,10 +444,10 @@ def layers_equal(base: StreamedModel, sft: StreamedModel, groups: Sequence[Any])
     if base.by_leaf and any(isinstance(group, tuple) for group in groups):
         return False
     for group in groups:
-        if len(base._tensors[group]) != len(sft._tensors[group]):
+        if len(base.names(group)) != len(sft.names(group)):
             return False  # the same on all ranks
-        for a, b in zip(base._tensors[group], sft._tensors[group], strict=True):
-            x, y = local(base._get(a)), local(sft._get(b))
+        for a, b in zip(base.names(group), sft.names(group), strict=True):
+            x, y = local(base.weights.get(a)), local(sft.weights.get(b))
             same = is_plain(x) and is_plain(y) and x.shape == y.shape and x.dtype == y.dtype and torch.equal(x, y)
             if not same:
                 return base.group.all(False, base.device)

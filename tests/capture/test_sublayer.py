@@ -35,7 +35,7 @@ def test_states_equal_those_of_resident_mode_bitwise(arch, tie, pairs):
     pair = open_pair(paths)
     assert_same(walk(pair, IDS, mode="sub-layer"), want)
     live = [t for m in pair.models.values() for g in m.groups() if g not in (REST, HEAD, EMBEDDING) for t in m.names(g)]
-    assert all(pair.models["base"]._get(n).is_meta for n in live)
+    assert all(pair.models["base"].weights.get(n).is_meta for n in live)
 
 
 @pytest.mark.parametrize("arch", ["llama", "gpt2", "mixtral", "deepseek_v3", "nemotron"])

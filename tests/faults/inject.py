@@ -193,7 +193,7 @@ def spoil(args: tuple[Any, ...], value: float) -> None:
     with torch.no_grad():
         if hasattr(args[0], "_get"):  # StreamedModel.load(group), after it
             model, group = args[0], args[1]
-            weight = model._get(model.names(group)[0])
+            weight = model.weights.get(model.names(group)[0])
             spoiled = weight.detach().clone()
             spoiled.reshape(-1)[0] = value
             model._set(model.names(group)[0], torch.nn.Parameter(spoiled, requires_grad=False))
