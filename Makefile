@@ -84,7 +84,7 @@ audit: $(STAMP)  ## known vulnerabilities in constraints.txt, by pip-audit in an
 coverage: $(STAMP)  ## make test, and which lines it did not run
 	@$(BIN)/python -m slipcover -m $(FAST)
 
-bench: $(STAMP)  ## time a capture against the bare floor, a streamed pair against the same resident, a hub's against its line, and Ray's share (some 20 minutes)
+bench: $(STAMP)  ## time captures against their floors: resident, streamed, cold, from a hub, fetched ahead; Ray's share; bytes (half an hour). BENCH="--rounds 5" goes to the first two
 	@$(BIN)/python tests/bench/bench_capture.py $(BENCH); a=$$?; \
 	 $(BIN)/python tests/bench/bench_streaming.py $(BENCH); b=$$?; \
 	 $(BIN)/python tests/bench/bench_ray.py; c=$$?; \

@@ -4,6 +4,7 @@ the next layer has not waited for this one, so that the device has always someth
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,16 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from capture.upload import ONE_STREAM
+
 Use = Callable[[list[Tensor]], None]
 WAITING = 8  # results that may be on their way; the next waits for the first of them
 
 
 class Download:
-    """From main memory: results are used at once."""
+    """Results are used at once."""
 
     def put(self, tensors: Sequence[Tensor], use: Use) -> None:
         """Have tensors brought to main memory, and `use` called with them there, in the order of the calls."""
-        use(list(tensors))
+        use([x.cpu() for x in tensors])
 
     def settle(self) -> None:
         """Wait for all that is on its way, and use it."""
@@ -39,7 +42,11 @@ class Behind(Download):
             flat.setdefault(x.dtype, []).append(i)
         here: dict[int, Tensor] = {}
         for members in flat.values():
-            whole = self._copied(torch.cat([tensors[i].reshape(-1) for i in members]))
+            try:
+                whole = self._copied(torch.cat([tensors[i].reshape(-1) for i in members]))
+            except torch.OutOfMemoryError:  # of what is made already nothing is lost: one by one
+                here |= {i: tensors[i].cpu() for i in members}
+                continue
             parts = whole.split([tensors[i].numel() for i in members])
             here |= {i: part.view(tensors[i].shape) for i, part in zip(members, parts, strict=True)}
         event = self.cuda.Event()
@@ -63,4 +70,4 @@ class Behind(Download):
 
 def download_from(device: torch.device) -> Download:
     """The way from a device."""
-    return Behind(device) if device.type == "cuda" else Download()
+    return Behind(device) if device.type == "cuda" and not os.environ.get(ONE_STREAM) else Download()

@@ -205,7 +205,7 @@ def load_kernel() -> Kernel | str:
     except subprocess.CalledProcessError as error:
         return f"{compiler} failed: {' '.join((error.stderr or '').split())[-300:]}"
     except OSError as error:
-        return f"{compiler}: {error}"
+        return f"{'CXX=' if os.environ.get('CXX') else ''}{compiler}: {error}"
 
 
 def _compiled(compiler: str) -> Path:

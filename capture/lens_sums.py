@@ -31,6 +31,7 @@ class Pass:
     sums: Sums
 
 
+FUSED_SLOTS = 4  # most slots that these kernels take
 FUSED_TILE = 2048  # entries of a vocabulary that one program of the kernels in capture/lens_triton.py has
 
 

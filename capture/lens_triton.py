@@ -20,10 +20,9 @@ from torch import Tensor
 
 from capture.divergence import PLAIN_PIECES, SUM_BLOCK, Pairs, Sums, divergences
 from capture.group import ALONE, Group
-from capture.lens_sums import FUSED_TILE, Pass, Space, compared, far_rows, one_pass
+from capture.lens_sums import FUSED_SLOTS, FUSED_TILE, Pass, Space, compared, far_rows, one_pass
 from capture.topk import BLOCK
 
-MOST_SLOTS = 4
 TILE = FUSED_TILE
 COLUMNS = TILE // BLOCK  # blocks of which one program of the first kernel finds the largest entries
 PARTS = TILE // SUM_BLOCK  # sums over these that are made in float32
@@ -162,7 +161,7 @@ def _products(
 
 
 def fused_pass(logits: list[Tensor], shifts: Pairs, listed: int, group: Group) -> Pass:
-    """As lens_sums.one_pass, for S <= MOST_SLOTS tensors [R, V] float32 of unit stride along V. Rows with a logit that is not
+    """As lens_sums.one_pass, for S <= FUSED_SLOTS tensors [R, V] float32 of unit stride along V. Rows with a logit that is not
     finite go the plain way."""
     n_slots, (rows, vocab), n_shifts = len(logits), logits[0].shape, len(shifts)
     columns = listed // BLOCK
@@ -218,7 +217,7 @@ class Fused:
 
     def takes(self, logits: Sequence[Tensor]) -> bool:
         """Whether these logits can be given to `one_pass`."""
-        return len(logits) <= MOST_SLOTS and all(
+        return len(logits) <= FUSED_SLOTS and all(
             x.dtype == torch.float32 and (x.stride(1) == 1 or x.shape[1] == 1) for x in logits
         )
 

@@ -20,8 +20,8 @@ from capture.group import Group
 from capture.lens import lens_tile
 from capture.lens_kernel import Kernel
 from capture.lens_plan import LensPlan
+from capture.lens_sums import FUSED_SLOTS, Space, fused_bytes, one_pass, space_bytes
 from capture.lens_sums import Pass as OnePass
-from capture.lens_sums import Space, fused_bytes, one_pass, space_bytes
 from capture.live import META, Live
 from capture.lockstep import Pair
 from capture.logits import can_shift, sampled_logits, separate, shifted_logits, tile_logits
@@ -149,7 +149,7 @@ class LensMeasure:
         v, heads = self.lens.vocabulary, len(self.passes)
         # of these the exact way takes half
         at_once = self.lens.at_once if on_cpu else 2 * SAMPLE_ROWS if exact else None
-        fused = self.lens.fused is not None and not exact
+        fused = self.lens.fused is not None and not exact and heads <= FUSED_SLOTS
 
         def of(sample: int) -> Sequence[int]:
             return _of_statistics(sample, heads, self.n_pairs, self.lens.n_vocab, v.n, v.k, at_once, exact, fused)

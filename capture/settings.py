@@ -53,7 +53,7 @@ class Lens(Frozen):
     compile: Literal["auto"] | bool = Field(
         default="auto",
         description="whether statistics of states and logits in main memory run compiled, which takes a C++ compiler once, and those of "
-        "logits on a GPU in Triton kernels, which come with torch for CUDA: auto does where that can be had; true fails where it cannot; "
+        "logits on a GPU in Triton kernels (Triton comes with torch for CUDA; it needs a C compiler too): auto does where that can be had; true fails where it cannot; "
         "the same tolerances hold either way",
     )
 

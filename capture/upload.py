@@ -12,6 +12,7 @@ Order, as all of it happens later than it is asked for:
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from collections.abc import Hashable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -22,6 +23,9 @@ from torch import Tensor
 
 STAGE = 32 << 20  # bytes of one piece of pinned memory
 STAGES = 3  # of them: one is filled, one is copied from, one waits between these
+ONE_STREAM = (
+    "PAIRSCOPE_ONE_STREAM"  # set in the environment: weights and results are copied by whoever needs them, in turn
+)
 ALIGN = 512  # bytes: where a copy begins in it
 
 log = logging.getLogger(__name__)
@@ -74,6 +78,7 @@ class SideStream(Upload):
         self._lock = threading.Lock()
         self._stages: list[tuple[Tensor, Any]] = []  # with the event behind which it may be written
         self._at = self._used = 0
+        self._most = STAGES
         self._arrived: dict[Hashable, Any] = {}
         self._left: Any = None  # event behind the last use of weights that are gone
 
@@ -130,7 +135,9 @@ class SideStream(Upload):
     def _next(self) -> None:
         if self._stages:
             self._stages[self._at][1].record(self.stream)
-        made = self._pinned(STAGE) if len(self._stages) < STAGES else None
+        made = self._pinned(STAGE) if len(self._stages) < self._most else None
+        if made is None:
+            self._most = len(self._stages)
         if made is not None:
             self._stages.append((made, self.cuda.Event(blocking=True)))
             self._at = len(self._stages) - 1
@@ -201,4 +208,4 @@ class SideStream(Upload):
 
 def upload_to(device: torch.device) -> Upload:
     """The way to a device."""
-    return SideStream(device) if device.type == "cuda" else Upload()
+    return SideStream(device) if device.type == "cuda" and not os.environ.get(ONE_STREAM) else Upload()

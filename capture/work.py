@@ -25,7 +25,7 @@ from capture.layout import RunDir
 from capture.ledger import Ledger
 from capture.lens_kernel import Kernel, load_fused, load_kernel
 from capture.lens_plan import TILE_BYTES, LensPlan, layers_at_once, plan_layers, statistics_rows
-from capture.lens_sums import Fused
+from capture.lens_sums import FUSED_SLOTS, Fused
 from capture.loader import AHEAD_LAYERS
 from capture.lockstep import Pair, Split
 from capture.measure import Measure
@@ -256,6 +256,8 @@ class Work:
         found: Kernel | Fused | str
         if self.device.type != "cpu":
             found = load_fused(self.device) if self.entry.lens.enabled else "lens.enabled is false"
+            if len(self.entry.passes) > FUSED_SLOTS and not isinstance(found, str):
+                found = f"the kernels take {FUSED_SLOTS} passes at most"
             if not self.group.all(not isinstance(found, str), self.device) and not isinstance(found, str):
                 found = "another rank cannot"  # they reduce over the vocabulary together
         elif self.group.size > 1:
@@ -264,7 +266,7 @@ class Work:
             found = load_kernel()
         if isinstance(found, str) and self.entry.lens.enabled:
             if asked is True:
-                raise ConfigError(f"lens.compile is true, but {found}; mend that, or set lens.compile: auto")
+                raise ConfigError(f"lens.compile is true, but {found}; lens.compile: auto does without")
             log.info("the lens is not compiled: %s", found)
         return found
 

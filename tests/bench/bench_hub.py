@@ -116,7 +116,7 @@ def measure(bench: Bench, rounds: int, nbytes: int, mb_per_s: float, ways: Seque
         said = ", ".join(f"{stage} {value:.1f} s" for stage, value in stages[way].items())
         bench.add(
             way, f"a whole capture, weights: {way}", [s / least for s in seconds[way]], over=over,
-            bar=None if way == "download" else BAR, note=f"the cache is empty and {where}; {said}",
+            bar=BAR, note=f"the cache is empty and {where}; {said}",
         )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from itertools import groupby
@@ -124,8 +125,19 @@ def collect(known: Sequence[Mapping[str, Any]], files: Sequence[Path]) -> list[d
         if result["bench"] not in TITLES:
             raise ValueError(f"{file}: unknown bench '{result['bench']}'")
         found.pop((result["bench"], platform.machine()), None)  # from when a processor's name was not noted
-        found[_place(result)] = result
+        found[_place(result)] = _with_others(result, found.get(_place(result)))
     return _in_order(list(found.values()))
+
+
+def _with_others(result: dict[str, Any], before: Mapping[str, Any] | None) -> dict[str, Any]:
+    """A result, with the figures of an earlier one that it lacks: each of these says from when it is."""
+    mine = {one["name"] for one in result["figures"]}
+    old = [one for one in before["figures"] if one["name"] not in mine] if before is not None else []
+    for one in old:
+        dated = re.search(r"measured on \d{4}-\d\d-\d\d$", one["note"])
+        note = one["note"] if dated else "; ".join(filter(None, (one["note"], f"measured on {before['date']}")))  # type: ignore[index]
+        result["figures"].append({**one, "note": note})
+    return result
 
 
 def main() -> int:

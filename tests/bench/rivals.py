@@ -209,24 +209,23 @@ def our_statistics(rival: Rival, found: States, ids_T: Tensor, n_tokens: int, to
     kernel = compiled if isinstance(compiled, Kernel) else None
     spaces = [Space() for _ in range(torch.get_num_threads())]
     done = []
+    pairs = list(PAIRS)
+    kept = [torch.empty(2 * len(ids_T), n_vocab) for _ in rival.models]  # as a capture keeps it
     for layer, states_PTD in enumerate(found):
         states = [
             _normed(m, x, last=layer == len(found) - 1) for m, x in zip((base, sft, base, sft), states_PTD, strict=True)
         ]
-        a, b = (m.lm_head(torch.cat(two)).chunk(2) for m, two in ((base, states[0::2]), (sft, states[1::2])))
+        a, b = (
+            torch.mm(torch.cat(two), m.lm_head.weight.T, out=out).chunk(2)
+            for m, two, out in zip((base, sft), (states[0::2], states[1::2]), kept, strict=True)
+        )
         logits = separate([a[0], b[0], a[1], b[1]])
         rows, at_once = statistics_rows(n_vocab, on_cpu=True, alone=True)
         how = {"rows": rows, "at_once": at_once, "kernel": kernel, "spaces": spaces}
         lens = lens_tile(logits, PAIRS, next_T, tracked, vocabulary, **how)
-        norms = [statistics.norm(x) for x in states_PTD]
-        across = [(statistics.norm_of_difference(states_PTD[i], states_PTD[j]),
-                   statistics.cosine_distance(states_PTD[i], states_PTD[j])) for i, j in PAIRS]  # fmt: skip
-        before = (
-            [statistics.cosine_distance(p, x) for p, x in zip(found[layer - 1], states_PTD, strict=True)]
-            if layer
-            else []
-        )
-        done.append((lens, norms, across, before))
+        turns = [(p, p) for p in range(4)] if layer else []
+        previous = list(found[layer - 1]) if layer else []
+        done.append((lens, statistics.residuals(list(states_PTD), previous, turns, pairs, kernel)))
     return done
 
 

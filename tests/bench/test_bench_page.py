@@ -51,6 +51,18 @@ def test_a_new_result_takes_the_place_of_the_one_before(tmp_path):
     assert [(r["bench"], r["date"][:4] == "2030") for r in found] == [("ray", True), ("plan", False)]
 
 
+def test_figures_that_a_new_result_lacks_stay_and_say_from_when_they_are(tmp_path):
+    old = result(date="2030-01-01")
+    other = old["figures"][0] | {"name": "b", "note": "quiet"}
+    file, found = tmp_path / "ray.json", [old | {"figures": [*old["figures"], other]}]
+    for date in ("2030-01-02", "2030-01-03"):
+        file.write_text(json.dumps(result(date=date)))
+        found = page.collect(found, [file])
+    (one,) = found
+    assert [(f["name"], f["note"]) for f in one["figures"]] == [("a", ""), ("b", "quiet; measured on 2030-01-01")]
+    assert one["date"] == "2030-01-03"
+
+
 def test_results_of_two_processors_stand_side_by_side_under_one_title_the_newest_first(tmp_path):
     old = result(date="2030-01-01")
     file = tmp_path / "ray.json"

@@ -79,3 +79,14 @@ def test_results_are_used_in_order_and_few_are_on_their_way():
     assert len(lane.waiting) == WAITING
     lane.settle()
     assert used == [[[float(i)], [[i, i]], i + 0.5] for i in range(3 * WAITING)]
+
+
+def test_where_memory_is_short_results_come_one_by_one(monkeypatch):
+    def full(_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    lane, used = Late(), []
+    monkeypatch.setattr(torch, "cat", full)
+    lane.put([torch.tensor([1.0, 2.0]), torch.tensor(3)], lambda here: used.append([x.tolist() for x in here]))
+    lane.settle()
+    assert used == [[[1.0, 2.0], 3]]

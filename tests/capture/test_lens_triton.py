@@ -12,8 +12,11 @@ from test_lens import PAIRS, logits
 from capture import measure_lens as measure
 from capture.divergence import divergences
 from capture.group import ALONE, Group
+from capture.lens import lens_tile
 from capture.lens_kernel import load_fused
 from capture.lens_sums import Space, compared, one_pass
+from capture.logits import separate
+from capture.topk import Vocabulary
 
 CPU = torch.device("cpu")
 
@@ -25,6 +28,17 @@ def kernels():
 
 def test_what_they_find_is_what_plain_operations_find(kernels):
     assert kernels.differs(CPU) is None
+
+
+def test_more_slots_than_they_take_go_the_plain_way(kernels):
+    x = logits(40, 1.0)
+    assert kernels.Fused().takes(x)
+    assert not kernels.Fused().takes([*x, *x[:2]])
+    six = [*x, x[1] + x[2], x[2] - x[0]]
+    of = [(a, b) for a in range(6) for b in range(a + 1, 6)]
+    given = separate(six), of, torch.zeros(5, dtype=torch.long), torch.tensor([1]), Vocabulary(40, 5)
+    plain, asked = (lens_tile(*given, rows=5, fused=fused)[1] for fused in (None, kernels.Fused()))
+    assert all(torch.equal(plain[pair].kl_ba, asked[pair].kl_ba) for pair in of)
 
 
 def test_the_interpreter_is_never_taken_for_a_gpu(kernels):

@@ -15,6 +15,7 @@ from capture.lens_kernel import load_fused
 from capture.logits import separate
 from capture.run import capture_pair
 from capture.topk import Vocabulary
+from capture.unembed import NARROW, _product, narrow_works
 from capture.upload import SideStream
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")]
@@ -51,6 +52,17 @@ def test_the_kernels_agree_with_float64_and_with_plain_operations(vocab, scale, 
             one, other = (getattr(way[1][pair], name) for way in ways)
             assert torch.equal(one.ids, other.ids)
             assert torch.equal(one.values, other.values)
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+def test_products_of_16_bits_are_made_without_upcasting_and_are_as_good(dtype):
+    assert narrow_works(CUDA, dtype)
+    generator = torch.Generator().manual_seed(0)
+    rows, weight = (torch.randn(n, 1000, generator=generator).to(CUDA, dtype) for n in (70, 40_000))
+    got = _product(rows, weight, None)
+    want = rows.double() @ weight.double().T
+    assert got.dtype == torch.float32
+    assert (got - want).abs().max() < 1e-7 * rows.double().norm(dim=1).max() * weight.double().norm(dim=1).max() * 10
 
 
 @pytest.mark.parametrize("mode", MODES)

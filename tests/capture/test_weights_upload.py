@@ -8,7 +8,7 @@ import torch
 from simulated_streams import Late
 from walked import open_pair, walk
 
-from capture import checkpoint, footprint, upload
+from capture import checkpoint, download, footprint, upload
 from capture.checkpoint import StreamedModel
 from capture.errors import UnsupportedModelError
 
@@ -83,11 +83,21 @@ def test_pinned_memory_is_not_written_before_it_has_been_copied(monkeypatch):
 
 
 def test_without_pinned_memory_copies_wait_for_themselves(monkeypatch):
-    monkeypatch.setattr(Late, "_pinned", lambda self, nbytes: None)
-    lane, out = Late(), torch.zeros(50)
-    lane.fill(out, torch.ones(50))
+    asked = []
+    monkeypatch.setattr(Late, "_pinned", lambda self, nbytes: asked.append(nbytes))
+    lane = Late()
+    for _ in range(20):
+        lane.fill(out := torch.zeros(50), torch.ones(50))
+        assert out.all()
     assert lane.copies == 0
-    assert out.all()
+    assert len(asked) == 1  # and not for every weight
+
+
+def test_all_can_be_copied_in_turn(monkeypatch):
+    monkeypatch.setenv(upload.ONE_STREAM, "1")
+    device = torch.device("cuda")
+    assert type(upload.upload_to(device)) is upload.Upload
+    assert type(download.download_from(device)) is download.Download
 
 
 def test_what_the_library_makes_in_its_own_threads_is_in_order_with_the_copies():
