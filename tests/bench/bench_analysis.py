@@ -5,7 +5,8 @@
 A run directory of four pairs with prompts of 64 tokens through 32 blocks is made up: 6 comparisons x 34 layers x 64 tokens,
 13,056 rows of `pairwise` a prompt, in row groups of whole prompts as captures write them. DuckDB gets 2 threads and 4 GB.
 Each question is asked cold once and then five times; the median counts. Processor time is shown next to it: on a machine with
-other work it is what the question itself took.
+other work it is what the question itself took. Questions that look at all rows are also set against their floor, in turns: every row of
+their columns decoded once by pyarrow, and nothing made of it.
 
 The JSON is a smaller run directory's pairwise cells as the files of residual comparisons have them, top-10 lists included; the
 loop loads it and adds up, and the same is asked of the run directory. Both sides' processor time counts.
@@ -23,17 +24,19 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from measured import Bench
+from measured import Bench, in_turns, ratios
 
 PASSES = ("BB", "BS", "SB", "SS")
 COMPARISONS = tuple((a, b) for i, a in enumerate(PASSES) for b in PASSES[i + 1 :])
 N_LAYERS, N_TOKENS, N_PAIRS = 32, 64, 4
 LAYERS = np.arange(-1, N_LAYERS + 1)
 ROWS = len(COMPARISONS) * len(LAYERS) * N_TOKENS  # of one prompt
+SCANS = {"hotspots": ("norm_diff",), "layer means": ("base_run", "sft_run", "layer", "kl_divergence")}  # over all rows
 SECONDS = {"grid": 0.1, "hotspots": 5.0, "layer means": 5.0}
 TIMES_FASTER = 100.0
 
@@ -174,6 +177,21 @@ def timed(ask: Callable[[], Any], repeats: int) -> dict[str, Any]:
             "cpu": statistics.median(cpu[1:])}  # fmt: skip
 
 
+def scanned(out: Path, columns: tuple[str, ...]) -> None:
+    """The floor of a question: every row of its columns decoded once, by pyarrow in two threads, and nothing made of them."""
+    import pyarrow as pa
+    import pyarrow.dataset as ds
+
+    pa.set_cpu_count(2)
+    files = [str(file) for file in out.rglob("pairwise*.parquet")]
+    for batch in ds.dataset(files, format="parquet").scanner(columns=list(columns)).to_batches():
+        del batch
+
+
+def _asked(ask: Callable[[], Any]) -> None:
+    ask()
+
+
 def opened(out: Path) -> Any:
     from analysis import open_run
 
@@ -193,7 +211,9 @@ def measure(out: Path, small: Path, rows: int, small_rows: int, repeats: int) ->
         "rows": con.execute("SELECT count(*) FROM pairwise").fetchall()[0][0],
         "bytes": sum(f.stat().st_size for f in out.rglob("*.parquet")),
         "seconds": {name: timed(ask, repeats) for name, ask in questions(con).items()},
-    }
+        "scans": {name: in_turns({"ours": partial(_asked, questions(con)[name]), "scan": partial(scanned, out, columns)}, repeats)
+                  for name, columns in SCANS.items()},
+    }  # fmt: skip
     make_run(small, small_rows)
     few = opened(small)
     file = small / "cells.json"
@@ -258,6 +278,14 @@ def report(bench: Bench, found: dict[str, Any]) -> None:
     for name, s in found["seconds"].items():
         note = f"{s['first']:.3g} s the first time; {s['cpu']:.3g} s of processor time; DuckDB has 2 threads and 4 GB"
         bench.add(name, f"{name} out of {rows}", s["all"], unit="s", bar=SECONDS[name], note=note)
+    for name, seconds in found["scans"].items():
+        what = ", ".join(SCANS[name])
+        bench.add(
+            f"{name}, scan",
+            f"{name} out of {rows}",
+            ratios(seconds["ours"], seconds["scan"]),
+            over=f"a raw scan of {what}",
+        )
     for name, times in times_faster(found).items():
         bench.add(
             f"{name}, loop", f"{name}: processor time of a plain loop over {found['json_bytes'] / 1e6:.0f} MB of JSON", [times],
