@@ -200,7 +200,7 @@ def test_workers_that_are_destroyed_or_outbid_cost_no_capture(stage: Rehearsal) 
     collector = collecting(stage, home, "--teardown")
     lost: dict[int, str] = {}
     try:
-        with submitted(stage, write_sweep(stage, 6, prompts=60)) as (run, log):
+        with submitted(stage, write_sweep(stage, 6, prompts=150)) as (run, log):
             for how, bid in (("vanish", False), ("outbid", True)):
                 found = wait_for(lambda bid=bid: at_work(stage, head, bid=bid) or run.poll() is not None, 600)
                 assert run.poll() is None, log.read_text()[-3000:]
