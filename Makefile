@@ -48,7 +48,7 @@ test: $(STAMP)  ## all tests, but for the slow ones and those that need a GPU; f
 	@$(BIN)/python -m slipcover --silent -m $(FAST)
 
 triton: $(STAMP)  ## install Triton, so that the tests of its kernels run here too: interpreted, without a GPU (1 GB of disk)
-	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps triton==3.9.0
+	@$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/python -m pip install -q --disable-pip-version-check --no-deps triton==3.9.0
 
 gpu: $(STAMP)  ## the tests that need an NVIDIA GPU
 	@$(BIN)/python -m pytest -m gpu tests/capture
