@@ -56,7 +56,7 @@ def test_code_is_not_loaded_from_a_directory_of_somebody_else(home, monkeypatch)
 
 @pytest.mark.parametrize(
     ("compiler", "why"),
-    [("no-such-compiler", "no-such-compiler: .*No such file"), ("false", "false failed"), ("true", "true: .*")],
+    [("no-such-compiler", "CXX=no-such-compiler: .*No such file"), ("false", "false failed"), ("true", "CXX=true: .*")],
 )
 def test_why_there_is_none_is_told(compiler, why, home, monkeypatch):
     monkeypatch.setenv("CXX", compiler)

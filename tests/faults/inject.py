@@ -191,12 +191,12 @@ def spoil(args: tuple[Any, ...], value: float) -> None:
     import torch
 
     with torch.no_grad():
-        if hasattr(args[0], "_get"):  # StreamedModel.load(group), after it
+        if hasattr(args[0], "weights"):  # StreamedModel.load(group), after it
             model, group = args[0], args[1]
             weight = model.weights.get(model.names(group)[0])
             spoiled = weight.detach().clone()
             spoiled.reshape(-1)[0] = value
-            model._set(model.names(group)[0], torch.nn.Parameter(spoiled, requires_grad=False))
+            model.weights.set(model.names(group)[0], torch.nn.Parameter(spoiled, requires_grad=False))
         else:  # Pair._run(owner, states, layer, batch), after it: what it returned
             args[-1][0].reshape(-1)[0] = value
 
