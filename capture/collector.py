@@ -48,7 +48,8 @@ class Collector:
         # where the rows of each batch stand among the N tokens of the capture
         self.where = [np.concatenate([np.arange(offsets[i], offsets[i + 1]) for i in b.items]) for b in batches]
         flat = [[*list(one[1:]), -1] for one in ids]
-        self.next_ids = [torch.tensor([t for i in b.items for t in flat[i]]) for b in batches]
+        device = pair.models["base"].device
+        self.next_ids = [torch.tensor([t for i in b.items for t in flat[i]], device=device) for b in batches]
         self.n = int(offsets[-1])
         shape = (pair.n_layers + 2, self.n)
         runs = ("norm", "norm_delta", "cosine_distance_prev", "entropy", "next_token_logprob")
@@ -58,8 +59,6 @@ class Collector:
         self.tracked = np.full((len(passes), *shape, len(lens.tracked)), np.nan, np.float32)
         self.topk: dict[int, dict[tuple[str, str], tuple[Any, Any]]] = {}
         self.nonfinite = 0
-        device = pair.models["base"].device
-        self.next_ids = [ids.to(device) for ids in self.next_ids]
         self.download = download_from(device)
         tracked = torch.tensor(lens.tracked, dtype=torch.long, device=device)
         self.queue = LensQueue(pair, lens, tracked, self._found)
@@ -258,24 +257,24 @@ class Collector:
         at = (layer + 1, rows.where[some])
         for p, one in enumerate(self.passes):
             stats = slots[slot_of[one.name]]
-            self.runs["entropy"][p][at] = _numpy(stats.entropy)[some]
-            self.runs["next_token_logprob"][p][at] = _numpy(stats.next_logprob)[some]
-            self.tracked[p][at] = _numpy(stats.tracked)[some]
+            self.runs["entropy"][p][at] = stats.entropy.numpy()[some]
+            self.runs["next_token_logprob"][p][at] = stats.next_logprob.numpy()[some]
+            self.tracked[p][at] = stats.tracked.numpy()[some]
             self._list("runs", "", p, at, stats.top, some)
         for c, comparison in enumerate(self.comparisons):
             key = (slot_of[comparison.base_run], slot_of[comparison.sft_run])
             a, b = slots[key[0]], slots[key[1]]
             agree = (a.top.ids[:, 0] == b.top.ids[:, 0]).double()
             known = a.logsumexp.isfinite() & b.logsumexp.isfinite()
-            self.pairwise["top1_agree"][c][at] = _numpy(agree.where(known, torch.nan))[some]
+            self.pairwise["top1_agree"][c][at] = agree.where(known, torch.nan).numpy()[some]
             if key[0] == key[1]:
                 self.pairwise["kl_divergence"][c][at] = self.pairwise["kl_reverse"][c][at] = 0.0
                 self._list("pairwise", "increased", c, at, None, some)
                 self._list("pairwise", "decreased", c, at, None, some)
                 continue
             both = compared[key]
-            self.pairwise["kl_divergence"][c][at] = _numpy(both.kl_ba)[some]
-            self.pairwise["kl_reverse"][c][at] = _numpy(both.kl_ab)[some]
+            self.pairwise["kl_divergence"][c][at] = both.kl_ba.numpy()[some]
+            self.pairwise["kl_reverse"][c][at] = both.kl_ab.numpy()[some]
             self._list("pairwise", "increased", c, at, both.increased, some)
             self._list("pairwise", "decreased", c, at, both.decreased, some)
 
@@ -296,8 +295,8 @@ class Collector:
                 ids[index][where[mine]] = np.arange(k, dtype=np.int32)
                 values[index][where[mine]] = 0.0
             else:
-                ids[index][where[mine]] = _numpy(top.ids)[some][mine]
-                values[index][where[mine]] = _numpy(top.values)[some][mine]
+                ids[index][where[mine]] = top.ids.numpy()[some][mine]
+                values[index][where[mine]] = top.values.numpy()[some][mine]
 
     # -- noise floor ---------------------------------------------------------------------------------------------------
 
@@ -328,7 +327,3 @@ def _run(indices: np.ndarray) -> Any:
     """Indices that follow each other as a slice, which numpy writes to in a fraction of the time; others as they are."""
     first, n = int(indices[0]), len(indices)
     return slice(first, first + n) if (indices == np.arange(first, first + n)).all() else indices
-
-
-def _numpy(x: Tensor) -> Any:
-    return x.cpu().numpy()

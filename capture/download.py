@@ -1,5 +1,5 @@
 """Results on their way from the device. On a GPU they are copied behind what makes them, and used when they are there: who asks for
-the next layer has not waited for this one, so that the device has always something to do.
+the next layer has not waited for the numbers of this one.
 """
 
 from __future__ import annotations

@@ -95,12 +95,13 @@ def lens_tile(
     else:
         with alone():  # one row too: torch would sum it up in parts, in as many threads as there are
             in_threads(some_rows, logits.n_rows, n)
-    return _joined([p for of_thread in parts for p in of_thread], pairs)
+    return joined([p for of_thread in parts for p in of_thread])
 
 
-def _joined(parts: Sequence[Statistics], pairs: Sequence[tuple[int, int]]) -> Statistics:
+def joined(parts: Sequence[Statistics]) -> Statistics:
+    """The statistics of consecutive rows as one."""
     slots = [join([p[0][s] for p in parts]) for s in range(len(parts[0][0]))]
-    return slots, {pair: join([p[1][pair] for p in parts]) for pair in pairs}
+    return slots, {pair: join([p[1][pair] for p in parts]) for pair in parts[0][1]}
 
 
 def _by_kernel(

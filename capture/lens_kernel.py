@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from capture.divergence import Divergences, Pairs
+from capture.lens_sums import Fused
 from capture.logits import Logits
 from capture.threads import in_threads
 from capture.topk import TopK
@@ -183,8 +184,8 @@ def _terms(of: Sequence[Sequence[int]]) -> Tensor:
 
 
 @cache
-def load_fused(device: torch.device) -> Any:
-    """The compiled way on a GPU (lens.Fused), built and tried on it (some seconds, once a process); or why there is none, in words."""
+def load_fused(device: torch.device) -> Fused | str:
+    """The compiled way on a GPU, built and tried on it (some seconds, once a process); or why there is none, in words."""
     try:
         from capture.lens_triton import tried
     except ImportError as error:

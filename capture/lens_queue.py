@@ -19,7 +19,7 @@ from torch import Tensor
 
 from capture.config import Owner
 from capture.ledger import free_memory, is_out_of_memory
-from capture.lens import SMALL_KL, PairStats, SlotStats, Statistics, join, lens_tile, put
+from capture.lens import SMALL_KL, PairStats, SlotStats, Statistics, join, joined, lens_tile, put
 from capture.lens_plan import LensPlan
 from capture.lens_sums import Space as Workspace
 from capture.lockstep import Pair
@@ -153,7 +153,7 @@ class LensQueue:
             return found
         near = close.nonzero().flatten()
         order = torch.cat([far, near]).argsort()
-        both = _joined([found, self._shifted(rows, near)])
+        both = joined([found, self._shifted(rows, near)])
         return _reordered(both, order)
 
     def _likely_close(self, rows: Waiting) -> Tensor:
@@ -180,7 +180,7 @@ class LensQueue:
         for some in where.split(self.lens.refine_rows(len(rows), len(rows.kind.heads))):
             few = _chosen(rows, some)
             parts.append(self._of(shifted_logits(self.pair, few.states, rows.kind.heads), few, exact=True))
-        return parts[0] if len(parts) == 1 else _joined(parts)
+        return parts[0] if len(parts) == 1 else joined(parts)
 
     def _of(self, logits: Logits, rows: Waiting, *, exact: bool) -> Statistics:
         return lens_tile(
@@ -231,11 +231,6 @@ def _chosen(rows: Waiting, where: Tensor) -> Waiting:
 def _replace(found: Statistics, where: Tensor, better: Statistics) -> None:
     for pair, stats in found[1].items():
         put(stats, where, better[1][pair])
-
-
-def _joined(parts: Sequence[Statistics]) -> Statistics:
-    slots = [join([p[0][s] for p in parts]) for s in range(len(parts[0][0]))]
-    return slots, {pair: join([p[1][pair] for p in parts]) for pair in parts[0][1]}
 
 
 def _reordered(found: Statistics, order: Tensor) -> Statistics:

@@ -136,14 +136,14 @@ class SideStream(Upload):
         if self._stages:
             self._stages[self._at][1].record(self.stream)
         made = self._pinned(STAGE) if len(self._stages) < self._most else None
-        if made is None:
-            self._most = len(self._stages)
         if made is not None:
             self._stages.append((made, self.cuda.Event(blocking=True)))
             self._at = len(self._stages) - 1
         elif self._stages:
             self._at = (self._at + 1) % len(self._stages)
             self._stages[self._at][1].synchronize()
+        if made is None:
+            self._most = len(self._stages)  # not asked for again
         self._used = 0
 
     def _pinned(self, nbytes: int) -> Tensor | None:

@@ -132,11 +132,12 @@ def collect(known: Sequence[Mapping[str, Any]], files: Sequence[Path]) -> list[d
 def _with_others(result: dict[str, Any], before: Mapping[str, Any] | None) -> dict[str, Any]:
     """A result, with the figures of an earlier one that it lacks: each of these says from when it is."""
     mine = {one["name"] for one in result["figures"]}
-    old = [one for one in before["figures"] if one["name"] not in mine] if before is not None else []
-    for one in old:
-        dated = re.search(r"measured on \d{4}-\d\d-\d\d$", one["note"])
-        note = one["note"] if dated else "; ".join(filter(None, (one["note"], f"measured on {before['date']}")))  # type: ignore[index]
-        result["figures"].append({**one, "note": note})
+    for one in before["figures"] if before is not None else ():
+        if one["name"] not in mine:
+            note = one["note"]
+            if not re.search(r"measured on \d{4}-\d\d-\d\d$", note):
+                note = "; ".join(filter(None, (note, f"measured on {before['date']}")))
+            result["figures"].append({**one, "note": note})
     return result
 
 
