@@ -22,6 +22,7 @@ from capture.lens import Statistics, statistics_of, tensors_of
 from capture.lens_plan import LensPlan
 from capture.lens_queue import Kind, LensQueue, Waiting
 from capture.lockstep import Pair, State
+from capture.logits import leads_of
 from capture.replay import run_tail
 from capture.spectrum import Spectra
 from capture.topk import TopK
@@ -47,6 +48,7 @@ class Collector:
         offsets = np.concatenate([[0], np.cumsum(lengths)])
         # where the rows of each batch stand among the N tokens of the capture
         self.where = [np.concatenate([np.arange(offsets[i], offsets[i + 1]) for i in b.items]) for b in batches]
+        self.columns_of = [_run(where) for where in self.where]
         flat = [[*list(one[1:]), -1] for one in ids]
         device = pair.models["base"].device
         self.next_ids = [torch.tensor([t for i in b.items for t in flat[i]], device=device) for b in batches]
@@ -170,10 +172,10 @@ class Collector:
         self.download.settle()
 
     def _measure(self, state: State, batch: Batch, rows: list[Tensor]) -> None:
-        at = (state.layer + 1, self.where[state.batch])
-        self._residuals(state, batch, rows, (at[0], _run(at[1])))
+        self._residuals(state, batch, rows, (state.layer + 1, self.columns_of[state.batch]))
         if self.spectra is not None:
-            self.spectra.take(state.layer, rows, state.slot_of, at[1], last=state.batch == self.last_batch)
+            where = self.where[state.batch]
+            self.spectra.take(state.layer, rows, state.slot_of, where, last=state.batch == self.last_batch)
         if state.layer in self.lens.layers:
             self.stage("lens")
             self._lens(state, rows)
@@ -217,6 +219,10 @@ class Collector:
         order = list(dict.fromkeys(keys.values()))
         return order, {name: order.index(key) for name, key in keys.items()}
 
+    def _models(self, order: Sequence[LensSlot], slot_of: dict[str, int]) -> list[Owner]:
+        """Whose blocks each lens slot went through; of two passes' the first one's."""
+        return [next(p.model for p in self.passes if slot_of[p.name] == i) for i in range(len(order))]
+
     def _lens(self, state: State, rows: list[Tensor]) -> None:
         """Let the rows of one batch at one layer wait for their lens."""
         n_layers = self.pair.n_layers
@@ -226,8 +232,10 @@ class Collector:
         ):  # norm + head of layer L-1 is layer L's lens: `_store` keeps it twice
             order, slot_of = self._lens_slots(state)
             pairs = {(slot_of[c.base_run], slot_of[c.sft_run]) for c in self.comparisons}
+            heads = tuple(head for _, _, head in order)
             kind = Kind(
-                tuple(head for _, _, head in order),
+                heads,
+                leads_of(heads, self._models(order, slot_of)),
                 tuple(sorted(p for p in pairs if p[0] != p[1])),
                 tuple(slot_of.items()),
             )

@@ -17,13 +17,18 @@ that way, and a row with a shift beyond FAR may leave the range of float32: such
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from capture.group import Group
+
+if TYPE_CHECKING:
+    from capture.logits import Logits
 
 SUM_BLOCK = 512  # products added up in float32
 FAR = 16.0  # rows with larger shifts of logits between slots take the plain way
@@ -58,7 +63,7 @@ class Sums:
 
 
 def divergences(
-    logits: Sequence[Tensor], maxima_SR: Tensor, pairs: Pairs, group: Group, found: Sums, at_once: int
+    logits: Logits, maxima_SR: Tensor, pairs: Pairs, group: Group, found: Sums, at_once: int
 ) -> Divergences:
     """Everything about S slots of logits [R, V], from their sums. maxima_SR: of each row, over all ranks. at_once: rows whose sums
     were made together; of those that have to go the plain way a fraction goes together, as each takes more."""
@@ -66,15 +71,21 @@ def divergences(
     far = found.far | _lossy(found.sums)
     piece = max(1, at_once // PLAIN_PIECES)
     for rows in _pieces(far, piece):
-        again = plain([x.index_select(0, rows) for x in logits], maxima_SR[:, rows], pairs, group)
+        take = partial(torch.index_select, dim=0, index=rows)
+        slots, shifts = (
+            [logits.slot(s, take) for s in range(logits.n_slots)],
+            (logits.shift(a, b, take) for a, b in pairs),
+        )
+        again = plain(slots, maxima_SR[:, rows], pairs, group, shifts)
         for mine, theirs in zip(vars(of).values(), vars(again).values(), strict=True):
             mine[:, rows] = theirs
     close = _unsure(found.sums, of, pairs) & ~far
     for i in close.any(1).nonzero().flatten().tolist():
         a, b = pairs[i]
         for rows in _pieces(close[i], piece):
-            two = [logits[s].index_select(0, rows) for s in (a, b)]
-            again = plain(two, maxima_SR[[a, b]][:, rows], [(0, 1)], group)
+            take = partial(torch.index_select, dim=0, index=rows)
+            two = [logits.slot(s, take) for s in (a, b)]
+            again = plain(two, maxima_SR[[a, b]][:, rows], [(0, 1)], group, [logits.shift(a, b, take)])
             of.ba[i, rows], of.ab[i, rows] = again.ba[0], again.ab[0]
     return of
 
@@ -128,18 +139,13 @@ def _unsure(sums: Tensor, found: Divergences, pairs: Pairs) -> Tensor:
 
 
 def plain(
-    logits: Sequence[Tensor],
-    maxima_SR: Tensor,
-    pairs: Pairs,
-    group: Group,
-    shifts: Sequence[Tensor] | None = None,
+    logits: Sequence[Tensor], maxima_SR: Tensor, pairs: Pairs, group: Group, shifts: Iterable[Tensor]
 ) -> Divergences:
-    """The same, slot by slot and pair by pair, at any distance. shifts: logits of b minus a [R, V] for each pair, where they
-    are known better than as the difference of two logits."""
+    """The same, slot by slot and pair by pair, at any distance. shifts: logits of b minus a [R, V] for each pair, which may be known
+    better than as the difference of two logits."""
     slots = [_slot(x, m, group) for x, m in zip(logits, maxima_SR, strict=True)]
     both = []
-    for i, (a, b) in enumerate(pairs):
-        shift = logits[b] - logits[a] if shifts is None else shifts[i]
+    for (a, b), shift in zip(pairs, shifts, strict=True):
         both.append(kl_both(shift, slots[b][1] - slots[a][1], slots[a][2], slots[b][2], group))
     none = maxima_SR.new_empty(0, maxima_SR.shape[1], dtype=torch.float64)
     return Divergences(
@@ -177,8 +183,10 @@ def kl_both(shift_RV: Tensor, c_R: Tensor, pa_RV: Tensor, pb_RV: Tensor, group: 
         KL(a || b) = sum p_a (W - d)            (the terms p_b - p_a = p_a W add up to zero over the vocabulary)
         KL(b || a) = sum p_a (W d - (W - d))
     Every term is >= 0 and keeps its relative accuracy at small shifts, which p (log p - log q) loses. Where some d is above
-    PLAIN_FAR, p_a may underflow while p_b does not, so the larger of the two leads instead. An error e in c changes a KL by
-    e^2 / 2 only; one in the shift counts in full.
+    PLAIN_FAR, p_a may underflow while p_b does not, so the larger of the two leads instead.
+
+    c is off by an e where Z_b is of logits that were rounded and the shift was not. That adds e^2 / 2 to both (up to 1e-10 where
+    logits reach hundreds), and leaves sum p_a W = expm1(e), so that it can be taken off.
     """
     d = shift_RV - c_R.float()[:, None]
     far = (group.max(d.amax(1)) > PLAIN_FAR).nonzero().flatten()  # each row for itself, whatever its neighbours are
@@ -186,10 +194,11 @@ def kl_both(shift_RV: Tensor, c_R: Tensor, pa_RV: Tensor, pb_RV: Tensor, group: 
     w = torch.expm1(d)
     z = w - d
     y = d.mul_(w).sub_(z)
-    ba, ab = y.mul_(pa_RV).sum(1).double(), z.mul_(pa_RV).sum(1).double()
+    ba, ab, off = (x.mul_(pa_RV).sum(1).double() for x in (y, z, w))
     if led is not None:
-        ba[far], ab[far] = led
-    return group.sum(ba).clamp_(min=0), group.sum(ab).clamp_(min=0)
+        ba[far], ab[far], off[far] = *led, 0.0
+    extra = group.sum(off).square_() / 2
+    return group.sum(ba).sub_(extra).clamp_(min=0), group.sum(ab).sub_(extra).clamp_(min=0)
 
 
 def _kl_far(d: Tensor, pa: Tensor, pb: Tensor) -> tuple[Tensor, Tensor]:

@@ -22,6 +22,7 @@ class Groups:
         self.model, self.layers_name = model, layers_name
         self.ties: dict[str, str] = {}
         self.both_stored: set[str] = set()
+        self._nbytes: dict[Any, int] = {}
         names = {id(m): n for n, m in model.named_modules(remove_duplicate=False)}
         embedding = names[id(model.get_input_embeddings())] + "."
         head = names[id(model.get_output_embeddings())] + "."
@@ -58,6 +59,7 @@ class Groups:
     def split(self, leaves: dict[Any, list[str]]) -> None:
         """What is named in `leaves` leaves its layer's group for one of its own; the matrices of embedding and unembedding are in
         none any more."""
+        self._nbytes.clear()
         own = {name for names in leaves.values() for name in names}
         for group, names in self.by_group.items():
             ends = group in (EMBEDDING, HEAD)
@@ -66,6 +68,7 @@ class Groups:
 
     def tie(self, found: set[str]) -> None:
         """Which parameter stands in for which. As in the library: whichever of the two the checkpoint holds is the source."""
+        self._nbytes.clear()
         for target, source in self.model.all_tied_weights_keys.items():
             if target in found and source not in found:
                 target, source = source, target
@@ -90,8 +93,10 @@ class Groups:
 
     def nbytes(self, group: Any) -> int:
         """Of one group when loaded; a tied tensor counts once."""
-        tensors = {id(t): t for t in (self.meta[n] for n in self.by_group[group] if n not in self.ties)}
-        return sum(nbytes_of(t) for t in tensors.values())
+        if group not in self._nbytes:
+            tensors = {id(t): t for t in (self.meta[n] for n in self.by_group[group] if n not in self.ties)}
+            self._nbytes[group] = sum(nbytes_of(t) for t in tensors.values())
+        return self._nbytes[group]
 
     def live_bytes(self, group: Any) -> int:
         """Of a group's tensors that hold data, a tied tensor once."""

@@ -20,7 +20,7 @@ from capture.lens_kernel import Kernel
 from capture.lens_sums import Fused, Space, compared, largest_of, one_pass
 from capture.logits import Logits
 from capture.threads import alone, in_threads
-from capture.topk import Search, TopK, Vocabulary, block_maxima, top_k
+from capture.topk import BLOCK, Search, TopK, Vocabulary, block_maxima, top_k
 
 SMALL_KL = 1e-4  # nats: below this, differences of float32 logits may cost a KL its third digit
 NEGLIGIBLE_KL = 1e-10  # nats: where both passes are as good as sure of one token; noise of 1e-6 in a logit adds 1e-12
@@ -109,7 +109,7 @@ def _by_kernel(
 ) -> Statistics:  # fmt: skip
     found = kernel.tile(logits, pairs, v.n, v.k)
     d = found.divergences
-    lossy = _lossy(found.apart, d.ba, d.ab)
+    lossy = _lossy(found.apart, d.ba, d.ab) & _unrelated(logits, pairs, d.ba.device)
     statistics = _statistics(
         logits, d, lossy, found.slots, pairs, found.increased, found.decreased, next_R, tracked_N, v
     )
@@ -131,17 +131,15 @@ def _rows(
     if exact:
         shifts = list(pairs)
         maxima_NRB, d = _exactly(logits, pairs, v, max(1, at_once // 2))  # shifts take as much again
-        lossy = torch.zeros_like(d.ba, dtype=torch.bool)
     else:
-        x = [logits.slot(s) for s in range(n_slots)]
         shifts = compared(n_slots, pairs)
-        if fused is not None and fused.takes(x):
-            found = fused.one_pass(x, shifts, v.n, v.group)
+        if fused is not None and fused.takes(logits):
+            found = fused.one_pass(logits, shifts, v.n, v.group)
         else:
-            found = one_pass(x, shifts, v.n, v.group, at_once=at_once, space=space)
+            found = one_pass(logits, shifts, v.n, v.group, at_once=at_once, space=space)
         maxima_NRB = found.maxima_NRB
-        d = divergences(x, found.largest_SR, pairs, v.group, found.sums, at_once)
-        lossy = _rounded(x, d, pairs, v, at_once)
+        d = divergences(logits, found.largest_SR, pairs, v.group, found.sums, at_once)
+    lossy = _rounded(logits, d, pairs, v, at_once)
     asked = [shifts.index(pair) for pair in pairs]
     which = [*range(n_slots), *(n_slots + i for i in asked), *(n_slots + len(shifts) + i for i in asked)]
     searches = [Search(partial(logits.slot, s)) for s in range(n_slots)]
@@ -159,31 +157,30 @@ def _exactly(
     for start in range(0, logits.n_rows, at_once):
         some = logits.some(slice(start, start + at_once))
         x, shifts = [some.slot(s) for s in range(some.n_slots)], [some.shift(a, b) for a, b in pairs]
-        of_slots = [block_maxima(one, v.n) for one in x]
-        largest = v.group.max(torch.stack([largest_of(m, one) for m, one in zip(of_slots, x, strict=True)]))
+        of_slots, behind = [block_maxima(one, v.n) for one in x], v.n // BLOCK * BLOCK
+        largest = v.group.max(torch.stack([largest_of(m, one[:, behind:]) for m, one in zip(of_slots, x, strict=True)]))
         of_shifts = [block_maxima(one, v.n, lowest=lowest) for lowest in (False, True) for one in shifts]
         maxima.append(torch.stack(of_slots + of_shifts))
         parts.append(vars(plain(x, largest, pairs, v.group, shifts)))
     return torch.cat(maxima, 1), Divergences(**{name: torch.cat([p[name] for p in parts], 1) for name in parts[0]})
 
 
-def _rounded(
-    x: Sequence[Tensor], d: Divergences, pairs: Sequence[tuple[int, int]], v: Vocabulary, at_once: int
-) -> Tensor:
+def _rounded(logits: Logits, d: Divergences, pairs: Sequence[tuple[int, int]], v: Vocabulary, at_once: int) -> Tensor:
     """`lossy` of every pair, [pairs, R], from logits [R, V]: the small ones only are looked at once more."""
-    lossy = _small(d.ba, d.ab)
+    lossy = _small(d.ba, d.ab) & _unrelated(logits, pairs, d.ba.device)
     for i in lossy.any(1).nonzero().flatten().tolist():
         a, b = pairs[i]
         for some in lossy[i].nonzero().flatten().split(at_once):
-            apart = mean_shift(
-                x[a].index_select(0, some),
-                x[b].index_select(0, some),
-                d.logsumexp[a, some],
-                d.logsumexp[b, some],
-                v.group,
-            )
+            take = partial(torch.index_select, dim=0, index=some)
+            two = logits.slot(a, take), logits.slot(b, take)
+            apart = mean_shift(*two, d.logsumexp[a, some], d.logsumexp[b, some], v.group)
             lossy[i, some] = _lossy(apart, d.ba[i, some], d.ab[i, some])
     return lossy
+
+
+def _unrelated(logits: Logits, pairs: Sequence[tuple[int, int]], device: torch.device) -> Tensor:
+    """The pairs, [pairs, 1], whose shifts are as rounded as the logits."""
+    return torch.tensor([not logits.related(a, b) for a, b in pairs], dtype=torch.bool, device=device)[:, None]
 
 
 def _statistics(

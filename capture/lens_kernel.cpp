@@ -212,19 +212,60 @@ struct Sum {
     }
 };
 
+// From slot a to slot b: a sum of rows, or where that has no terms, the difference of both slots' logits as they are rounded.
+struct Shift {
+    Sum sum;
+    const Sum *a, *b;
+
+    bool is_difference() const { return sum.is_difference(); }
+    bool is_rounded() const { return sum.n == 0 || is_difference(); }
+    Difference difference(const float* const* rows, int64_t at) const { return sum.difference(rows, at); }
+
+    // As Sum::get, with 0 behind the entries. second: BLOCK floats of space, too.
+    const float* get(const float* const* rows, int64_t at, int count, float* space, float* second) const {
+        if (sum.n) return sum.get(rows, at, count, space, 0.0f);
+        const float *x = b->get(rows, at, count, space, 0.0f), *y = a->get(rows, at, count, second, 0.0f);
+        for (int i = 0; i < BLOCK; i += LANES) write(space + i, read(x + i) - read(y + i));
+        return space;
+    }
+};
+
+// What rounding takes off x + y (Knuth's two-sum).
+template <class T>
+inline T lost(T x, T y) {
+    T s = x + y, of_y = s - x;
+    return (x - (s - of_y)) + (y - of_y);
+}
+
+// sum of weights [BLOCK] times what rounding takes off a sum of rows.
+vd lost_of(const Sum& sum, const float* const* rows, int64_t at, int count, const float* weights) {
+    const float *x = rows[sum.terms[0] - 1] + at, *y = rows[sum.terms[1] - 1] + at;
+    const float* z = sum.n > 2 ? rows[sum.terms[2] - 1] + at : nullptr;
+    vf found = vf{};
+    int j = 0;
+    for (; j + LANES <= count; j += LANES) {
+        vf a = read(x + j), b = read(y + j), off = lost(a, b);
+        if (z) off += lost(a + b, read(z + j));
+        found += read(weights + j) * off;
+    }
+    vd total = added(found);
+    for (; j < count; j++) total[0] += weights[j] * (lost(x[j], y[j]) + (z ? lost(x[j] + y[j], z[j]) : 0.0f));
+    return total;
+}
+
 struct Kl { double ba, ab, apart; };
 
 // KL(b || a), KL(a || b) and the mean of |d| under the larger of both, for slots that hardly differ. With d = log p_b - log p_a,
 // u = |d|, hi the larger of p_a and p_b, lo = hi exp(-u) the other one, KL(hi || lo) has the terms hi q, q = exp(-u) - 1 + u, and
 // KL(lo || hi) hi r, r = 1 - (1 + u) exp(-u): both >= 0, where p d has both signs. Small ones, which consist of differences of
 // large numbers, come from the Taylor series of q, and r = u^2 - (1 + u) q.
-Kl near(const Sum& shift, const float* const* rows, int64_t vocab, double c, const float* ea, const float* eb, double inverse_a,
-        double inverse_b, float* space) {
+Kl near(const Shift& shift, const float* const* rows, int64_t vocab, double c, const float* ea, const float* eb, double inverse_a,
+        double inverse_b, float* space, float* second) {
     const float ia = (float)inverse_a, ib = (float)inverse_b;
     vd sum_ba = vd{}, sum_ab = vd{}, sum_u = vd{};
     for (int64_t at = 0; at < vocab; at += BLOCK) {
         int count = vocab - at < BLOCK ? vocab - at : BLOCK;
-        const float* x = shift.get(rows, at, count, space, 0.0f);
+        const float* x = shift.get(rows, at, count, space, second);
         vf ba = vf{}, ab = vf{}, us = vf{};
         for (int i = 0; i < BLOCK; i += LANES) {
             vf d = read(x + i) - (float)c;
@@ -298,7 +339,7 @@ struct Tile {
     int64_t vocab, listed;        // entries of a row; of these, how many may be in top-k lists
     int32_t n_tensors, n_slots, n_pairs, k;
     const int32_t* slot_terms;    // [slots, 4], 0 behind the last
-    const int32_t* pair_terms;    // [pairs, 4]
+    const int32_t* pair_terms;    // [pairs, 4]: see Shift
     const int32_t* pairs;         // [pairs, 2]: slots a, b
     int64_t rows;
     double *entropy, *logsumexp;  // [slots, rows]
@@ -321,14 +362,16 @@ void lens_rows(const Tile* t, int64_t first, int64_t last, float* space) {
     for (int64_t row = first; row < last; row++) {
         const float* rows[16];
         for (int i = 0; i < t->n_tensors; i++) rows[i] = t->tensors[i] + row * t->strides[i];
-        Sum slots[16], shifts[120];
+        Sum slots[16];
+        Shift shifts[120];
         for (int s = 0; s < t->n_slots; s++) {
             slots[s] = {t->slot_terms + 4 * s, 0};
             while (slots[s].n < 4 && slots[s].terms[slots[s].n]) slots[s].n++;
         }
         for (int p = 0; p < t->n_pairs; p++) {
-            shifts[p] = {t->pair_terms + 4 * p, 0};
-            while (shifts[p].n < 4 && shifts[p].terms[shifts[p].n]) shifts[p].n++;
+            shifts[p] = {{t->pair_terms + 4 * p, 0}, slots + t->pairs[2 * p], slots + t->pairs[2 * p + 1]};
+            Sum& sum = shifts[p].sum;
+            while (sum.n < 4 && sum.terms[sum.n]) sum.n++;
         }
         List lists[16 + 240];
         for (int i = 0; i < t->n_slots + 2 * t->n_pairs; i++) {
@@ -357,7 +400,7 @@ void lens_rows(const Tile* t, int64_t first, int64_t last, float* space) {
                 if (shifts[p].is_difference())
                     ends(shifts[p].difference(rows, at), listed, high, low);
                 else
-                    ends(Read{shifts[p].get(rows, at, count, own, 0.0f)}, listed, high, low);
+                    ends(Read{shifts[p].get(rows, at, count, own, other)}, listed, high, low);
                 *low = -*low;
             }
         }
@@ -380,8 +423,9 @@ void lens_rows(const Tile* t, int64_t first, int64_t last, float* space) {
                 if (pair >= 0 && shifts[pair].is_difference()) {
                     look(shifts[pair].difference(rows, at), listed, at, list, sign);
                 } else {
-                    const Sum& of = pair < 0 ? slots[i] : shifts[pair];
-                    look(Read{of.get(rows, at, count, own, 0.0f)}, listed, at, list, sign);
+                    const float* x = pair < 0 ? slots[i].get(rows, at, count, own, 0.0f)
+                                              : shifts[pair].get(rows, at, count, own, other);
+                    look(Read{x}, listed, at, list, sign);
                 }
             }
         }
@@ -392,9 +436,10 @@ void lens_rows(const Tile* t, int64_t first, int64_t last, float* space) {
 
         // Second: e = exp(logit - largest), kept; Z = sum e; H = log Z - sum e (logit - largest) / Z.
         double inverse[16], lse[16];
+        double exact[16];  // log-sum-exp of sums before they were rounded (slots have three terms at most): so are their shifts
         for (int s = 0; s < t->n_slots; s++) {
             float m = largest_of[s];
-            vd z = vd{}, mean = vd{};
+            vd z = vd{}, mean = vd{}, off = vd{};
             for (int64_t at = 0; at < t->vocab; at += BLOCK) {
                 int count = t->vocab - at < BLOCK ? t->vocab - at : BLOCK;
                 const float* x = slots[s].get(rows, at, count, own, NOTHING);
@@ -409,9 +454,11 @@ void lens_rows(const Tile* t, int64_t first, int64_t last, float* space) {
                 }
                 z += added(zs);
                 mean += added(means);
+                if (slots[s].n > 1) off += lost_of(slots[s], rows, at, count, kept);
             }
             double total = sum(z), log_z = __builtin_log(total);
             lse[s] = log_z + m;
+            exact[s] = lse[s] + sum(off) / total;
             inverse[s] = 1.0 / total;
             t->logsumexp[s * t->rows + row] = lse[s];
             t->entropy[s * t->rows + row] = log_z - sum(mean) / total;
@@ -423,7 +470,7 @@ void lens_rows(const Tile* t, int64_t first, int64_t last, float* space) {
         for (int p = 0; p < t->n_pairs; p++) {
             int a = t->pairs[2 * p], b = t->pairs[2 * p + 1];
             Kl found = {0, 0, -1};
-            if (shifts[p].is_difference()) {
+            if (shifts[p].is_rounded()) {
                 const float la = (float)lse[a], lb = (float)lse[b];
                 const double left = (lse[b] - lb) - (lse[a] - la);
                 vd under_a = vd{}, under_b = vd{}, size_a = vd{}, size_b = vd{};
@@ -451,7 +498,8 @@ void lens_rows(const Tile* t, int64_t first, int64_t last, float* space) {
             double least = found.ba < found.ab ? found.ba : found.ab;
             if (!(found.apart >= 0 && found.apart <= SURE * least && least >= SURE_KL)) {
                 const float *ea = space + a * padded, *eb = space + b * padded;
-                found = near(shifts[p], rows, t->vocab, lse[b] - lse[a], ea, eb, inverse[a], inverse[b], other);
+                const double* of = shifts[p].is_rounded() ? lse : exact;
+                found = near(shifts[p], rows, t->vocab, of[b] - of[a], ea, eb, inverse[a], inverse[b], other, own);
             }
             t->ba[p * t->rows + row] = found.ba;
             t->ab[p * t->rows + row] = found.ab;

@@ -20,7 +20,6 @@ CELLS_ON_DEVICE = 25_600_000  # logits of one slot that the statistics work on a
 ROWS_AT_ONCE = 320  # rows of a slot for which a product's weights weigh little beside its arithmetic
 GROUPS, FEW_GROUPS = 8, 4  # of layers, at least: a walk commits between them
 LARGE_HEAD = 64 << 20  # bytes that a product goes through: as long as small layers take, so that two groups are enough
-BESIDE = 8  # a tile over the rows that take new memory beside what is kept for its logits
 SMALL_GROUP = 256 << 20  # bytes of one model's layers: walked again in a second or two, so that few groups are enough
 TILE_BYTES = {"cpu": 512 << 20, "cuda": 1 << 30}  # logits of all slots of one tile
 
@@ -67,15 +66,6 @@ class LensPlan:
     def statistics_rows(self, *, exact: bool = False) -> int:
         """Rows whose statistics are worked on at a time. exact: where shifts are sums of products, which take more."""
         return max(1, self.rows * 3 // 4 if exact else self.rows)
-
-    def refine_rows(self, rows: int, n_slots: int) -> int:
-        """Of a tile's rows, those whose shifts are products of their own at a time: the plain way adds these up, which takes more
-        for each row; the kernel does not."""
-        return rows if self.kernel is not None else max(1, rows * n_slots // (n_slots + 3))
-
-    def beside_rows(self, rows: int) -> int:
-        """Of a tile's rows, those whose shifts may be products of their own while the memory of all its logits is kept."""
-        return rows // BESIDE
 
 
 def statistics_rows(n_vocab: int, *, on_cpu: bool, alone: bool) -> tuple[int, int]:

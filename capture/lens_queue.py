@@ -23,22 +23,29 @@ from capture.lens import SMALL_KL, PairStats, SlotStats, Statistics, join, joine
 from capture.lens_plan import LensPlan
 from capture.lens_sums import Space as Workspace
 from capture.lockstep import Pair
-from capture.logits import Logits, can_shift, sampled_logits, separate, shifted_logits, tile_logits
+from capture.logits import Logits, can_shift, led_logits, sampled_logits, separate, tile_logits
 from capture.unembed import Space, keeps_space
 
 log = logging.getLogger(__name__)
 
 LIKELY_SMALL = 4 * SMALL_KL  # as seen on some of the vocabulary
+SEPARATE, LED, SHIFTED = 0, 1, 2  # as in capture/logits.py, in the order of the digits that small divergences keep
+MOST_LARGER = 2.0  # times that the states of a lead may be larger than those that it leads
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What rows must have in common to share a tile. heads: whose unembedding each of S slots has; pairs: slots to be compared,
-    in order; slot_of: each pass's slot, as items."""
+    """What rows must have in common to share a tile. heads: whose unembedding each of S slots has; leads: `leads_of` them; pairs:
+    slots to be compared, in order; slot_of: each pass's slot, as items."""
 
     heads: tuple[Owner, ...]
+    leads: tuple[int | None, ...]
     pairs: tuple[tuple[int, int], ...]
     slot_of: tuple[tuple[str, int], ...]
+
+    def of_one_head(self, pair: tuple[int, int]) -> bool:
+        """Whether two slots have the same unembedding."""
+        return self.heads[pair[0]] == self.heads[pair[1]]
 
 
 @dataclass(frozen=True)
@@ -73,6 +80,8 @@ class LensQueue:
         self.waiting: list[Waiting] = []
         self.space = Space()
         self.workspaces: list[Workspace] = []
+        # In main memory led logits cost no more than separate ones. On a GPU their products are in float32, the models' own may be 16-bit.
+        self.led_at_once = pair.models["base"].device.type == "cpu"
         self.left_out_mass: dict[str, float] = {"base": 0.0, "sft": 0.0}
 
     def __len__(self) -> int:
@@ -133,54 +142,70 @@ class LensQueue:
     # -- one tile ------------------------------------------------------------------------------------------------------
 
     def _statistics(self, rows: Waiting) -> Statistics:
-        """Rows whose slots hardly differ go through products of their differences at once; the others if they turn out to."""
-        heads = rows.kind.heads
-        if not rows.kind.pairs or not can_shift(self.pair, heads):
-            return self._plain(rows)
-        finite = torch.stack([s.isfinite().all(1) for s in rows.states]).all(
-            0
-        )  # else one slot's overflow would take all
-        close = self._likely_close(rows) & finite
-        if close.all():
-            return self._shifted(rows, close.nonzero().flatten())
-        far = (~close).nonzero().flatten()
-        found = self._plain(_chosen(rows, far) if close.any() else rows)
-        lossy = torch.stack([s.lossy for s in found[1].values()]).any(0)
-        again = (lossy & finite[far]).nonzero().flatten()
-        if len(again):
-            _replace(found, again, self._shifted(rows, far[again]))
-        if not close.any():
-            return found
-        near = close.nonzero().flatten()
-        order = torch.cat([far, near]).argsort()
-        both = joined([found, self._shifted(rows, near)])
-        return _reordered(both, order)
+        """Every row by one of the three ways of capture/logits.py: at once by the one that it is likely to need, and where a
+        divergence turns out to have lost digits, again by a further one."""
+        ways, furthest = self._likely(rows)
+        parts, order = [], []
+        for way in (SEPARATE, LED, SHIFTED):
+            if len(where := (ways == way).nonzero().flatten()):
+                some = rows if len(where) == len(rows) else _chosen(rows, where)
+                found = self._by(way, some)
+                self._again(found, some, way, furthest[where])
+                parts.append(found)
+                order.append(where)
+        return parts[0] if len(parts) == 1 else _reordered(joined(parts), torch.cat(order).argsort())
 
-    def _likely_close(self, rows: Waiting) -> Tensor:
-        """Rows [R] where the KL of some pair is likely to be small, as half the variance of its shifts has it, seen on a sample of
-        the vocabulary. Where that is wrong the row costs some more products, and no digit."""
+    def _again(self, found: Statistics, rows: Waiting, way: int, furthest: Tensor) -> None:
+        """Divergences of rows that lost digits, by a further way: of one unembedding led, else shifted."""
+        needed = torch.full_like(furthest, way)
+        for pair, stats in found[1].items():
+            further = LED if rows.kind.of_one_head(pair) else SHIFTED
+            needed = torch.where(stats.lossy, needed.clamp(min=further), needed)
+        needed = torch.minimum(needed, furthest)
+        for further in (LED, SHIFTED):
+            if further > way and len(where := (needed == further).nonzero().flatten()):
+                better = self._by(further, _chosen(rows, where))
+                for pair, stats in found[1].items():
+                    put(stats, where, better[1][pair])
+
+    def _likely(self, rows: Waiting) -> tuple[Tensor, Tensor]:
+        """The way of each row [R], and the furthest that it may go."""
+        kind = rows.kind
+        ways = torch.zeros(len(rows), dtype=torch.long, device=rows.following.device)
+        if not kind.pairs or not can_shift(self.pair, kind.heads) or not self._whole(kind.heads):
+            return ways, ways
+        finite = torch.stack([s.isfinite().all(1) for s in rows.states]).all(0)  # else one's overflow would take all
+        furthest = torch.where(finite, SHIFTED, SEPARATE)
+        of_one = [pair for pair in kind.pairs if kind.of_one_head(pair)]
+        others = [pair for pair in kind.pairs if pair not in of_one]
+        near = finite & ~(self.lens.vocabulary.group.max((~_alike(rows)).float()) > 0)
+        if self.led_at_once:
+            (close,) = self._likely_close(rows, [others])
+        else:
+            alike, close = self._likely_close(rows, [of_one, others])
+            near &= alike
+        return torch.where(close & finite, SHIFTED, torch.where(near, LED, SEPARATE)), furthest
+
+    def _likely_close(self, rows: Waiting, groups: Sequence[Sequence[tuple[int, int]]]) -> Tensor:
+        """For each group of pairs the rows [groups, R] where the KL of one of them is likely to be small, as half the variance of its
+        shifts has it, seen on a sample of the vocabulary. Where that is wrong the row costs some more products, and no digit."""
+        if not any(groups):
+            return torch.zeros(len(groups), len(rows), dtype=torch.bool, device=rows.following.device)
         logits = sampled_logits(self.pair, rows.states, rows.kind.heads)
-        least = torch.stack([(logits[b] - logits[a]).var(1) for a, b in rows.kind.pairs]).amin(0)
-        return self.lens.vocabulary.group.max(-least / 2).neg() < LIKELY_SMALL
+        far = logits[0].new_full((1, len(rows)), torch.inf)
+        least = [
+            torch.cat([far, *((logits[b] - logits[a]).var(1)[None] for a, b in pairs)]).amin(0) for pairs in groups
+        ]
+        return self.lens.vocabulary.group.max(-torch.stack(least) / 2).neg() < LIKELY_SMALL
 
-    def _plain(self, rows: Waiting) -> Statistics:
-        return self._of(
-            self._common(tile_logits(self.pair, rows.states, rows.kind.heads, self.space), rows.kind.heads),
-            rows,
-            exact=False,
-        )
-
-    def _shifted(self, rows: Waiting, where: Tensor) -> Statistics:
-        """Of the rows at `where`, from shifts that are products of their own: in new memory, so that what is kept for statistics goes,
-        and where they are many, what is kept for logits."""
-        self.workspaces = []
-        if len(where) > self.lens.beside_rows(len(rows)):
-            self.space = Space()
-        parts = []
-        for some in where.split(self.lens.refine_rows(len(rows), len(rows.kind.heads))):
-            few = _chosen(rows, some)
-            parts.append(self._of(shifted_logits(self.pair, few.states, rows.kind.heads), few, exact=True))
-        return parts[0] if len(parts) == 1 else joined(parts)
+    def _by(self, way: int, rows: Waiting) -> Statistics:
+        kind = rows.kind
+        if way == SEPARATE:
+            logits = self._common(tile_logits(self.pair, rows.states, kind.heads, self.space), kind.heads)
+        else:
+            shifted = way == SHIFTED
+            logits = led_logits(self.pair, rows.states, kind.heads, kind.leads, self.space, shifted=shifted)
+        return self._of(logits, rows, exact=way == SHIFTED or (way == LED and not self.led_at_once))
 
     def _of(self, logits: Logits, rows: Waiting, *, exact: bool) -> Statistics:
         return lens_tile(
@@ -197,12 +222,16 @@ class LensQueue:
             self.workspaces = made
         return made
 
+    def _whole(self, heads: Sequence[Owner]) -> bool:
+        """Whether the logits are over the same rows of the vocabulary as they are."""
+        shards = (self.pair.models[o].head_shard()[1].shape[0] for o in heads)
+        return self.pair.same_scaling or all(size == self.lens.n_vocab for size in shards)
+
     def _common(self, logits: Logits, heads: Sequence[Owner]) -> Logits:
         """Logits over the rows that both vocabularies have."""
-        n = self.lens.n_vocab
-        whole = all(self.pair.models[o].head_shard()[1].shape[0] == n for o in heads)
-        if whole or self.pair.same_scaling:
+        if self._whole(heads):
             return logits
+        n = self.lens.n_vocab
         common = []
         for s, owner in enumerate(heads):
             x = logits.slot(s)
@@ -228,9 +257,12 @@ def _chosen(rows: Waiting, where: Tensor) -> Waiting:
     return replace(rows, states=[s[where] for s in rows.states], following=rows.following[where])
 
 
-def _replace(found: Statistics, where: Tensor, better: Statistics) -> None:
-    for pair, stats in found[1].items():
-        put(stats, where, better[1][pair])
+def _alike(rows: Waiting) -> Tensor:
+    """Rows [R] none of whose states is much smaller than its lead: the logits of a sum are as rounded as the larger of its terms."""
+    sizes = torch.stack([torch.linalg.vector_norm(s, dim=1, dtype=torch.float32) for s in rows.states])
+    led = [(lead, i) for i, lead in enumerate(rows.kind.leads) if lead is not None]
+    alike = [sizes[lead] <= MOST_LARGER * sizes[i] for lead, i in led]
+    return torch.stack(alike).all(0) if alike else torch.ones_like(sizes[0], dtype=torch.bool)
 
 
 def _reordered(found: Statistics, order: Tensor) -> Statistics:

@@ -10,7 +10,6 @@ Shapes: as in capture/lens_sums.py; T tiles of TILE entries.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from torch import Tensor
 from capture.divergence import PLAIN_PIECES, SUM_BLOCK, Pairs, Sums, divergences
 from capture.group import ALONE, Group
 from capture.lens_sums import FUSED_SLOTS, FUSED_TILE, Pass, Space, compared, far_rows, one_pass
+from capture.logits import Logits, separate
 from capture.topk import BLOCK
 
 TILE = FUSED_TILE
@@ -206,7 +206,9 @@ def fused_pass(logits: list[Tensor], shifts: Pairs, listed: int, group: Group) -
 def _again(found: Pass, logits: list[Tensor], shifts: Pairs, listed: int, group: Group, where: Tensor) -> None:
     """The rows at `where` by plain operations."""
     n = len(where)
-    plain = one_pass([x.index_select(0, where) for x in logits], shifts, listed, group, at_once=n, space=Space())
+    plain = one_pass(
+        separate([x.index_select(0, where) for x in logits]), shifts, listed, group, at_once=n, space=Space()
+    )
     found.maxima_NRB[:, where], found.largest_SR[:, where] = plain.maxima_NRB, plain.largest_SR
     mine, theirs = found.sums, plain.sums
     mine.sums[:, :, where], mine.offsets[:, where], mine.far[where] = theirs.sums, theirs.offsets, theirs.far
@@ -215,14 +217,13 @@ def _again(found: Pass, logits: list[Tensor], shifts: Pairs, listed: int, group:
 class Fused:
     """The kernels, tried on this device."""
 
-    def takes(self, logits: Sequence[Tensor]) -> bool:
+    def takes(self, logits: Logits) -> bool:
         """Whether these logits can be given to `one_pass`."""
-        return len(logits) <= FUSED_SLOTS and all(
-            x.dtype == torch.float32 and (x.stride(1) == 1 or x.shape[1] == 1) for x in logits
-        )
+        few = logits.are_separate and logits.n_slots <= FUSED_SLOTS
+        return few and all(x.dtype == torch.float32 and (x.stride(1) == 1 or x.shape[1] == 1) for x in logits.tensors)
 
-    def one_pass(self, logits: Sequence[Tensor], shifts: Pairs, listed: int, group: Group) -> Pass:
-        return fused_pass(list(logits), shifts, listed, group)
+    def one_pass(self, logits: Logits, shifts: Pairs, listed: int, group: Group) -> Pass:
+        return fused_pass([logits.slot(s) for s in range(logits.n_slots)], shifts, listed, group)
 
 
 def tried(device: torch.device) -> Fused | str:
@@ -241,14 +242,14 @@ def differs(device: torch.device) -> str | None:
     x = [one.to(device) for one in x]
     pairs = [(a, b) for a in range(4) for b in range(a + 1, 4)]
     shifts = compared(4, pairs)
-    plain = one_pass(x, shifts, TRIED_VOCAB - 5, ALONE, at_once=TRIED_ROWS, space=Space())
+    plain = one_pass(separate(x), shifts, TRIED_VOCAB - 5, ALONE, at_once=TRIED_ROWS, space=Space())
     try:
         found = fused_pass(x, shifts, TRIED_VOCAB - 5, ALONE)
     except Exception as error:  # whatever a compiler or a driver says
         return f"Triton failed: {type(error).__name__}: {' '.join(str(error).split())[-300:]}"
     if not (torch.equal(found.maxima_NRB, plain.maxima_NRB) and torch.equal(found.largest_SR, plain.largest_SR)):
         return "the Triton kernels find other largest logits than plain operations do"
-    a, b = (divergences(x, p.largest_SR, pairs, ALONE, p.sums, TRIED_ROWS) for p in (found, plain))
+    a, b = (divergences(separate(x), p.largest_SR, pairs, ALONE, p.sums, TRIED_ROWS) for p in (found, plain))
     near = all((u - v).abs().max() < ENTROPY_APART for u, v in ((a.entropy, b.entropy), (a.logsumexp, b.logsumexp)))
     if not (near and all(((u - v).abs() <= KL_APART * v).all() for u, v in ((a.ba, b.ba), (a.ab, b.ab)))):
         return "the Triton kernels find other entropies or divergences than plain operations do"

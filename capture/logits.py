@@ -1,9 +1,12 @@
 """Logits of a tile of rows for all lens slots, and the shifts between them to full relative precision.
 
 A float32 logit of a few units carries an error of about 1e-6, however it is computed. The shift between two slots, which a KL
-near 1e-6 consists of, is then no better than 1e-3 if it is taken as the difference of two logits. Where a KL turns out small,
-shifts are therefore computed once more as products of their own: between slots a and b of one unembedding W,
-(h_b - h_a) W^T; between the first slots h_0, h_1 of two unembeddings, (h_1 - h_0) W_1^T + h_0 (W_1 - W_0)^T.
+near 1e-6 consists of, is then no better than 1e-3 if it is taken as the difference of two logits. So there are three ways, each
+with more shifts that are products of their own:
+- separate: none; each slot's logits are a product.
+- led: of the slots of one unembedding W one leads. Another one's logits are those of its lead h and the shift from there,
+  (h_b - h) W^T: as many products as before.
+- shifted: the first slot leads all. To that of another unembedding it is (h_1 - h_0) W_1^T + h_0 (W_1 - W_0)^T: one product more.
 
 Shapes: R rows, D hidden size, V vocabulary (this rank's share of it), S slots.
 """
@@ -18,7 +21,7 @@ from torch import Tensor
 
 from capture.config import Owner
 from capture.lockstep import Pair
-from capture.unembed import Space, head_is_linear, own_logits, shift_of_heads, shift_of_rows, some_logits
+from capture.unembed import Space, head_is_linear, logits_and_shifts, own_logits, shifts_between, some_logits
 
 Take = Callable[[Tensor], Tensor]
 
@@ -31,8 +34,8 @@ def _whole(x_RV: Tensor) -> Tensor:
 class Logits:
     """Logits of S slots as sums of tensors [R, V] float32, which slots may share: small shifts keep their digits that way.
 
-    slots: for each slot the numbers of its tensors, from 1. A shift between two slots consists of the tensors that only one
-    of them has.
+    slots: for each slot the numbers of its tensors, from 1. A shift between two slots that share some consists of the tensors that
+    only one of them has; else it is the difference of their logits as they are rounded, which a divergence's normalisation is of.
     """
 
     tensors: Sequence[Tensor]
@@ -46,6 +49,15 @@ class Logits:
     def n_rows(self) -> int:
         return self.tensors[0].shape[0]
 
+    @property
+    def are_separate(self) -> bool:
+        """Whether every slot is a tensor of its own."""
+        return all(len(terms) == 1 for terms in self.slots)
+
+    def related(self, a: int, b: int) -> bool:
+        """Whether the shift between two slots is more than the difference of their logits."""
+        return not set(self.slots[a]).isdisjoint(self.slots[b])
+
     def some(self, rows: slice) -> Logits:
         """The same for some of the rows."""
         return Logits([x[rows] for x in self.tensors], self.slots)
@@ -55,17 +67,20 @@ class Logits:
         return self._sum(self.slots[s], take)
 
     def shift_terms(self, a: int, b: int) -> tuple[int, ...]:
-        """The tensors that take slot a to slot b: numbers from 1, negative where a tensor is taken off."""
+        """The tensors that take slot a to slot b: numbers from 1, negative where a tensor is taken off. None where that is the
+        difference of two sums."""
+        if not self.related(a, b) and len(self.slots[a]) + len(self.slots[b]) > 2:
+            return ()
         plus = [i for i in self.slots[b] if i not in self.slots[a]]
         return (*plus, *(-i for i in self.slots[a] if i not in self.slots[b]))
 
     def shift(self, a: int, b: int, take: Take = _whole) -> Tensor:
         """Logits of slot b minus those of slot a, [R, V]; read only. take: as for `slot`."""
-        return self._sum(self.shift_terms(a, b), take)
+        if terms := self.shift_terms(a, b):
+            return self._sum(terms, take)
+        return self.slot(b, take) - self.slot(a, take)
 
     def _sum(self, terms: tuple[int, ...], take: Take) -> Tensor:
-        if not terms:
-            return torch.zeros_like(take(self.tensors[0]))
         first, *rest = terms
         x = take(self.tensors[abs(first) - 1])
         if first < 0:
@@ -82,8 +97,18 @@ def separate(logits: Sequence[Tensor]) -> Logits:
     return Logits(logits, [(s + 1,) for s in range(len(logits))])
 
 
+def leads_of(heads: Sequence[Owner], models: Sequence[Owner]) -> tuple[int | None, ...]:
+    """For each slot which earlier one leads it: of the same unembedding, and where there is one, of the same blocks: that is where
+    passes differ least. None for the first slot of an unembedding."""
+    found: list[int | None] = []
+    for i, head in enumerate(heads):
+        same = [j for j in range(i) if heads[j] == head]
+        found.append(next((j for j in same if models[j] == models[i]), same[0] if same else None))
+    return tuple(found)
+
+
 def tile_logits(pair: Pair, rows: Sequence[Tensor], heads: Sequence[Owner], space: Space | None = None) -> Logits:
-    """Logits of every slot; slots that share an unembedding share one product.
+    """Logits of every slot, separate; slots that share an unembedding share one product.
 
     rows: S tensors [R, D] behind whatever norm they shall have; heads: whose unembedding each has; space: the logits are good
     until the next are made in it.
@@ -116,20 +141,29 @@ def can_shift(pair: Pair, heads: Sequence[Owner]) -> bool:
     return all(head_is_linear(pair.models[o]) for o in owners) and (len(owners) == 1 or pair.same_scaling)
 
 
-def shifted_logits(pair: Pair, rows: Sequence[Tensor], heads: Sequence[Owner]) -> Logits:
-    """As tile_logits, for slots whose logits hardly differ; only where `can_shift`, and for finite rows."""
-    first = {owner: list(heads).index(owner) for owner in dict.fromkeys(heads)}
-    tensors = [own_logits(pair.models[heads[0]], rows[0])]
-    slots: list[tuple[int, ...]] = [(1,)] * len(rows)
-    for owner, lead in first.items():
-        if lead:
-            moved = rows[lead].float() - rows[0].float()
-            tensors.append(shift_of_heads(pair.models[heads[0]], pair.models[owner], rows[0], moved))
-            slots[lead] = (1, len(tensors))
-        others = [i for i, h in enumerate(heads) if h == owner and i != lead]
-        if others:
-            moved = torch.cat([rows[i].float() - rows[lead].float() for i in others])
-            for i, product in zip(others, shift_of_rows(pair.models[owner], moved).chunk(len(others)), strict=True):
-                tensors.append(product)
-                slots[i] = (*slots[lead], len(tensors))
-    return Logits(tensors, slots)
+def led_logits(
+    pair: Pair, rows: Sequence[Tensor], heads: Sequence[Owner], leads: Sequence[int | None], space: Space | None = None,
+    *, shifted: bool = False,
+) -> Logits:  # fmt: skip
+    """As tile_logits, led; only where `can_shift`, and for finite rows. leads: `leads_of` the slots. shifted: for slots of different
+    unembeddings whose logits hardly differ, too."""
+    tensors: dict[int, Tensor] = {}
+    for owner in dict.fromkeys(heads):
+        members = [i for i, h in enumerate(heads) if h == owner]  # the first of them leads
+        moved = [_moved(rows, leads[i] or 0, i) for i in members]
+        if shifted and members[0]:
+            base = pair.models[heads[0]]
+            product = shifts_between(base, pair.models[owner], rows[0], torch.cat(moved), space)
+        else:
+            others = torch.cat(moved[1:]) if moved[1:] else moved[0][:0]
+            product = logits_and_shifts(pair.models[owner], rows[members[0]], others, space)
+        tensors |= dict(zip(members, product.chunk(len(members)), strict=True))
+    slots: list[tuple[int, ...]] = []
+    for i, lead in enumerate(leads):
+        before = 0 if lead is None and shifted and i else lead
+        slots.append((i + 1,) if before is None else (*slots[before], i + 1))
+    return Logits([tensors[i] for i in range(len(rows))], slots)
+
+
+def _moved(rows: Sequence[Tensor], a: int, b: int) -> Tensor:
+    return rows[b].float() - rows[a].float()

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 
 import torch
-from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from capture import footprint
@@ -24,7 +23,7 @@ from capture.lens_sums import FUSED_SLOTS, Space, fused_bytes, one_pass, space_b
 from capture.lens_sums import Pass as OnePass
 from capture.live import META, Live
 from capture.lockstep import Pair
-from capture.logits import can_shift, sampled_logits, separate, shifted_logits, tile_logits
+from capture.logits import Logits, can_shift, leads_of, led_logits, sampled_logits, separate, tile_logits
 from capture.topk import Vocabulary
 from capture.unembed import SAMPLE, SAMPLES, SMALL_VOCABULARY, keeps_space
 
@@ -72,7 +71,7 @@ class LensMeasure:
         slots = len(self.passes)
         searches = slots + 2 * (slots - 1 + self.n_pairs)  # lens_sums.compared has the leading pairs too
         rows, v = min(tile, self.lens.statistics_rows()), self.lens.vocabulary
-        of_one = space_bytes(slots, searches, n_vocab, v.n, rows=rows, at_once=min(rows, self.lens.at_once))
+        of_one = space_bytes(slots, slots - 1, searches, n_vocab, v.n, rows=rows, at_once=min(rows, self.lens.at_once))
         return of_one * (min(tile, torch.get_num_threads()) if v.group.size == 1 else 1)
 
     def _rows_at_once(self) -> int:
@@ -98,25 +97,19 @@ class LensMeasure:
             return by_formula, by_formula
         heads = [p.unembedding for p in self.passes]
         states = [torch.empty(tile, self.hidden, dtype=self.dtype, device=META) for _ in heads]
-        # as they wait, and those chosen of them
-        normed = tile * self.hidden * (2 * len(heads) * self.dtype.itemsize + 2 * 4)
+        # as they wait, those chosen of them, and of those the ones that go further
+        normed = tile * self.hidden * (3 * len(heads) * self.dtype.itemsize + 2 * 4)
+        leads, sampled, exact = leads_of(heads, [p.model for p in self.passes]), 0, False
+        ways = [partial(tile_logits, self.pair, states, heads)]
         try:
-            with torch.no_grad(), Live(META) as products:
-                logits = tile_logits(self.pair, states, heads)
-                kept = products.live
-                del logits
-            logits_kept, space = self.kept(tile_bytes)
-            again, shifted, sampled = 0, 0, 0
             if can_shift_without_data(self.pair, heads):
+                ways += [partial(led_logits, self.pair, states, heads, leads, shifted=way) for way in (False, True)]
+                exact = True
                 with torch.no_grad(), Live(META) as glance:
                     some = sampled_logits(self.pair, states, heads)
                     sampled = max(glance.peak, glance.live + 3 * tile * 4 * some[0].shape[1])
                     del some
-                few = self.lens.refine_rows(tile, len(heads))
-                beside = min(few, self.lens.beside_rows(tile))
-                of_many = self._refined(heads, states, few)
-                of_few = [logits_kept + x for x in self._refined(heads, states, beside)] if beside else of_many
-                again, shifted = (max(both) for both in zip(of_many, of_few, strict=True))
+            made = [self._made(way) for way in ways]
         except Exception as error:
             log.info("the lens is planned by formula, it cannot run without data: %s", str(error)[:200])
             return by_formula, by_formula
@@ -124,15 +117,17 @@ class LensMeasure:
         rows_kept = SAMPLES * SAMPLE * len(self.pair.unique()) if self.lens.n_vocab > SMALL_VOCABULARY else 0
         samples = rows_kept * self.hidden * self.dtype.itemsize
         beside_work = normed + samples + lists
-        made = max(products.peak + space, again, logits_kept + space + sampled)
-        return beside_work + made, beside_work + max(kept + self.statistics(tile), shifted)
+        logits_kept, space = self.kept(tile_bytes)
+        peak, kept = (max(both) for both in zip(*made, strict=True))
+        statistics = max(self.statistics(tile, exact=way) for way in {False, exact})
+        return beside_work + space + max(peak, logits_kept + sampled), beside_work + kept + statistics
 
-    def _refined(self, heads: Sequence[Owner], states: Sequence[torch.Tensor], rows: int) -> tuple[int, int]:
-        """Rows whose shifts are products of their own: while these are made; with their statistics."""
-        with torch.no_grad(), Live(META) as again:
-            shifts = shifted_logits(self.pair, [s[:rows] for s in states], heads)
-            found = again.peak, again.live + self.statistics(rows, exact=True)
-            del shifts
+    def _made(self, way: Callable[[], Logits]) -> tuple[int, int]:
+        """Bytes while the logits of a tile are made, at most, and of what they then are."""
+        with torch.no_grad(), Live(META) as products:
+            logits = way()
+            found = products.peak, products.live
+            del logits
         return found
 
     def _lists(self) -> int:
@@ -166,9 +161,8 @@ class LensMeasure:
             of_few, of_fewer = of(SAMPLE_STEPS * step), of((SAMPLE_STEPS - 1) * step)
             more = rows - SAMPLE_STEPS * step
             most = max(few - (fewer - few) * more // step for few, fewer in zip(of_few, of_fewer, strict=True))
-        made = 4 * heads * self.lens.n_vocab * rows if exact else 0  # sums of products, where these were there before
         threads = min(tile, torch.get_num_threads()) if on_cpu else 1
-        return (most + made) * threads + self._found(tile)
+        return most * threads + self._found(tile)
 
     def _found(self, tile: int) -> int:
         """Results of a tile, while its last rows are worked on; on a device once more, put together to be copied."""
@@ -211,10 +205,14 @@ def _of_statistics(
     for spread in (1e-3, 300.0):
         generator = torch.Generator().manual_seed(0)
         first = torch.randn(rows, n_vocab, generator=generator)
-        slots = [first + spread * first.roll(1 + s, 1) for s in range(n_slots)]
+        moved = [spread * first.roll(1 + s, 1) for s in range(1, n_slots)]
+        if fused:
+            logits = separate([first, *(first + x for x in moved)])
+        else:
+            logits = Logits([first, *moved], [(1,), *((1, 1 + s) for s in range(1, n_slots))])
         with Live(torch.device("cpu")) as live:
             lens_tile(
-                separate(slots), pairs, torch.zeros(rows, dtype=torch.long), nothing, Vocabulary(listed, k),
+                logits, pairs, torch.zeros(rows, dtype=torch.long), nothing, Vocabulary(listed, k),
                 rows=rows, at_once=at_once, exact=exact, fused=_AsFused() if fused else None,
             )  # fmt: skip
         most.append(live.peak)
@@ -224,13 +222,14 @@ def _of_statistics(
 class _AsFused:
     """Takes the memory that the kernels of a device take; what they would find is made by plain operations, which are not counted."""
 
-    def takes(self, logits: Sequence[Tensor]) -> bool:
+    def takes(self, logits: Logits) -> bool:
         return True
 
-    def one_pass(self, logits: Sequence[Tensor], shifts: Pairs, listed: int, group: Group) -> OnePass:
+    def one_pass(self, logits: Logits, shifts: Pairs, listed: int, group: Group) -> OnePass:
+        rows, size = logits.tensors[0].shape
         with _disable_current_modes():
-            plain = one_pass(logits, shifts, listed, group, at_once=logits[0].shape[0], space=Space())
-        beside = torch.empty(logits[0].shape[0] * fused_bytes(len(logits), logits[0].shape[1]), dtype=torch.uint8)
+            plain = one_pass(logits, shifts, listed, group, at_once=rows, space=Space())
+        beside = torch.empty(rows * fused_bytes(logits.n_slots, size), dtype=torch.uint8)
         found = OnePass(plain.maxima_NRB.clone(), plain.largest_SR.clone(), plain.sums)
         del beside
         return found

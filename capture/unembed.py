@@ -37,7 +37,7 @@ class _Stand(nn.Module):
     def __init__(self, answer: Callable[..., Any], dtype: torch.dtype) -> None:
         super().__init__()
         self.answer = answer
-        self.weight = torch.empty(0, dtype=dtype)  # Mamba's forward asks for its dtype
+        self.weight = torch.empty(0, dtype=dtype)  # Mamba's forward brings the rows to its dtype
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.answer(*args, **kwargs)
@@ -56,7 +56,7 @@ def _stubbed(model: StreamedModel, hidden: _Hidden, head: Callable[[Tensor], Ten
         model.head_place = model.model.get_submodule(owner), leaf
     parent, leaf = model.head_place
     base.forward = lambda *_, **__: hidden
-    parent._modules[leaf] = _Stand(head, model.model.dtype)
+    parent._modules[leaf] = _Stand(head, hidden[0].dtype)
     try:
         yield
     finally:
@@ -195,34 +195,48 @@ def some_logits(model: StreamedModel, rows_RD: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def shift_of_rows(model: StreamedModel, rows_RD: Tensor) -> Tensor:
-    """What a change of rows [R, D] (float32) changes in the logits, [R, V] float32; for linear heads only."""
-    _, weight, _ = model.head_shard()
+def logits_and_shifts(model: StreamedModel, rows_RD: Tensor, moved_RD: Tensor, space: Space | None = None) -> Tensor:
+    """Logits of rows [R, D], and behind them what changes of rows [M, D] (float32) change in logits: [R + M, V] float32, in one
+    product; for linear heads only."""
+    _, weight, bias = model.head_shard()
+    both, n = torch.cat([rows_RD.float(), moved_RD]), rows_RD.shape[0]
+    out = None if space is None else space.take(model.label, both.shape[0], weight, both.device)
+
+    def product(x: Tensor) -> Tensor:
+        found = _product(x, weight, None, out)
+        if bias is not None:
+            found[..., :n, :] += bias.float()
+        return found
+
     with _precision(torch.float32):  # a difference of bfloat16 rows is no bfloat16 number
-        return _through(model, rows_RD, lambda x: _product(x, weight, None))
+        return _through(model, both, product)
 
 
 @torch.no_grad()
-def shift_of_heads(base: StreamedModel, other: StreamedModel, rows_RD: Tensor, moved_RD: Tensor) -> Tensor:
-    """From the logits of rows under base's head to those of rows + moved under the other's: rows (W_other - W_base)^T, the
-    difference of the biases, and moved W_other^T, [R, V] float32; a chunk of the vocabulary at a time."""
+def shifts_between(
+    base: StreamedModel, other: StreamedModel, rows_RD: Tensor, moved_MD: Tensor, space: Space | None = None
+) -> Tensor:
+    """What changes of rows [M, D] (float32) change in the logits of the other head, [M, V] float32; in the first R of these also
+    what the other head changes in the logits that rows [R, D] have under base's: rows (W_other - W_base)^T and the difference of
+    the biases, a chunk of the vocabulary at a time. For linear heads only."""
     _, wa, ba = base.head_shard()
     _, wb, bb = other.head_shard()
+    out = None if space is None else space.take(other.label, moved_MD.shape[0], wb, moved_MD.device)
+    rows = rows_RD.float()
 
     def product(x: Tensor) -> Tensor:
-        rows = x.flatten(0, -2).float()
-        out = torch.empty(rows.shape[0], wa.shape[0], dtype=torch.float32, device=x.device)
+        found = _product(x, wb, None, out)
+        first = found.flatten(0, -2)[: rows.shape[0]]
         for part in _chunks(wa, CHANGE_CHUNK):
             change = wb[part].to(torch.float32, copy=True).sub_(wa[part])
-            torch.mm(rows, change.T, out=out[:, part])
+            first[:, part].addmm_(rows, change.T)
             del change  # one chunk in float32 at a time
-            out[:, part].addmm_(moved_RD.float(), wb[part].float().T)
             if ba is not None and bb is not None:
-                out[:, part] += bb[part].float() - ba[part].float()
-        return out.unflatten(0, x.shape[:-1])
+                first[:, part] += bb[part].float() - ba[part].float()
+        return found
 
     with _precision(torch.float32):
-        return _through(other, rows_RD, product)
+        return _through(other, moved_MD, product)
 
 
 @dataclass(frozen=True)

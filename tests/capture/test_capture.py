@@ -77,7 +77,7 @@ def test_a_model_without_attention_is_measured_like_any_other(pairs, loaded, tmp
 def test_without_a_lens_no_logits_are_made(pairs, loaded, tmp_path, monkeypatch):
     from capture import lens_queue
 
-    monkeypatch.setattr(lens_queue, "tile_logits", lambda *_: pytest.fail("the lens was to be left out"))
+    monkeypatch.setattr(lens_queue.LensQueue, "_by", lambda *_: pytest.fail("the lens was to be left out"))
     result, _ = captured(entry_of(pairs("llama"), lens=Lens(enabled=False)), tmp_path)
     want = expected(loaded("llama"), tiny.encode(tiny.PROMPTS), lens_layers=())
     assert agree.disagreements(want, agree.read_tables(result.path)) == []

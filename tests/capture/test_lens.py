@@ -225,7 +225,7 @@ def test_a_row_alone_has_the_bits_that_it_has_among_others():
 def test_a_workspace_lets_go_what_it_had_before_it_takes_more():
     space, like = Space(), torch.zeros(1)
     with Live(torch.device("cpu")) as live:
-        space.take(2, 4, 5000, 5000, like)
+        space.take(2, 0, 4, 5000, 5000, like)
         small = live.live
-        space.take(4, 8, 5000, 5000, like)
+        space.take(4, 2, 8, 5000, 5000, like)
         assert live.peak == live.live > small

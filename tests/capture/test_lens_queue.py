@@ -1,6 +1,7 @@
 """Rows of several layers share a product of the lens; where a walk is cut changes none of it."""
 
 import agree
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -73,15 +74,20 @@ def test_layers_of_which_nothing_is_wanted_do_not_keep_rows_waiting(deep, tmp_pa
     assert len(document["spans"]) >= 4
 
 
-@pytest.mark.parametrize("compiled", ["auto", False])
+@pytest.mark.parametrize("compiled", ["auto", False, "as on a GPU"])
 @pytest.mark.parametrize("scale", [1e-3, 2e-2, 1.0])
 def test_rows_whose_slots_hardly_differ_and_others_agree_with_float64(scale, compiled, tmp_path, monkeypatch):
     """The pair's difference runs from nothing to large over the layers, so that tiles hold rows of both kinds, in all orders."""
+    on_gpu = compiled == "as on a GPU"  # where rows are led only if they have to be
+    if on_gpu:
+        compiled, queue = False, lens_queue.LensQueue.__init__
+        monkeypatch.setattr(
+            lens_queue.LensQueue, "__init__", lambda self, *a: (queue(self, *a), setattr(self, "led_at_once", False))[0]
+        )
     paths = tiny.make_pair("llama", tmp_path / "pair", **DEEP, perturb=scale)
-    shifted, kinds = lens_queue.shifted_logits, []
-    monkeypatch.setattr(
-        lens_queue, "shifted_logits", lambda pair, rows, heads: kinds.append(len(rows[0])) or shifted(pair, rows, heads)
-    )
+    ways = []
+    by = lens_queue.LensQueue._by
+    monkeypatch.setattr(lens_queue.LensQueue, "_by", lambda self, way, rows: ways.append(way) or by(self, way, rows))
     entry = entry_of(paths, dtype="float32", lens=Lens(compile=compiled))
     result, document = captured(entry, tmp_path / "out")
     assert (document["numerics"]["lens_compiled"] is True) == (compiled == "auto")
@@ -89,7 +95,18 @@ def test_rows_whose_slots_hardly_differ_and_others_agree_with_float64(scale, com
 
     want = expected(load_pair(paths, dtype=torch.float32), tiny.encode(tiny.PROMPTS))
     assert agree.disagreements(want, agree.read_tables(result.path)) == []
-    assert bool(kinds) == (scale < 1)
+    separate, led, shifted = lens_queue.SEPARATE, lens_queue.LED, lens_queue.SHIFTED
+    at_first = separate if on_gpu else led
+    assert set(ways) == {1e-3: {shifted}, 2e-2: {at_first, led}, 1.0: {at_first}}[scale]
+
+
+def test_states_much_smaller_than_those_of_their_lead_are_not_led_by_them():
+    """A sum is as rounded as its larger term. Rows: all alike; the third's lead is larger, and the fourth's smaller; one is zero."""
+    kind = lens_queue.Kind(("base", "sft", "base", "sft"), (None, None, 0, 1), ((0, 2), (1, 3)), ())
+    sizes = [[1, 5, 1, 1], [1, 1, 1, 1], [1, 1, 1, 0], [1, 5, 5, 1]]
+    states = [torch.tensor(x, dtype=torch.bfloat16)[:, None].expand(-1, 7) for x in sizes]
+    rows = lens_queue.Waiting(kind, states, torch.zeros(4), np.zeros(4), np.zeros(4))
+    assert lens_queue._alike(rows).tolist() == [True, False, True, False]
 
 
 def test_how_many_layers_share_a_product_follows_from_the_rows_and_the_layers():

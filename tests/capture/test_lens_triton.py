@@ -15,7 +15,7 @@ from capture.group import ALONE, Group
 from capture.lens import lens_tile
 from capture.lens_kernel import load_fused
 from capture.lens_sums import Space, compared, one_pass
-from capture.logits import separate
+from capture.logits import Logits, separate
 from capture.topk import Vocabulary
 
 CPU = torch.device("cpu")
@@ -32,8 +32,9 @@ def test_what_they_find_is_what_plain_operations_find(kernels):
 
 def test_more_slots_than_they_take_go_the_plain_way(kernels):
     x = logits(40, 1.0)
-    assert kernels.Fused().takes(x)
-    assert not kernels.Fused().takes([*x, *x[:2]])
+    assert kernels.Fused().takes(separate(x))
+    assert not kernels.Fused().takes(separate([*x, *x[:2]]))
+    assert not kernels.Fused().takes(Logits(x, [(1,), (2,), (1, 3), (2, 4)])), "sums"
     six = [*x, x[1] + x[2], x[2] - x[0]]
     of = [(a, b) for a in range(6) for b in range(a + 1, 6)]
     given = separate(six), of, torch.zeros(5, dtype=torch.long), torch.tensor([1]), Vocabulary(40, 5)
@@ -84,12 +85,12 @@ def test_any_number_of_slots_and_entries(n_slots, vocab, kernels):
     pairs = [(a, b) for a, b in [*PAIRS, (3, 1)] if max(a, b) < n_slots]
     shifts = compared(n_slots, pairs)
     for listed in {vocab, vocab - 3, vocab // 2}:
-        plain = one_pass(x, shifts, listed, ALONE, at_once=5, space=Space())
+        plain = one_pass(separate(x), shifts, listed, ALONE, at_once=5, space=Space())
         found = kernels.fused_pass(x, shifts, listed, ALONE)
         assert torch.equal(found.maxima_NRB, plain.maxima_NRB)
         assert torch.equal(found.largest_SR, plain.largest_SR)
         assert torch.equal(found.sums.far, plain.sums.far)
-        a, b = (divergences(x, p.largest_SR, pairs, ALONE, p.sums, 5) for p in (found, plain))
+        a, b = (divergences(separate(x), p.largest_SR, pairs, ALONE, p.sums, 5) for p in (found, plain))
         assert torch.allclose(a.entropy, b.entropy, rtol=0, atol=1e-6)
         assert torch.allclose(a.logsumexp, b.logsumexp, rtol=0, atol=1e-6)
         assert torch.allclose(a.ba, b.ba, rtol=2e-4, atol=1e-9)
@@ -168,15 +169,15 @@ def test_ranks_that_share_a_vocabulary_find_what_one_finds(kind, kernels, monkey
         mine = [one[:, :cut] if i == 0 else one[:, cut:] for one in x]
         listed = cut if i == 0 else 5000 - cut
         if kind == "plain":
-            made = one_pass(mine, shifts, listed, group, at_once=5, space=Space())
+            made = one_pass(separate(mine), shifts, listed, group, at_once=5, space=Space())
         else:
             made = kernels.fused_pass(mine, shifts, listed, group)
-        found[i] = made, divergences(mine, made.largest_SR, PAIRS, group, made.sums, 5)
+        found[i] = made, divergences(separate(mine), made.largest_SR, PAIRS, group, made.sums, 5)
 
     with ThreadPoolExecutor(2) as threads:
         list(threads.map(rank, range(2)))
-    whole = one_pass(x, shifts, 5000, ALONE, at_once=5, space=Space())
-    want = divergences(x, whole.largest_SR, PAIRS, ALONE, whole.sums, 5)
+    whole = one_pass(separate(x), shifts, 5000, ALONE, at_once=5, space=Space())
+    want = divergences(separate(x), whole.largest_SR, PAIRS, ALONE, whole.sums, 5)
     for made, got in found:
         assert torch.equal(made.sums.far, whole.sums.far)
         assert torch.allclose(got.entropy, want.entropy, rtol=0, atol=1e-6, equal_nan=True)
