@@ -148,25 +148,24 @@ class LensQueue:
         parts, order = [], []
         for way in (SEPARATE, LED, SHIFTED):
             if len(where := (ways == way).nonzero().flatten()):
-                some = rows if len(where) == len(rows) else _chosen(rows, where)
-                found = self._by(way, some)
-                self._again(found, some, way, furthest[where])
+                found = self._by(way, rows if len(where) == len(rows) else _chosen(rows, where))
+                self._again(found, rows, where, way, furthest[where])
                 parts.append(found)
                 order.append(where)
         return parts[0] if len(parts) == 1 else _reordered(joined(parts), torch.cat(order).argsort())
 
-    def _again(self, found: Statistics, rows: Waiting, way: int, furthest: Tensor) -> None:
-        """Divergences of rows that lost digits, by a further way: of one unembedding led, else shifted."""
+    def _again(self, found: Statistics, rows: Waiting, where: Tensor, way: int, furthest: Tensor) -> None:
+        """Divergences that lost digits, of the rows at `where`, by a further way: of one unembedding led, else shifted."""
         needed = torch.full_like(furthest, way)
         for pair, stats in found[1].items():
             further = LED if rows.kind.of_one_head(pair) else SHIFTED
             needed = torch.where(stats.lossy, needed.clamp(min=further), needed)
         needed = torch.minimum(needed, furthest)
         for further in (LED, SHIFTED):
-            if further > way and len(where := (needed == further).nonzero().flatten()):
-                better = self._by(further, _chosen(rows, where))
+            if further > way and len(again := (needed == further).nonzero().flatten()):
+                better = self._by(further, _chosen(rows, where[again]))
                 for pair, stats in found[1].items():
-                    put(stats, where, better[1][pair])
+                    put(stats, again, better[1][pair])
 
     def _likely(self, rows: Waiting) -> tuple[Tensor, Tensor]:
         """The way of each row [R], and the furthest that it may go."""

@@ -129,7 +129,7 @@ def one_pass(logits: Logits, shifts: Pairs, listed: int, group: Group, *, at_onc
     maxima_NRB = space.maxima(n_slots + 2 * len(shifts), rows, listed, like)
     steps = list(zip(*(x.split(at_once) for x in logits.tensors), strict=True))
     in_blocks = list(zip(*(block_view(x[:, :listed]).split(at_once) for x in logits.tensors), strict=True))
-    products, offsets, rests = [], [], []
+    products, offsets, rests, tops = [], [], [], []
     for of, blocks_of, maxima in zip(steps, in_blocks, maxima_NRB.split(at_once, 1), strict=True):
         space.take(n_slots, len(led), of[0].shape[0], size, listed, like)
         for s, out in zip(led, space.led, strict=True):
@@ -150,7 +150,9 @@ def one_pass(logits: Logits, shifts: Pairs, listed: int, group: Group, *, at_onc
         if n_lead and (listed % BLOCK or listed < size):
             rest = torch.stack([x[:, whole:] for x in space.x])
             rests.append(torch.stack([rest.amax(2), -rest.amin(2)]))
-        torch.sub(x[0], group.max(largest_of(of_slots[0], x[0][:, whole:]))[:, None], out=space.y)
+        most = [largest_of(m, one[:, whole:]) for m, one in zip(of_slots, x, strict=True)]
+        tops.append(group.max(torch.stack(most)))
+        torch.sub(x[0], tops[-1][0][:, None], out=space.y)
         torch.exp(space.y, out=space.e)
         mean = group.sum(space.products(space.first).sum((1, 2)).T.contiguous())
         offsets.append(mean[2:] / mean[0])
@@ -159,8 +161,7 @@ def one_pass(logits: Logits, shifts: Pairs, listed: int, group: Group, *, at_onc
             _expm1(shift, out, space.spare).mul_(space.e)
         products.append(space.products(space.left).sum(1, dtype=torch.float64))
     maxima_NRB[n_slots + len(shifts) :].neg_()  # of minima
-    behind = [logits.slot(s, lambda x: x[:, whole:]) for s in range(n_slots)]
-    largest = group.max(torch.stack([largest_of(m, rest) for m, rest in zip(maxima_NRB, behind, strict=False)]))
+    largest = torch.cat(tops, 1)
     sums = torch.cat(products).permute(1, 2, 0).contiguous()  # as reductions over GPUs want it
     offsets_SR = torch.cat(offsets, 1)
     far = ~largest.isfinite().all(0)

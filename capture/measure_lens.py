@@ -97,8 +97,8 @@ class LensMeasure:
             return by_formula, by_formula
         heads = [p.unembedding for p in self.passes]
         states = [torch.empty(tile, self.hidden, dtype=self.dtype, device=META) for _ in heads]
-        # as they wait, those chosen of them, and of those the ones that go further
-        normed = tile * self.hidden * (3 * len(heads) * self.dtype.itemsize + 2 * 4)
+        # as they wait, and those chosen of them
+        normed = tile * self.hidden * 2 * len(heads) * self.dtype.itemsize
         leads, sampled, exact = leads_of(heads, [p.model for p in self.passes]), 0, False
         ways = [partial(tile_logits, self.pair, states, heads)]
         try:

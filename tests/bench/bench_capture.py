@@ -1,13 +1,14 @@
 """How long a capture takes against the bare floor, in turns, in one run.
 
-    python tests/bench/bench_capture.py [--rounds 5] [--threads 2] [--cases 12 64 250 8x64 64-close] [--eager] [--compile]
+    python tests/bench/bench_capture.py [--rounds 5] [--threads 2] [--cases 12 64 250 8x64 64-close 64-real] [--eager] [--compile]
 
 The pair has the shape of SmolLM2-135M (576 wide, 30 layers, 49152 tokens, tied, float32) and random weights; all statistics are
 on. The floor is what no capture of all layers can do without, and nothing else: one forward of each model with two passes in its
 batch, and for every state that a lens reads one product per model, [2 x tokens, 576] by [576, 49152]. States -1..30 need 31 of
 them: layer 30 is layer 29 after the final norm. Without the lens the floor is the two forwards. With 8 prompts a capture runs a ninth,
-one of them alone, for the noise floor; the floor has eight. The models differ by 5 % of each weight's size; of "64-close" by 0.5 %,
-where small shifts of logits go through products of their own (docs/method.md, Numerics), which the floor does not have.
+one of them alone, for the noise floor; the floor has eight. The models differ by 5 % of each weight's size; of "64-close" by 0.5 %:
+small divergences may cost products that the floor does not have (docs/method.md, Numerics). "64-real" is SmolLM2-135M and a short
+fine-tune of it on a text, where `make demo-smollm2` has made that pair.
 
 Each capture runs between two floors, and each ratio is to the mean of the two. What counts is the walk and the writing of the
 tables; opening (files, configs, tokenizer, self-checks) does not grow with the prompts and is shown apart. The first round only
@@ -31,11 +32,18 @@ import pairs
 from measured import Bench, ratios
 
 STEADY = 1.3  # floors of one run that are further apart than this say that the machine was busy
-CASES = {"12": (12, 1), "64": (64, 1), "250": (250, 1), "8x64": (64, 8), "64-close": (64, 1)}  # tokens, prompts
+CASES = {
+    "12": (12, 1),
+    "64": (64, 1),
+    "250": (250, 1),
+    "8x64": (64, 8),
+    "64-close": (64, 1),
+    "64-real": (64, 1),
+}  # tokens, prompts
 CLOSE = {"perturb": 0.005}  # of the pair of the last: a tenth of what the others' models differ by
 BARS = {
-    "compiled": {"12": 0.9, "64": 1.35, "250": 1.4, "8x64": 1.5, "64-close": 1.35},
-    "eager": {"12": 1.1, "64": 1.7, "250": 1.9, "8x64": 1.9, "64-close": 1.7},
+    "compiled": {"12": 0.9, "64": 1.35, "250": 1.4, "8x64": 1.5, "64-close": 1.35, "64-real": 1.35},
+    "eager": {"12": 1.1, "64": 1.7, "250": 1.9, "8x64": 1.9, "64-close": 1.7, "64-real": 1.7},
     "without the lens": {"12": 1.15, "64": 1.15, "250": 1.15, "8x64": 1.15},
 }
 
@@ -98,7 +106,7 @@ def measure(bench: Bench, paths: Any, out: Path, case: str, rounds: int, chosen:
     todo = ways(chosen) | (
         {"without the lens": {"lens": Lens(enabled=False)}} if case in BARS["without the lens"] else {}
     )
-    prompts = pairs.prompts_of(tokens, n_prompts)
+    prompts = pairs.real_prompt(paths, tokens) if case.endswith("-real") else pairs.prompts_of(tokens, n_prompts)
     entries = {name: pairs.entry_of(paths, prompts, **fields) for name, fields in todo.items()}
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in todo}
     floors: dict[str, list[float]] = {name: [] for name in todo}
@@ -119,7 +127,9 @@ def measure(bench: Bench, paths: Any, out: Path, case: str, rounds: int, chosen:
             floors[name].append((before[index] + after[index]) / 2)
             before = after
     text = f"{n_prompts} prompts of {tokens} tokens" if n_prompts > 1 else f"one prompt of {tokens} tokens"
-    text += ", models that hardly differ" if case.endswith("-close") else ""
+    text += {"close": ", models that hardly differ", "real": ", SmolLM2-135M and a fine-tune"}.get(
+        case.partition("-")[2], ""
+    )
     for name in todo:
         works = [pairs.work(f) for f in found[name]]
         over = "the two forwards" if name == "without the lens" else "bare forwards and bare lens products"
@@ -156,7 +166,13 @@ def main() -> int:
     out = Path(tempfile.mkdtemp(prefix="bench-"))
     try:
         for case in args.cases:
-            paths = pairs.kept_pair(pairs.SMOL | (CLOSE if case.endswith("-close") else {}))
+            if case.endswith("-real"):
+                paths = pairs.smollm2()
+            else:
+                paths = pairs.kept_pair(pairs.SMOL | (CLOSE if case.endswith("-close") else {}))
+            if paths is None:
+                print("the SmolLM2 pair is not there; `make demo-smollm2` makes it")
+                continue
             measure(bench, paths, out, case, args.rounds, chosen)
     finally:
         shutil.rmtree(out)

@@ -59,6 +59,28 @@ def prompts_of(n_tokens: int, n_prompts: int = 1) -> tuple[str, ...]:
     return tuple(digits[n % 10 : n % 10 + n_tokens - 1] for n in range(n_prompts))
 
 
+def smollm2() -> Any:
+    """SmolLM2-135M and its short fine-tune, as `make demo-smollm2` makes them; None where they are not there."""
+    from tiny import PairPaths
+
+    made = ROOT / ".cache" / "smollm2"
+    return PairPaths(made / "base", made / "sft", made / "base") if (made / "sft").exists() else None
+
+
+def real_prompt(paths: Any, n_tokens: int) -> tuple[str, ...]:
+    """A prompt of so many tokens of this pair's tokenizer, from a page of ours."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(paths.tokenizer)
+    words = (ROOT / "docs" / "playbook.md").read_text().split()
+    for n in range(1, len(words)):
+        text = " ".join(words[:n])
+        ids = tokenizer(text)["input_ids"]
+        if len(ids) >= n_tokens:
+            return (tokenizer.decode(ids[:n_tokens]),)
+    raise ValueError(f"the page has fewer than {n_tokens} tokens")
+
+
 def entry_of(paths: Any, prompts: tuple[str, ...], **fields: Any) -> Any:
     """An Entry on the CPU in float32, all statistics on unless `fields` say otherwise."""
     from capture.config import Entry
