@@ -17,7 +17,7 @@ that way, and a row with a shift beyond FAR may leave the range of float32: such
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -37,6 +37,7 @@ ENTROPY_ERROR = 4e-6  # nats: where an entropy may be off by more, its row takes
 KL_ERROR = 2e-4  # relative error of a KL from which on it is computed the plain way
 KL_FLOOR = 2e-10  # nats: what a smaller KL may be off by
 PLAIN_PIECES = 16  # rows that are worked on at once go the plain way in so many pieces, should all of them have to
+PAIR_PIECES = 4  # likewise for one pair of slots, which takes less
 PLAIN_FAR = 60.0  # nats: beyond this shift exp() of the plain form may leave the range of float32
 
 Pairs = Sequence[tuple[int, int]]
@@ -81,13 +82,25 @@ def divergences(
             mine[:, rows] = theirs
     close = _unsure(found.sums, of, pairs) & ~far
     for i in close.any(1).nonzero().flatten().tolist():
-        a, b = pairs[i]
-        for rows in _pieces(close[i], piece):
-            take = partial(torch.index_select, dim=0, index=rows)
-            two = [logits.slot(s, take) for s in (a, b)]
-            again = plain(two, maxima_SR[[a, b]][:, rows], [(0, 1)], group, [logits.shift(a, b, take)])
-            of.ba[i, rows], of.ab[i, rows] = again.ba[0], again.ab[0]
+        for rows in _pieces(close[i], max(1, at_once // PAIR_PIECES)):
+            of.ba[i, rows], of.ab[i, rows] = _of_pair(logits, pairs[i], rows, of.logsumexp[:, rows], group)
     return of
+
+
+def _of_pair(
+    logits: Logits, pair: tuple[int, int], rows: Tensor, logsumexp_SR: Tensor, group: Group
+) -> tuple[Tensor, Tensor]:
+    """Both divergences of one pair of slots (a, b) at some rows, whose log-sum-exp are known."""
+    a, b = pair
+
+    def probabilities(s: int, some: Tensor) -> Tensor:
+        x = logits.slot(s, partial(torch.index_select, dim=0, index=rows[some]))
+        return x.sub_(logsumexp_SR[s, some].float()[:, None]).exp_()
+
+    every = torch.arange(len(rows), device=rows.device)
+    shift = logits.shift(a, b, partial(torch.index_select, dim=0, index=rows))
+    c = logsumexp_SR[b] - logsumexp_SR[a]
+    return kl_both(shift, c, probabilities(a, every), partial(probabilities, b), group)
 
 
 def _pieces(chosen_R: Tensor, size: int) -> Sequence[Tensor]:
@@ -146,7 +159,7 @@ def plain(
     slots = [_slot(x, m, group) for x, m in zip(logits, maxima_SR, strict=True)]
     both = []
     for (a, b), shift in zip(pairs, shifts, strict=True):
-        both.append(kl_both(shift, slots[b][1] - slots[a][1], slots[a][2], slots[b][2], group))
+        both.append(kl_both(shift, slots[b][1] - slots[a][1], slots[a][2], slots[b][2].__getitem__, group))
     none = maxima_SR.new_empty(0, maxima_SR.shape[1], dtype=torch.float64)
     return Divergences(
         torch.stack([s[0] for s in slots]),
@@ -176,8 +189,11 @@ def mean_shift(a_RV: Tensor, b_RV: Tensor, lse_a_R: Tensor, lse_b_R: Tensor, gro
     return group.sum(larger.mul_(log_b.sub_(log_a).abs_()).sum(1).double())
 
 
-def kl_both(shift_RV: Tensor, c_R: Tensor, pa_RV: Tensor, pb_RV: Tensor, group: Group) -> tuple[Tensor, Tensor]:
-    """KL(b || a) and KL(a || b) [R] float64 from the logit shift x_b - x_a; exact zeros for equal slots, never negative.
+def kl_both(
+    shift_RV: Tensor, c_R: Tensor, pa_RV: Tensor, pb_of: Callable[[Tensor], Tensor], group: Group
+) -> tuple[Tensor, Tensor]:
+    """KL(b || a) and KL(a || b) [R] float64 from the logit shift x_b - x_a; exact zeros for equal slots, never negative. pb_of: p_b
+    of some rows, which few need.
 
     With d = log p_b - log p_a = shift - c, c = logZ_b - logZ_a and W = expm1(d) = p_b / p_a - 1:
         KL(a || b) = sum p_a (W - d)            (the terms p_b - p_a = p_a W add up to zero over the vocabulary)
@@ -190,7 +206,7 @@ def kl_both(shift_RV: Tensor, c_R: Tensor, pa_RV: Tensor, pb_RV: Tensor, group: 
     """
     d = shift_RV - c_R.float()[:, None]
     far = (group.max(d.amax(1)) > PLAIN_FAR).nonzero().flatten()  # each row for itself, whatever its neighbours are
-    led = _kl_far(d[far], pa_RV[far], pb_RV[far]) if len(far) else None
+    led = _kl_far(d[far], pa_RV[far], pb_of(far)) if len(far) else None
     w = torch.expm1(d)
     z = w - d
     y = d.mul_(w).sub_(z)

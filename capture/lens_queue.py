@@ -177,13 +177,11 @@ class LensQueue:
         furthest = torch.where(finite, SHIFTED, SEPARATE)
         of_one = [pair for pair in kind.pairs if kind.of_one_head(pair)]
         others = [pair for pair in kind.pairs if pair not in of_one]
-        near = finite & ~(self.lens.vocabulary.group.max((~_alike(rows)).float()) > 0)
+        unlike = self.lens.vocabulary.group.max((~_alike(rows)).float()) > 0  # ranks take the same way
+        led, shifted = self._likely_close(rows, [[] if self.led_at_once else of_one, others]) & finite & ~unlike
         if self.led_at_once:
-            (close,) = self._likely_close(rows, [others])
-        else:
-            alike, close = self._likely_close(rows, [of_one, others])
-            near &= alike
-        return torch.where(close & finite, SHIFTED, torch.where(near, LED, SEPARATE)), furthest
+            led = finite & ~unlike
+        return torch.where(shifted, SHIFTED, torch.where(led, LED, SEPARATE)), furthest
 
     def _likely_close(self, rows: Waiting, groups: Sequence[Sequence[tuple[int, int]]]) -> Tensor:
         """For each group of pairs the rows [groups, R] where the KL of one of them is likely to be small, as half the variance of its
@@ -222,9 +220,9 @@ class LensQueue:
         return made
 
     def _whole(self, heads: Sequence[Owner]) -> bool:
-        """Whether the logits are over the same rows of the vocabulary as they are."""
+        """Whether all logits are over rows that both vocabularies have."""
         shards = (self.pair.models[o].head_shard()[1].shape[0] for o in heads)
-        return self.pair.same_scaling or all(size == self.lens.n_vocab for size in shards)
+        return self.pair.same_scaling or all(size <= self.lens.n_vocab for size in shards)
 
     def _common(self, logits: Logits, heads: Sequence[Owner]) -> Logits:
         """Logits over the rows that both vocabularies have."""
