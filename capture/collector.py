@@ -241,6 +241,8 @@ class Collector:
             )
             where = self.where[state.batch]
             states = [run_tail(self.pair.tails[norm], rows[s]) if norm else rows[s] for s, norm, _ in order]
+            dtype = self.pair.models["base"].model.dtype
+            states = [s.to(dtype) for s in states]  # what a head is given: Mamba's layers go on in float32
             self.queue.put(Waiting(kind, states, self.next_ids[state.batch], np.full(len(where), state.layer), where))
 
     def _found(self, rows: Waiting, found: Statistics) -> None:

@@ -218,7 +218,7 @@ struct Shift {
     const Sum *a, *b;
 
     bool is_difference() const { return sum.is_difference(); }
-    bool is_rounded() const { return sum.n == 0 || is_difference(); }
+    bool is_rounded() const { return sum.n == 0 || (a->n == 1 && b->n == 1); }
     Difference difference(const float* const* rows, int64_t at) const { return sum.difference(rows, at); }
 
     // As Sum::get, with 0 behind the entries. second: BLOCK floats of space, too.
@@ -436,7 +436,7 @@ void lens_rows(const Tile* t, int64_t first, int64_t last, float* space) {
 
         // Second: e = exp(logit - largest), kept; Z = sum e; H = log Z - sum e (logit - largest) / Z.
         double inverse[16], lse[16];
-        double exact[16];  // log-sum-exp of sums before they were rounded (slots have three terms at most): so are their shifts
+        double exact[16];  // log-sum-exp of sums as they were before rounding: shifts that are not `is_rounded` are of those
         for (int s = 0; s < t->n_slots; s++) {
             float m = largest_of[s];
             vd z = vd{}, mean = vd{}, off = vd{};

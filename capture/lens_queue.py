@@ -165,7 +165,8 @@ class LensQueue:
             if further > way and len(again := (needed == further).nonzero().flatten()):
                 better = self._by(further, _chosen(rows, where[again]))
                 for pair, stats in found[1].items():
-                    put(stats, again, better[1][pair])
+                    lost = stats.lossy[again].nonzero().flatten()
+                    put(stats, again[lost], join([better[1][pair]], lost))
 
     def _likely(self, rows: Waiting) -> tuple[Tensor, Tensor]:
         """The way of each row [R], and the furthest that it may go."""
@@ -256,7 +257,7 @@ def _chosen(rows: Waiting, where: Tensor) -> Waiting:
 
 def _alike(rows: Waiting) -> Tensor:
     """Rows [R] none of whose states is much smaller than its lead: the logits of a sum are as rounded as the larger of its terms."""
-    sizes = torch.stack([torch.linalg.vector_norm(s, dim=1, dtype=torch.float32) for s in rows.states])
+    sizes = torch.stack([torch.linalg.vector_norm(s.float(), dim=1) for s in rows.states])
     led = [(lead, i) for i, lead in enumerate(rows.kind.leads) if lead is not None]
     alike = [sizes[lead] <= MOST_LARGER * sizes[i] for lead, i in led]
     return torch.stack(alike).all(0) if alike else torch.ones_like(sizes[0], dtype=torch.bool)

@@ -5,7 +5,8 @@ near 1e-6 consists of, is then no better than 1e-3 if it is taken as the differe
 with more shifts that are products of their own:
 - separate: none; each slot's logits are a product.
 - led: of the slots of one unembedding W one leads. Another one's logits are those of its lead h and the shift from there,
-  (h_b - h) W^T: as many products as before.
+  (h_b - h) W^T: as many products as before. The shift between two that are led is made of such shifts: it keeps its digits unless both
+  are much further from their leads than from each other.
 - shifted: the first slot leads all. To that of another unembedding it is (h_1 - h_0) W_1^T + h_0 (W_1 - W_0)^T: one product more.
 
 Shapes: R rows, D hidden size, V vocabulary (this rank's share of it), S slots.
@@ -24,6 +25,7 @@ from capture.lockstep import Pair
 from capture.unembed import Space, head_is_linear, logits_and_shifts, own_logits, shifts_between, some_logits
 
 Take = Callable[[Tensor], Tensor]
+MOST_LED = 2  # slots that lead one another down to a last one: the compiled lens takes sums of three
 
 
 def _whole(x_RV: Tensor) -> Tensor:
@@ -99,11 +101,15 @@ def separate(logits: Sequence[Tensor]) -> Logits:
 
 def leads_of(heads: Sequence[Owner], models: Sequence[Owner]) -> tuple[int | None, ...]:
     """For each slot which earlier one leads it: of the same unembedding, and where there is one, of the same blocks: that is where
-    passes differ least. None for the first slot of an unembedding."""
+    passes differ least. None for the first slot of an unembedding. Shifted logits are sums of MOST_LED + 1 tensors at most."""
     found: list[int | None] = []
+    led: list[int] = []  # how many tensors come before, where shifted
     for i, head in enumerate(heads):
         same = [j for j in range(i) if heads[j] == head]
-        found.append(next((j for j in same if models[j] == models[i]), same[0] if same else None))
+        near = (j for j in same if models[j] == models[i] and led[j] < MOST_LED)
+        lead = next(near, same[0] if same else None)
+        found.append(lead)
+        led.append(int(head != heads[0]) if lead is None else led[lead] + 1)
     return tuple(found)
 
 
@@ -150,20 +156,23 @@ def led_logits(
     tensors: dict[int, Tensor] = {}
     for owner in dict.fromkeys(heads):
         members = [i for i, h in enumerate(heads) if h == owner]  # the first of them leads
-        moved = [_moved(rows, leads[i] or 0, i) for i in members]
-        if shifted and members[0]:
-            base = pair.models[heads[0]]
-            product = shifts_between(base, pair.models[owner], rows[0], torch.cat(moved), space)
+        model, between = pair.models[owner], shifted and members[0] > 0
+        operand = rows[0].new_empty(len(members) * len(rows[0]), rows[0].shape[1], dtype=torch.float32)
+        for i, part in zip(members, operand.chunk(len(members)), strict=True):
+            lead = 0 if leads[i] is None and between else leads[i]
+            if lead is None or rows[i].dtype.itemsize < part.dtype.itemsize:
+                part.copy_(rows[i])
+                if lead is not None:
+                    part.sub_(rows[lead])
+            else:
+                torch.sub(rows[i], rows[lead], out=part)
+        if between:
+            product = shifts_between(pair.models[heads[0]], model, rows[0], operand, space)
         else:
-            others = torch.cat(moved[1:]) if moved[1:] else moved[0][:0]
-            product = logits_and_shifts(pair.models[owner], rows[members[0]], others, space)
+            product = logits_and_shifts(model, operand, len(rows[0]), space)
         tensors |= dict(zip(members, product.chunk(len(members)), strict=True))
     slots: list[tuple[int, ...]] = []
     for i, lead in enumerate(leads):
         before = 0 if lead is None and shifted and i else lead
         slots.append((i + 1,) if before is None else (*slots[before], i + 1))
     return Logits([tensors[i] for i in range(len(rows))], slots)
-
-
-def _moved(rows: Sequence[Tensor], a: int, b: int) -> Tensor:
-    return rows[b].float() - rows[a].float()

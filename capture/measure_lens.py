@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -25,7 +26,7 @@ from capture.live import META, Live
 from capture.lockstep import Pair
 from capture.logits import Logits, can_shift, leads_of, led_logits, sampled_logits, separate, tile_logits
 from capture.topk import Vocabulary
-from capture.unembed import SAMPLE, SAMPLES, SMALL_VOCABULARY, keeps_space
+from capture.unembed import SAMPLE, SAMPLES, SMALL_VOCABULARY, head_copies, keeps_space
 
 log = logging.getLogger(__name__)
 
@@ -99,11 +100,15 @@ class LensMeasure:
         states = [torch.empty(tile, self.hidden, dtype=self.dtype, device=META) for _ in heads]
         # as they wait, and those chosen of them
         normed = tile * self.hidden * 2 * len(heads) * self.dtype.itemsize
-        leads, sampled, exact = leads_of(heads, [p.model for p in self.passes]), 0, False
-        ways = [partial(tile_logits, self.pair, states, heads)]
+        models, sampled, exact = [p.model for p in self.passes], 0, False
+        # Both unembeddings may turn out to be one, and then all rows go through one product.
+        either = [heads] if self.pair.owners[0] not in heads else [heads, len(heads) * self.pair.owners[:1]]
+        ways = [partial(tile_logits, self.pair, states, of) for of in either]
         try:
             if can_shift_without_data(self.pair, heads):
-                ways += [partial(led_logits, self.pair, states, heads, leads, shifted=way) for way in (False, True)]
+                for of in either:
+                    led = partial(led_logits, self.pair, states, of, leads_of(of, models))
+                    ways += [led, partial(led, shifted=True)]
                 exact = True
                 with torch.no_grad(), Live(META) as glance:
                     some = sampled_logits(self.pair, states, heads)
@@ -119,6 +124,8 @@ class LensMeasure:
         beside_work = normed + samples + lists
         logits_kept, space = self.kept(tile_bytes)
         peak, kept = (max(both) for both in zip(*made, strict=True))
+        if logits_kept and any(map(head_copies, self.pair.unique())):
+            kept += logits_kept
         statistics = max(self.statistics(tile, exact=way) for way in {False, exact})
         return beside_work + space + max(peak, logits_kept + sampled), beside_work + kept + statistics
 
@@ -202,14 +209,14 @@ def _of_statistics(
     pairs = [(a, b) for a in range(n_slots) for b in range(a)][:n_pairs]
     nothing = torch.zeros(0, dtype=torch.long)
     most = []
-    for spread in (1e-3, 300.0):
+    for spread, summed in itertools.product((1e-3, 300.0), (False,) if fused else (False, True)):
         generator = torch.Generator().manual_seed(0)
         first = torch.randn(rows, n_vocab, generator=generator)
-        moved = [spread * first.roll(1 + s, 1) for s in range(1, n_slots)]
-        if fused:
-            logits = separate([first, *(first + x for x in moved)])
+        tensors = [first, *(first.roll(1 + s, 1).mul_(spread) for s in range(1, n_slots))]
+        if summed:
+            logits = Logits(tensors, [(1,), *((1, 1 + s) for s in range(1, n_slots))])
         else:
-            logits = Logits([first, *moved], [(1,), *((1, 1 + s) for s in range(1, n_slots))])
+            logits = separate([first, *(x.add_(first) for x in tensors[1:])])
         with Live(torch.device("cpu")) as live:
             lens_tile(
                 logits, pairs, torch.zeros(rows, dtype=torch.long), nothing, Vocabulary(listed, k),

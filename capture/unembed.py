@@ -195,12 +195,11 @@ def some_logits(model: StreamedModel, rows_RD: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def logits_and_shifts(model: StreamedModel, rows_RD: Tensor, moved_RD: Tensor, space: Space | None = None) -> Tensor:
-    """Logits of rows [R, D], and behind them what changes of rows [M, D] (float32) change in logits: [R + M, V] float32, in one
-    product; for linear heads only."""
+def logits_and_shifts(model: StreamedModel, rows_RD: Tensor, n: int, space: Space | None = None) -> Tensor:
+    """Logits [R, V] float32 of the first n of float32 rows [R, D], and what changes of rows, which the others are, change in logits; for
+    linear heads only."""
     _, weight, bias = model.head_shard()
-    both, n = torch.cat([rows_RD.float(), moved_RD]), rows_RD.shape[0]
-    out = None if space is None else space.take(model.label, both.shape[0], weight, both.device)
+    out = None if space is None else space.take(model.label, rows_RD.shape[0], weight, rows_RD.device)
 
     def product(x: Tensor) -> Tensor:
         found = _product(x, weight, None, out)
@@ -209,7 +208,7 @@ def logits_and_shifts(model: StreamedModel, rows_RD: Tensor, moved_RD: Tensor, s
         return found
 
     with _precision(torch.float32):  # a difference of bfloat16 rows is no bfloat16 number
-        return _through(model, both, product)
+        return _through(model, rows_RD, product)
 
 
 @torch.no_grad()
@@ -258,6 +257,14 @@ def head_is_linear(model: StreamedModel) -> bool:
         one, two, zero = (_through(model, rows, _Answer(probe * k)) for k in (1.0, 2.0, 0.0))
         model.linear_head = bool(torch.equal(two, 2 * one)) and not bool(zero.any())
     return model.linear_head
+
+
+@torch.no_grad()
+def head_copies(model: StreamedModel) -> bool:
+    """Whether what the model does behind its head makes logits anew (a factor, a cap), beside those of the head."""
+    probe = torch.zeros(1, 1, 8, device=model.device)
+    rows = torch.zeros(1, model.config.hidden_size, dtype=torch.float32, device=model.device)
+    return _through(model, rows, _Answer(probe)).data_ptr() != probe.data_ptr()
 
 
 def _through(model: StreamedModel, rows_RD: Tensor, head: Callable[[Tensor], Tensor]) -> Tensor:

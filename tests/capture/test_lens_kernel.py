@@ -11,10 +11,12 @@ from test_capture import entry_of
 from capture import lens_kernel
 from capture.config import Lens
 from capture.errors import ConfigError
+from capture.lens import lens_tile
 from capture.lens_kernel import Kernel, load_kernel
 from capture.logits import Logits, separate
 from capture.run import capture_pair
 from capture.statistics import residuals
+from capture.topk import Vocabulary
 
 
 @pytest.fixture
@@ -111,6 +113,54 @@ def test_slots_that_are_sums_of_tensors():
         d = sum((1 if t > 0 else -1) * logits.tensors[abs(t) - 1].double() for t in logits.shift_terms(a, b))
         assert torch.equal(found.increased[i].ids, d.topk(4).indices)
         assert torch.equal(found.decreased[i].ids, d.topk(4, largest=False).indices)
+
+
+@pytest.mark.parametrize("where", [0.0, 200.0, 800.0])  # logits, whose sums are rounded as they are large
+@pytest.mark.parametrize("way", ["compiled", "plain", "exact"])
+def test_small_divergences_do_not_know_how_sums_are_rounded(way, where):
+    """Slots that are told from each other by shifts of 1e-3: divergences of some 1e-7, of every ordered pair, and their lists."""
+    generator = torch.Generator().manual_seed(0)
+    vocab, listed = 1900, 1880
+    first, *moved = (torch.randn(20, vocab, generator=generator) for _ in range(4))
+    first = 3 * first + where
+    first[:, 5:7] += 12
+    logits = Logits([first, *(1e-3 * m for m in moved)], [(1,), (1, 2), (1, 3), (1, 2, 4)])
+    pairs = [(a, b) for a in range(4) for b in range(4) if a != b]
+    how = {"compiled": {"kernel": kernel()}, "plain": {}, "exact": {"exact": True}}[way]
+    nothing = torch.zeros(20, dtype=torch.long)
+    slots, found = lens_tile(logits, pairs, nothing, nothing[:1], Vocabulary(listed, 4), rows=7, at_once=3, **how)
+    log_p = [sum(logits.tensors[t - 1].double() for t in terms).log_softmax(1) for terms in logits.slots]
+    for s, p in enumerate(log_p):
+        assert torch.equal(slots[s].top.ids[:, 0], p[:, :listed].argmax(1)) or where > 0
+        assert (slots[s].entropy + (p.exp() * p).sum(1)).abs().max() < 1e-5 * max(1.0, where)
+    for a, b in pairs:
+        want = (log_p[b].exp() * (log_p[b] - log_p[a])).sum(1)
+        floor = 4e-10 if way == "plain" else 0.0  # as divergence.KL_FLOOR says of sums
+        assert ((found[a, b].kl_ba - want).abs() <= 5e-4 * want + floor).all(), (a, b)
+        assert not found[a, b].lossy.any()
+        shift = sum((1 if t > 0 else -1) * logits.tensors[abs(t) - 1].double() for t in logits.shift_terms(a, b))
+        assert torch.equal(found[a, b].increased.ids[:, 0], shift[:, :listed].argmax(1))
+        assert torch.equal(found[a, b].decreased.ids[:, 0], shift[:, :listed].argmin(1))
+
+
+@pytest.mark.parametrize("way", ["compiled", "plain", "exact"])
+def test_the_shift_between_sums_that_share_nothing_is_that_of_their_logits(way):
+    generator = torch.Generator().manual_seed(1)
+    x = [torch.randn(9, 1300, generator=generator) for _ in range(4)]
+    led = Logits(x, [(1,), (2,), (1, 3), (2, 4)])
+    plain = separate([x[0], x[1], x[0] + x[2], x[1] + x[3]])
+    pairs = [(0, 1), (2, 3), (3, 2), (0, 3)]
+    how = {"compiled": {"kernel": kernel()}, "plain": {}, "exact": {"exact": True}}[way]
+    nothing = torch.zeros(9, dtype=torch.long)
+    given = pairs, nothing, nothing[:1], Vocabulary(1290, 5)
+    (ours, found), (theirs, want) = (lens_tile(one, *given, rows=4, at_once=2, **how) for one in (led, plain))
+    for pair in pairs:
+        assert torch.equal(found[pair].increased.ids, want[pair].increased.ids)
+        assert torch.equal(found[pair].decreased.values, want[pair].decreased.values)
+        assert torch.allclose(found[pair].kl_ab, want[pair].kl_ab, rtol=1e-5, atol=0)
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.equal(a.top.values, b.top.values)
+        assert torch.allclose(a.entropy, b.entropy, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("top", [0.0, 8.0, 16.0])  # how sure all slots are of one token

@@ -109,6 +109,27 @@ def test_states_much_smaller_than_those_of_their_lead_are_not_led_by_them():
     assert lens_queue._alike(rows).tolist() == [True, False, True, False]
 
 
+def test_the_lens_of_models_in_float64_agrees_with_the_reference(tmp_path):
+    paths = tiny.make_pair("llama", tmp_path / "pair")
+    result, _ = captured(entry_of(paths, dtype="float64"), tmp_path / "out")
+    from reference import load_pair
+
+    want = expected(load_pair(paths, dtype=torch.float64), tiny.encode(tiny.PROMPTS))
+    assert agree.disagreements(want, agree.read_tables(result.path)) == []
+
+
+@pytest.mark.parametrize("norm", ["final", "none"])
+def test_an_unembedding_is_given_states_in_its_models_dtype(norm, tmp_path, monkeypatch):
+    """Mamba's layers go on in float32, and its head rounds what it is given."""
+    seen, put = set(), lens_queue.LensQueue.put
+    monkeypatch.setattr(
+        lens_queue.LensQueue, "put", lambda self, rows: (seen.update(s.dtype for s in rows.states), put(self, rows))[1]
+    )
+    paths = tiny.make_pair("mamba", tmp_path / "pair")
+    captured(entry_of(paths, prompts=("a bc",), dtype="bfloat16", lens=Lens(norm=norm)), tmp_path / "out")
+    assert seen == {torch.bfloat16}
+
+
 def test_how_many_layers_share_a_product_follows_from_the_rows_and_the_layers():
     large = 400 << 20
     assert layers_at_once(12, 30, large, HEAD, alone=True) == 4

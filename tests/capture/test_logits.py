@@ -48,7 +48,7 @@ def wanted(pair, rows, heads, factor):
 @pytest.mark.parametrize("shifted", [False, True])
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
 @pytest.mark.parametrize("arch", FACTOR)
 def test_shifts_between_related_slots_keep_their_digits(arch, dtype, bias, heads, shifted, tmp_path):
     torch.manual_seed(0)
@@ -74,6 +74,16 @@ def test_a_slot_is_led_by_one_of_its_blocks_where_that_has_its_unembedding():
     assert leads_of(HEADS["two"], MODELS) == (None, None, 0, 1)
     assert leads_of(HEADS["one"], MODELS) == (None, 0, 0, 1)
     assert leads_of(["base", "base", "sft"], ["base", "sft", "sft"]) == (None, 0, None)
+
+
+@pytest.mark.parametrize("heads", [["base"] * 8, ["base", "sft"] * 4, ["base"] * 4 + ["sft"] * 4])
+def test_logits_are_sums_of_three_tensors_at_most(heads):
+    for models in itertools.product(("base", "sft"), repeat=8):
+        leads, terms = leads_of(heads, models), []
+        for i, lead in enumerate(leads):
+            before = (0 if i else None) if lead is None else lead
+            terms.append(1 if before is None else terms[before] + 1)
+        assert max(terms) <= 3, (models, leads)
 
 
 def test_a_sum_is_added_up_in_the_order_of_its_terms():

@@ -1,15 +1,17 @@
 """Memory is a promise: what is alive at most is what was planned, and never more; what does not fit is refused beforehand."""
 
 import dataclasses
+import itertools
 
 import pytest
 import tiny
 import torch
 from promised import counted_capture
+from safetensors.torch import load_file, save_file
 from test_capture import entry_of
 
 from capture import memory
-from capture.config import Lens
+from capture.config import Comparison, Lens, Pass
 from capture.device import DeviceChoice
 from capture.errors import DeviceMemoryError, UnsupportedModelError
 from capture.footprint import MODES, Activations, ModelBytes
@@ -80,6 +82,42 @@ def test_what_is_alive_at_most_is_what_was_planned(case, mode, made, tmp_path, m
     print(f"{case}, {mode}: planned {counted.planned:,}, alive {counted.peak:,}, {counted.planned / counted.peak:.3f}")
     assert counted.peak <= counted.planned <= SLACK.get((case, mode), 1.15) * counted.peak, str(counted.at_peak)
     assert counted.weights_peak <= counted.weights_planned
+
+
+def passes(*letters):
+    """Passes by embeddings, blocks and unembedding, and all their comparisons."""
+    owner = {"b": "base", "s": "sft"}
+    found = tuple(
+        Pass(
+            name=(e + b + u * (u != b)).upper(), model=owner[b], embedding_source=owner[e], unembedding_source=owner[u]
+        )
+        for e, b, u in letters
+    )
+    pairs = itertools.combinations([p.name for p in found], 2)
+    return {"passes": found, "comparisons": tuple(Comparison(base_run=a, sft_run=b) for a, b in pairs)}
+
+
+ODD = {  # architecture, its shape, the entry; whether both models have one unembedding
+    "eight passes": ("llama", {"vocab": 4001, "num_hidden_layers": 2, "perturb": 1e-3}, {"prompts": prompts(1, 40)} | passes(*itertools.product("bs", repeat=3)), False),
+    "blocks of both behind one unembedding": ("llama", {"vocab": 4001, "num_hidden_layers": 2, "perturb": 1e-3}, {"prompts": prompts(2, 60)} | passes("bbb", "bss", "sbs", "bbs"), False),
+    "one unembedding": ("llama", {"vocab": 2003, "num_hidden_layers": 2, "perturb": 1e-3, "hidden_size": 768}, {"prompts": prompts(4, 120), "dtype": "bfloat16"}, True),
+    "one unembedding, the plain lens": ("llama", {"vocab": 17001, "num_hidden_layers": 2}, {"prompts": prompts(2, 60), "lens": Lens(compile=False)}, True),
+    "logits that are divided": ("granite", {"vocab": 17001, "num_hidden_layers": 2}, {"prompts": prompts(2, 60)}, False),
+    "one unembedding, logits that are divided": ("granite", {"vocab": 4001, "num_hidden_layers": 2}, {"prompts": prompts(2, 60)}, True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ODD)
+def test_nothing_takes_more_than_was_planned(case, tmp_path, monkeypatch):
+    arch, shape, entry, one_head = ODD[case]
+    paths = tiny.make_pair(arch, tmp_path / "pair", tie=False, **shape)
+    if one_head:
+        files = paths.base / "model.safetensors", paths.sft / "model.safetensors"
+        base, sft = map(load_file, files)
+        save_file(sft | {"lm_head.weight": base["lm_head.weight"].clone()}, files[1], metadata={"format": "pt"})
+    counted = counted_capture(entry_of(paths, mode="resident", **{"dtype": "float32"} | entry), tmp_path, monkeypatch)
+    assert counted.document["halvings"]["same_unembedding"] == one_head
+    assert counted.peak <= counted.planned <= 1.5 * counted.peak, str(counted.at_peak)
 
 
 ACT = Activations(states=0, batch=0, calls=0, batch_calls=0, opening=0, forward=100, statistics=0, products=0, lens=0)
