@@ -70,7 +70,7 @@ def residuals(
                 delta,
                 turned,
                 [_between(now[a], now[b]) for a, b in pairs],
-                [torch.linalg.vector_norm(states[b][some].double().sub_(states[a][some]), dim=1) for a, b in pairs],
+                [torch.linalg.vector_norm(_difference(states[a][some], states[b][some]), dim=1) for a, b in pairs],
             ]
         )
     none = states[0].new_empty(0, states[0].shape[0], dtype=torch.float64)
@@ -85,6 +85,11 @@ def _direction(x_RD: Tensor) -> tuple[Tensor, Tensor]:
     """Norms [R], and x / |x| [R, D], zero where x is."""
     size = torch.linalg.vector_norm(x_RD, dim=1)
     return size, x_RD / size.where(size > 0, 1.0)[:, None]
+
+
+def _difference(a_RD: Tensor, b_RD: Tensor) -> Tensor:
+    """b - a in float64, in new memory: what is float64 already must not be written to."""
+    return b_RD.to(torch.float64, copy=True).sub_(a_RD)
 
 
 def _between(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> Tensor:
