@@ -73,10 +73,8 @@ def divergences(
     piece = max(1, at_once // PLAIN_PIECES)
     for rows in _pieces(far, piece):
         take = partial(torch.index_select, dim=0, index=rows)
-        slots, shifts = (
-            [logits.slot(s, take) for s in range(logits.n_slots)],
-            (logits.shift(a, b, take) for a, b in pairs),
-        )
+        slots = [logits.slot(s, take) for s in range(logits.n_slots)]
+        shifts = (logits.shift(a, b, take) for a, b in pairs)  # one at a time
         again = plain(slots, maxima_SR[:, rows], pairs, group, shifts)
         for mine, theirs in zip(vars(of).values(), vars(again).values(), strict=True):
             mine[:, rows] = theirs

@@ -69,8 +69,8 @@ class Logits:
         return self._sum(self.slots[s], take)
 
     def shift_terms(self, a: int, b: int) -> tuple[int, ...]:
-        """The tensors that take slot a to slot b: numbers from 1, negative where a tensor is taken off. None where that is the
-        difference of two sums."""
+        """The tensors that take slot a to slot b: numbers from 1, negative where a tensor is taken off. Empty where that is
+        the difference of two sums."""
         if not self.related(a, b) and len(self.slots[a]) + len(self.slots[b]) > 2:
             return ()
         plus = [i for i in self.slots[b] if i not in self.slots[a]]

@@ -40,7 +40,7 @@ CASES = {
     "64-close": (64, 1),
     "64-real": (64, 1),
 }  # tokens, prompts
-CLOSE = {"perturb": 0.005}  # of the pair of the last: a tenth of what the others' models differ by
+CLOSE = {"perturb": 0.005}  # of the pair of 64-close: a tenth of what the others' models differ by
 BARS = {
     "compiled": {"12": 0.9, "64": 1.35, "250": 1.4, "8x64": 1.5, "64-close": 1.35, "64-real": 1.35},
     "eager": {"12": 1.1, "64": 1.7, "250": 1.9, "8x64": 1.9, "64-close": 1.7, "64-real": 1.7},
