@@ -188,20 +188,20 @@ class Collector:
         turns = sorted(set(moved))
         pairs = list(dict.fromkeys(s for s in sides if s[0] != s[1]))
         found = statistics.residuals(rows, previous, turns, pairs, self.lens.kernel)
-        slot_of = state.slot_of  # and not the state, which goes
+        column, where = at
+        now = [state.slot_of[p.name] for p in self.passes]
+        turned_by = [turns.index(turn) for turn in moved]
+        between = [pairs.index(s) if s[0] != s[1] else len(pairs) for s in sides]  # behind the last: zeros
 
         def use(numbers: list[Tensor]) -> None:
             norm, delta, turned, distance, difference = (x.numpy() for x in numbers)
-            for p, one in enumerate(self.passes):
-                self.runs["norm"][p][at] = norm[slot_of[one.name]]
-                if moved:
-                    turn = turns.index(moved[p])
-                    self.runs["norm_delta"][p][at] = delta[turn]
-                    self.runs["cosine_distance_prev"][p][at] = turned[turn]
-            for c, side in enumerate(sides):
-                same = side[0] == side[1]
-                self.pairwise["cosine_distance"][c][at] = 0.0 if same else distance[pairs.index(side)]
-                self.pairwise["norm_diff"][c][at] = 0.0 if same else difference[pairs.index(side)]
+            self.runs["norm"][:, column, where] = norm[now]
+            if moved:
+                self.runs["norm_delta"][:, column, where] = delta[turned_by]
+                self.runs["cosine_distance_prev"][:, column, where] = turned[turned_by]
+            none = np.zeros((1, norm.shape[1]))
+            for name, found in (("cosine_distance", distance), ("norm_diff", difference)):
+                self.pairwise[name][:, column, where] = np.concatenate([found, none])[between]
 
         self.download.put(list(vars(found).values()), use)
 
