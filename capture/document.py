@@ -110,7 +110,7 @@ def document(work: Work, files: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _split(pair: Pair, batch: int) -> list[dict[str, int]]:
     """From which layer on a batch went through layers in how many parts: part of its numbers, as its composition is."""
-    return [{"from_layer": s.layer, "parts": s.parts} for s in pair.splits if s.batch == batch]
+    return [{"from_layer": s.layer, "parts": s.parts} for s in pair.parts.splits if s.batch == batch]
 
 
 def _quantization(pair: Pair) -> dict[str, Any] | None:

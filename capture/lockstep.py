@@ -16,28 +16,26 @@ equal is computed twice, but for layers whose weights are never in memory at the
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from capture.batches import Batch, halves
+from capture.batches import Batch
 from capture.checkpoint import EMBEDDING, HEAD, REST, StreamedModel, layers_equal
 from capture.config import Owner, Pass
+from capture.entering import Entering
 from capture.home import Home
-from capture.ledger import free_memory, is_out_of_memory
 from capture.loader import Loader
-from capture.replay import Recording, record, run_layer, run_tail
+from capture.parts import Parts, Split
+from capture.replay import run_layer, run_tail
 from capture.sublayer import SubLayer
 from capture.unembed import heads_equal
 
 Job = tuple[Owner, list[int]]  # a model and the slots that go through its layer
 Fresh = dict[Owner, list[list[Tensor]]]  # what a layer made: [batch] -> states of a model's input slots
 Stop = Callable[[], bool] | None
-
-log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -52,21 +50,12 @@ class State:
     previous_slot_of: dict[str, int]
 
 
-@dataclass(frozen=True)
-class Split:
-    """From this layer on, batch `batch` goes through the layers in `parts` parts: whole it did not fit."""
-
-    layer: int
-    batch: int
-    parts: int
-
-
 class Pair:
     """Both models of a pair, opened, and how their passes share work.
 
     models: {"base": ..., "sft": ...}; the same object twice where both are one checkpoint. After `begin`, `tails` holds
     each model's final norm and `same_embeddings`, `same_tail`, `same_head` say what both models have in common; `states` are
-    [batch][slot] -> [B, T, D], wherever `home` keeps them, and `splits` says which batches go through layers in parts.
+    [batch][slot] -> [B, T, D], wherever `home` keeps them, and `parts` says which batches go through layers in parts.
     """
 
     def __init__(self, base: StreamedModel, sft: StreamedModel, passes: Sequence[Pass]) -> None:
@@ -75,7 +64,6 @@ class Pair:
         self.n_layers = base.n_layers
         self.same_config = _numerics(base.config.to_dict()) == _numerics(sft.config.to_dict())
         self.shared_layers = 0
-        self.splits: list[Split] = []
 
     def unique(self) -> list[StreamedModel]:
         """The models, one where both are the same checkpoint."""
@@ -105,26 +93,21 @@ class Pair:
         if mode == "sub-layer":
             self._cancel_first()
         self.inside = [SubLayer(m) for m in self.unique()] if mode == "sub-layer" else []
-        embeds = self._embed()
+        entering = Entering(self.models, self.passes, self.batches, self.home)
+        entering.embed()
         self._tidy()
         for model in self.unique():
             for group in (REST, HEAD):
                 model.load(group)
         base, sft = self.models["base"], self.models["sft"]
-        self.same_embeddings = all(map(torch.equal, embeds["base"], embeds["sft"]))
+        self.same_embeddings, self.stacked = entering.same_embeddings, entering.stacked
         self.same_tail = self.same_config and layers_equal(base, sft, [REST])
         self.same_scaling = self.same_config and base.head_weight.shape == sft.head_weight.shape
         self.same_head = self.same_config and base.tied == sft.tied and heads_equal(base, sft)
-        self.sources = {o: self._sources(o) for o in self.owners}
-        # Passes of one comparison run at equal batch shapes: both models stack their passes, or none does.
-        self.stacked = len({len(s) for s in self.sources.values()}) == 1
-        # [batch][number of parts][part]: what the layers of each model are called with
-        self.recordings: list[dict[int, list[dict[Owner, Recording]]]] = []
-        entries: list[dict[str, Tensor]] = []
-        for b in range(len(batches)):
-            entries.append(self._enter_all(b, embeds))
-            embeds["base"][b] = embeds["sft"][b] = torch.empty(0)
-        self.tails = {o: self.recordings[0][1][0][o].tail for o in self.owners}
+        entered = [entering.enter(b) for b in range(len(self.batches))]
+        recorded, entries = [r for r, _ in entered], [e for _, e in entered]
+        self.parts = Parts(entering, recorded)
+        self.tails = {o: recording.tail for o, recording in recorded[0].items()}
         names = [p.name for p in self.passes]
         first_of = [next(q for q in names if all(e[q] is e[p] for e in entries)) for p in names]
         firsts = list(dict.fromkeys(first_of))
@@ -139,60 +122,6 @@ class Pair:
         """What was announced before it was known where the walk begins, and in which pieces weights are read."""
         for model in self.unique():
             model.cancel_first()
-
-    def _embed(self) -> dict[str, list[Tensor]]:
-        """Both models' embeddings of every batch. One table at a time, but for those that are unembeddings as well."""
-        found: dict[str, list[Tensor]] = {}
-        for owner, model in self.models.items():
-            if owner == "sft" and model is self.models["base"]:
-                found[owner] = list(found["base"])
-                continue
-            model.load(EMBEDDING)
-            found[owner] = [self.home.put([model.embed(b.ids_BT)])[0] for b in self.batches]
-            if not model.tied:
-                model.free(EMBEDDING)
-        return found
-
-    def _enter_all(self, b: int, embeds: dict[str, list[Tensor]]) -> dict[str, Tensor]:
-        """Record one batch; the state of every pass that enters layer 0. Equal states are one tensor."""
-        by_owner: dict[Owner, Recording] = {}
-        entry: dict[str, Tensor] = {}
-        for owner in self.owners:
-            found = self.home.get([embeds[s][b] for s in self.sources[owner]])
-            by_owner[owner], states = self._enter(owner, self.batches[b], found)
-            for p in self.passes:
-                if p.model == owner:
-                    state = states[self.sources[owner].index(self._source(p))]
-                    equal = (s for s in entry.values() if torch.equal(s, state))
-                    entry[p.name] = next(equal, state)
-        self.recordings.append({1: [by_owner]})
-        kept: dict[int, Tensor] = {}
-        for state in entry.values():
-            if id(state) not in kept:
-                kept[id(state)] = self.home.put([state])[0]
-        return {name: kept[id(state)] for name, state in entry.items()}
-
-    def _source(self, p: Pass) -> Owner:
-        return "base" if self.same_embeddings else p.embeddings
-
-    def _sources(self, owner: Owner) -> list[Owner]:
-        """Whose embeddings the passes of one model's blocks start from, each once."""
-        return list(dict.fromkeys(self._source(p) for p in self.passes if p.model == owner))
-
-    def _enter(self, owner: Owner, batch: Batch, embeds: list[Tensor]) -> tuple[Recording, list[Tensor]]:
-        """Record one model on one batch; the states that enter its layer 0, one for each source of embeddings."""
-        model, n = self.models[owner], len(embeds)
-        if not self.stacked or n == 1:
-            recordings = [record(model, e, mask_BT=batch.mask_BT, positions_BT=batch.positions_BT) for e in embeds]
-            return self._kept(recordings[0]), [r.entry_BTD for r in recordings]
-        mask = None if batch.mask_BT is None else batch.mask_BT.repeat(n, 1)
-        positions = None if batch.positions_BT is None else batch.positions_BT.repeat(n, 1)
-        recording = record(model, torch.cat(embeds), mask_BT=mask, positions_BT=positions)
-        return self._kept(recording), list(recording.entry_BTD.chunk(n))
-
-    def _kept(self, recording: Recording) -> Recording:
-        """What layers need of a recording, where it waits; the entering state goes its own way."""
-        return replace(recording, entry_BTD=torch.empty(0), calls=self.home.keep(recording.calls))
 
     # -- walking -------------------------------------------------------------------------------------------------------
 
@@ -238,7 +167,7 @@ class Pair:
         self.states = [self.home.put(slots) for slots in states]
         self.slot_of, self.shared_layers = slot_of, shared_layers
         for split in splits:
-            self.split(split)
+            self.parts.split(split)
 
     def _walked(self) -> list[StreamedModel]:
         return list({id(self.models[o]): self.models[o] for o in self.owners}.values())
@@ -252,7 +181,7 @@ class Pair:
                 jobs, slot_of = self._jobs(self._may_share() and self._same_weights(layer))
                 for b in range(len(self.states)):
                     _ask(stop)
-                    new = self._try(b, layer, lambda b=b, layer=layer, jobs=jobs: self._step(layer, b, jobs))  # type: ignore[misc]
+                    new = self.parts.attempt(b, layer, lambda b=b, layer=layer, jobs=jobs: self._step(layer, b, jobs))  # type: ignore[misc]
                     yield from self._hand_out(layer, b, new, slot_of)
                 self._next(slot_of)
                 if self.mode != "resident":
@@ -304,9 +233,9 @@ class Pair:
         inputs = self._inputs()
         fresh[second] = []
         for b in range(len(self.states)):
-            parts = {first: self.parts(b, layer)}
+            parts = {first: self.parts.of(b, layer)}
             fresh[second].append(self._turn(second, inputs[second], layer, b, stop))
-            parts[second] = self.parts(b, layer)
+            parts[second] = self.parts.of(b, layer)
             while parts[first] != parts[second]:
                 owner = first if parts[first] < parts[second] else second
                 model, group = self.models[owner], ("layer", layer)
@@ -315,7 +244,7 @@ class Pair:
                     loader.drop_ahead()
                     model.load(group)
                 fresh[owner][b] = self._turn(owner, inputs[owner], layer, b, stop)
-                parts[owner] = self.parts(b, layer)
+                parts[owner] = self.parts.of(b, layer)
                 if away:
                     model.free(group)
 
@@ -328,10 +257,12 @@ class Pair:
         inputs = self._inputs()
         kept: dict[Owner, list[list[list[Tensor]]]] = {}
         ran: dict[Owner, tuple[Split, ...]] = {}
-        while late := [o for o in self.owners if ran.get(o) != tuple(self.splits)]:  # a split for one holds for both
+        while late := [
+            o for o in self.owners if ran.get(o) != tuple(self.parts.splits)
+        ]:  # a split for one holds for both
             owner = late[0]
             kept[owner] = self._alone(owner, inputs[owner], layers, waiting, stop)
-            ran[owner] = tuple(self.splits)
+            ran[owner] = tuple(self.parts.splits)
         self._tidy()
         for model, group in ends:
             model.load(group)
@@ -407,24 +338,23 @@ class Pair:
 
     def _turn_on(self, owner: Owner, before: list[Tensor], layer: int, b: int, stop: Stop) -> list[Tensor]:
         _ask(stop)
-        return self._try(b, layer, lambda: self._run(owner, before, layer, b))
+        return self.parts.attempt(b, layer, lambda: self._run(owner, before, layer, b))
 
     def _run(self, owner: Owner, states: list[Tensor], layer: int, b: int) -> list[Tensor]:
         """One layer on one batch's states, in as many parts as the batch was split into."""
         module = self.models[owner].layers[layer]
-        n = self.parts(b, layer)
-        found = [torch.empty_like(s) for s in states] if n > 1 else []
-        for part, recorded in zip(halves(self.batches[b], n), self.recordings[b][n], strict=True):
-            call = self.home.take(recorded[owner].calls[layer])
-            some = states if n == 1 else [s[part] for s in states]
+        whole = self.parts.of(b, layer) == 1
+        found = [] if whole else [torch.empty_like(s) for s in states]
+        for part, call in self.parts.calls(owner, layer, b):
+            some = states if whole else [s[part] for s in states]
             if self.stacked and len(states) > 1:
                 out = list(run_layer(module, torch.cat(some), call).chunk(len(some)))
             else:
                 out = [run_layer(module, s, call) for s in some]
-            if n == 1:
+            if whole:
                 return out
-            for whole, one in zip(found, out, strict=True):
-                whole[part] = one
+            for into, one in zip(found, out, strict=True):
+                into[part] = one
         return found
 
     def _hand_out(self, layer: int, b: int, new: list[Tensor], slot_of: dict[str, int]) -> Iterator[State]:
@@ -449,46 +379,6 @@ class Pair:
             del slots
             yield state
             state.slots, state.previous = [], None
-
-    # -- batches in parts ----------------------------------------------------------------------------------------------
-
-    def parts(self, b: int, layer: int) -> int:
-        """In how many parts batch b goes through a layer."""
-        return max((s.parts for s in self.splits if s.batch == b and s.layer <= layer), default=1)
-
-    def split(self, split: Split) -> None:
-        """Let a batch go through this layer and all after it in parts, with arguments recorded anew for each part."""
-        self.splits.append(split)
-        batch = self.batches[split.batch]
-        if split.parts in self.recordings[split.batch]:
-            return
-        recorded: list[dict[Owner, Recording]] = []
-        for part in halves(batch, split.parts):
-            some = batch.part(part)
-            model = self.models[self.owners[0]]
-            empty = torch.zeros(
-                *some.ids_BT.shape, model.config.hidden_size, dtype=model.model.dtype, device=model.device
-            )
-            recorded.append({o: self._enter(o, some, [empty] * len(self.sources[o]))[0] for o in self.owners})
-        self.recordings[split.batch][split.parts] = recorded
-
-    def _try(self, b: int, layer: int, run: Callable[[], list[Tensor]]) -> list[Tensor]:
-        """Run; where memory runs out, split the batch in twice as many parts from this layer on, and run again.
-
-        Ranks of a group cannot do this: while one runs out of memory the others wait for it inside the layer.
-        """
-        while True:
-            try:
-                return run()
-            except RuntimeError as error:
-                n = self.parts(b, layer)
-                if not is_out_of_memory(error) or n == len(self.batches[b].items) or self.models["base"].group.size > 1:
-                    raise
-                why = str(error).splitlines()[0]
-            free_memory()  # outside of the handler: the traceback holds what the failed attempt had made
-            n = min(2 * n, len(self.batches[b].items))
-            log.warning("layer %d, batch %d: %s; going on in %d parts", layer, b, why, n)
-            self.split(Split(layer, b, n))
 
 
 def _ask(stop: Stop) -> None:

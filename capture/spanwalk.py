@@ -15,9 +15,10 @@ from capture.collector import Collector
 from capture.entries import Entry
 from capture.group import Group
 from capture.ledger import Ledger
-from capture.lockstep import Pair, Split, State
+from capture.lockstep import Pair, State
 from capture.manifest import now
 from capture.parcels import Outbox, Parcel, ReceivedSpan, pack_states, received, unpack, unpack_states
+from capture.parts import Split
 from capture.relay import Done, Handover, Relay, Sent, cut
 from capture.spans import Span, SpanStore, of_ours
 
@@ -108,7 +109,7 @@ class SpanWalk:
             _check_kinds(int, s.layer, s.batch, s.parts)
             if s.batch < 0 or not 1 <= s.parts <= len(self.pair.batches[s.batch].items):
                 raise ValueError(f"batch {s.batch} in {s.parts} parts")
-        return slot_of, shared_layers, [s for s in splits if s not in self.pair.splits]
+        return slot_of, shared_layers, [s for s in splits if s not in self.pair.parts.splits]
 
     def _states(self, sent: tuple[Sent, ...], device: torch.device) -> list[list[torch.Tensor]]:
         worker = len(sent) - 1
@@ -161,7 +162,7 @@ class SpanWalk:
         return {
             "slot_of": slot_of,
             "shared_layers": self.pair.shared_layers,
-            "splits": [(s.layer, s.batch, s.parts) for s in self.pair.splits],
+            "splits": [(s.layer, s.batch, s.parts) for s in self.pair.parts.splits],
             "found": self.collector.found(),
             "host": socket.gethostname(),
             "process": os.getpid(),

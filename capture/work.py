@@ -27,9 +27,10 @@ from capture.lens_kernel import Kernel, load_fused, load_kernel
 from capture.lens_plan import TILE_BYTES, LensPlan, layers_at_once, plan_layers, statistics_rows
 from capture.lens_sums import FUSED_SLOTS, Fused
 from capture.loader import AHEAD_LAYERS
-from capture.lockstep import Pair, Split
+from capture.lockstep import Pair
 from capture.measure import Measure
 from capture.memory import ModeChoice, Promise
+from capture.parts import Split
 from capture.peaks import Peaks
 from capture.progress import Progress
 from capture.prompts import Prompts, check_ids, load_tokenizer, token_texts, tracked_tokens
@@ -160,7 +161,7 @@ class Work:
         self.pair.begin(self.batches, mode=self.mode.mode, spill=self.mode.spill)
         for b, batch in enumerate(self.batches):
             if self.mode.parts > 1 and len(batch.items) > 1:
-                self.pair.split(Split(0, b, min(self.mode.parts, len(batch.items))))
+                self.pair.parts.split(Split(0, b, min(self.mode.parts, len(batch.items))))
         self.checks = self._self_checks()
 
     def _choose_mode(self) -> ModeChoice:
