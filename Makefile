@@ -84,14 +84,15 @@ audit: $(STAMP)  ## known vulnerabilities in constraints.txt, by pip-audit in an
 coverage: $(STAMP)  ## make test, and which lines it did not run
 	@$(BIN)/python -m slipcover -m $(FAST)
 
-bench: $(STAMP)  ## time captures against their floors: resident, streamed, cold, from a hub, fetched ahead; Ray's share; bytes (half an hour). BENCH="--rounds 5" goes to the first two
+bench: $(STAMP)  ## time captures against their floors: resident, streamed, cold, from a hub, fetched ahead; Ray's share; bytes; the plan (an hour). BENCH="--rounds 5" goes to the first two
 	@$(BIN)/python tests/bench/bench_capture.py $(BENCH); a=$$?; \
 	 $(BIN)/python tests/bench/bench_streaming.py $(BENCH); b=$$?; \
 	 $(BIN)/python tests/bench/bench_ray.py; c=$$?; \
 	 $(BIN)/python tests/bench/bench_hub.py; d=$$?; \
 	 $(BIN)/python tests/bench/bench_storage.py; e=$$?; \
 	 $(BIN)/python tests/bench/bench_cold.py; f=$$?; \
-	 $(BIN)/python tests/bench/bench_ahead.py; g=$$?; exit $$((a | b | c | d | e | f | g))
+	 $(BIN)/python tests/bench/bench_ahead.py; g=$$?; \
+	 $(BIN)/python tests/bench/bench_plan.py; h=$$?; exit $$((a | b | c | d | e | f | g | h))
 
 # What a capture is compared with is installed apart, on top of .venv: nothing of it can change what tests and users run.
 RIVALS := .cache/rivals
@@ -116,7 +117,7 @@ bench-analysis: $(STAMP)  ## time questions on 100 M rows, and the import of 1 G
 	@$(BIN)/python tests/bench/bench_import.py
 
 bench-page: $(STAMP)  ## time the page of 20 prompts x 250 tokens x 34 layers in a browser (needs Debian's chromium)
-	@$(BIN)/python -m pytest tests/analysis/test_page_speed.py -s
+	@PAIRSCOPE_BENCH=1 $(BIN)/python -m pytest tests/analysis/test_page_speed.py -s
 
 docs: $(STAMP)  ## write the generated pages of docs/ again
 	@$(BIN)/python docs/generate.py

@@ -24,7 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from measured import CACHE, ROOT, Bench, in_turns, ratios
+from measured import CACHE, ROOT, Bench, at_least, in_turns, ratios
 from pairs import captured, entry_of, make_pair, prompts_of, work
 
 TRIED = 24  # prompts whose time says how many take as long as fetching
@@ -106,12 +106,18 @@ def measure(
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--mb-per-s", type=float, default=50.0, help="bandwidth of the hub (default 50)")
-    parser.add_argument("--rounds", type=int, default=2, help="sweeps of each kind (default 2)")
+    parser.add_argument("--mb-per-s", type=at_least(1, float), default=50.0, help="bandwidth of the hub (default 50)")
+    parser.add_argument("--rounds", type=at_least(1), default=2, help="sweeps of each kind (default 2)")
     parser.add_argument(
-        "--prompts", type=int, help="prompts of 64 tokens (default: as many as take as long as fetching)"
+        "--prompts", type=at_least(1), help="prompts of 64 tokens (default: as many as take as long as fetching)"
     )
-    parser.add_argument("--ways", nargs="+", default=["download", "cache"], help="values of weights to measure")
+    parser.add_argument(
+        "--ways",
+        nargs="+",
+        choices=["download", "cache"],
+        default=["download", "cache"],
+        help="values of weights to measure",
+    )
     parser.add_argument("--json", type=Path, help="where the figures go (default .cache/bench/ahead.json)")
     args = parser.parse_args()
 

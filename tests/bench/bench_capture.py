@@ -3,10 +3,11 @@
     python tests/bench/bench_capture.py [--rounds 5] [--threads 2] [--cases 12 64 250 8x64 64-close 64-real] [--eager] [--compile]
 
 The pair has the shape of SmolLM2-135M (576 wide, 30 layers, 49152 tokens, tied, float32) and random weights; all statistics are
-on. The floor is what no capture of all layers can do without, and nothing else: one forward of each model with two passes in its
-batch, and for every state that a lens reads one product per model, [2 x tokens, 576] by [576, 49152]. States -1..30 need 31 of
-them: layer 30 is layer 29 after the final norm. Without the lens the floor is the two forwards. With 8 prompts a capture runs a ninth,
-one of them alone, for the noise floor; the floor has eight. The models differ by 5 % of each weight's size; of "64-close" by 0.5 %:
+on. The floor is one forward of each model with two passes in its batch, and for every state that a lens reads one product per
+model, [2 x tokens, 576] by [576, 49152]. States -1..30 need 31 of them: layer 30 is layer 29 after the final norm. A capture puts
+short states of several layers into one product, which costs less than one for each: so it can be below 1. Without the lens the
+floor is the two forwards. With 8 prompts a capture runs a ninth, one of them alone, for the noise floor; the floor has eight, so
+without the lens it is measured with noise_floor: false as well. The models differ by 5 % of each weight's size; of "64-close" by 0.5 %:
 small divergences may cost products that the floor does not have (docs/method.md, Numerics). "64-real" is SmolLM2-135M and a short
 fine-tune of it on a text, where `make demo-smollm2` has made that pair.
 
@@ -29,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import pairs
-from measured import Bench, ratios
+from measured import Bench, at_least, ratios
 
 STEADY = 1.3  # floors of one run that are further apart than this say that the machine was busy
 CASES = {
@@ -41,11 +42,13 @@ CASES = {
     "64-real": (64, 1),
 }  # tokens, prompts
 CLOSE = {"perturb": 0.005}  # of the pair of 64-close: a tenth of what the others' models differ by
-BARS = {
+BARS: dict[str, dict[str, float | None]] = {
     "compiled": {"12": 0.9, "64": 1.35, "250": 1.4, "8x64": 1.5, "64-close": 1.35, "64-real": 1.35},
     "eager": {"12": 1.1, "64": 1.7, "250": 1.9, "8x64": 1.9, "64-close": 1.7, "64-real": 1.7},
     "without the lens": {"12": 1.15, "64": 1.15, "250": 1.15, "8x64": 1.15},
+    "without the lens and the noise floor": {"8x64": None},
 }
+NINTH = "the capture runs a ninth prompt, for the noise floor; the floor has eight"
 
 
 class Floor:
@@ -103,9 +106,11 @@ def measure(bench: Bench, paths: Any, out: Path, case: str, rounds: int, chosen:
 
     tokens, n_prompts = CASES[case]
     floor = Floor(paths)
-    todo = ways(chosen) | (
-        {"without the lens": {"lens": Lens(enabled=False)}} if case in BARS["without the lens"] else {}
-    )
+    bare: dict[str, dict[str, Any]] = {
+        "without the lens": {"lens": Lens(enabled=False)},
+        "without the lens and the noise floor": {"lens": Lens(enabled=False), "noise_floor": False},
+    }
+    todo = ways(chosen) | {name: fields for name, fields in bare.items() if case in BARS[name]}
     prompts = pairs.real_prompt(paths, tokens) if case.endswith("-real") else pairs.prompts_of(tokens, n_prompts)
     entries = {name: pairs.entry_of(paths, prompts, **fields) for name, fields in todo.items()}
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in todo}
@@ -123,7 +128,7 @@ def measure(bench: Bench, paths: Any, out: Path, case: str, rounds: int, chosen:
         for name, entry in entries.items():
             found[name].append(pairs.captured(entry, out))
             after = both()
-            index = 0 if name == "without the lens" else 1
+            index = 0 if name in bare else 1
             floors[name].append((before[index] + after[index]) / 2)
             before = after
     text = f"{n_prompts} prompts of {tokens} tokens" if n_prompts > 1 else f"one prompt of {tokens} tokens"
@@ -132,12 +137,13 @@ def measure(bench: Bench, paths: Any, out: Path, case: str, rounds: int, chosen:
     )
     for name in todo:
         works = [pairs.work(f) for f in found[name]]
-        over = "the two forwards" if name == "without the lens" else "bare forwards and bare lens products"
+        over = "the two forwards" if name in bare else "bare forwards and bare lens products"
         spread = max(floors[name]) / min(floors[name])
-        busy = f"the floor itself varied by {spread:.1f}x: the machine was busy" if spread > STEADY else ""
-        what = "statistics without the lens" if name == "without the lens" else f"all statistics, {name}"
-        bench.add(f"{case} {name}", f"{what}, {text}", ratios(works, floors[name]), over=over, bar=BARS[name].get(case), note=busy)  # fmt: skip
-        if name != "without the lens":
+        notes = [NINTH] if n_prompts > 1 and name != "without the lens and the noise floor" else []
+        notes += [f"the floor itself varied by {spread:.1f}x: the machine was busy"] if spread > STEADY else []
+        what = f"statistics {name}" if name in bare else f"all statistics, {name}"
+        bench.add(f"{case} {name}", f"{what}, {text}", ratios(works, floors[name]), over=over, bar=BARS[name].get(case), note="; ".join(notes))  # fmt: skip
+        if name not in bare:
             whole = [f["seconds"]["all"] for f in found[name]]
             bench.add(f"{case} {name}, opening too", f"{what}, {text}, opening included", ratios(whole, floors[name]), over=over)  # fmt: skip
         stages = {s: statistics.median(f["seconds"][s] for f in found[name]) for s in found[name][0]["seconds"]}
@@ -146,15 +152,17 @@ def measure(bench: Bench, paths: Any, out: Path, case: str, rounds: int, chosen:
         )
 
 
-def main() -> int:
+def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3, help="captures of each that count (default 3)")
-    parser.add_argument("--threads", type=int, default=None, help="threads of torch (default: as torch chooses)")
+    parser.add_argument("--rounds", type=at_least(1), default=3, help="captures of each that count (default 3)")
+    parser.add_argument(
+        "--threads", type=at_least(1), default=None, help="threads of torch (default: as torch chooses)"
+    )
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES), help="what to capture")
     parser.add_argument("--eager", action="store_const", const="eager", help="the plain lens only")
     parser.add_argument("--compile", action="store_const", const="compiled", help="the compiled lens only")
     parser.add_argument("--json", type=Path, help="where the figures go (default .cache/bench/capture.json)")
-    args = parser.parse_args()
+    args = parser.parse_args(words)
     import torch
 
     if args.threads:

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import pairs
-from measured import CACHE, Bench, ratios
+from measured import CACHE, Bench, at_least, ratios
 
 SHAPES: dict[str, dict[str, int]] = {
     "7b": {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152064},
@@ -372,7 +372,7 @@ def main() -> int:
         "--shapes", nargs="+", choices=["7b", "14b"], default=["7b", "14b"], help="pairs (default both)"
     )
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
-    parser.add_argument("--rounds", type=int, default=3, help="captures of each that count (default 3)")
+    parser.add_argument("--rounds", type=at_least(1), default=3, help="captures of each that count (default 3)")
     parser.add_argument("--folder", type=Path, default=CACHE, help="where the pairs are made (default .cache/bench)")
     parser.add_argument("--json", type=Path, help="where the figures go (default .cache/bench/gpu.json)")
     args = parser.parse_args()

@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from typing import Any, TextIO
 
-from measured import ROOT, Bench
+from measured import ROOT, Bench, at_least
 
 sys.path.insert(0, str(ROOT / "tests" / "analysis"))
 BAR_MB = 1000
@@ -87,7 +87,7 @@ def measure(megabytes: float, directory: Path) -> dict[str, Any]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--mb", type=float, default=1000, help="size of the file (default 1000)")
+    parser.add_argument("--mb", type=at_least(1, float), default=1000, help="size of the file (default 1000)")
     parser.add_argument("--bar-mb", type=float, default=BAR_MB, help=f"most resident memory (default {BAR_MB})")
     parser.add_argument("--json", type=Path, help="where the figures go (default .cache/bench/import.json)")
     args = parser.parse_args()

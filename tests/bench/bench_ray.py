@@ -1,11 +1,14 @@
 """What Ray adds to a sweep: its start, each further entry, a thousand entries, and several nodes.
 
-    python tests/bench/bench_ray.py [--rounds 3] [--entries 12] [--parts entry queue nodes]
+    python tests/bench/bench_ray.py [--rounds 3] [--entries 12] [--parts start entry queue nodes]
+
+start: a local Ray, and two of the actors that work on entries, each from its creation to its first answer.
 
 entry: the embedded pair (two layers' worth of work, under two seconds) so many times, each under a name of its own: swept one at a
 time through a Ray of its own, against the same captures one after the other in this process, without Ray. In turns. What an entry
-beyond the first costs is (sweep of n - sweep of 1) / (n - 1); the captures' own time per entry is taken off. Also shown: the same
-from within a single sweep (from one entry's start to the next one's), and the seconds before the first entry starts.
+beyond the first costs is (sweep of n - sweep of 1) / (n - 1); the captures' own time per entry is taken off. That difference
+holds how much Ray's start varies, so the bar is asked of the same from within a single sweep as well: from one entry's start to the
+next one's. Also shown: the seconds before the first entry starts.
 
 queue: 1,000 entries whose work is nothing (tests/cluster/fake_work.py), on a Ray of two cores.
 
@@ -31,12 +34,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from measured import ROOT, Bench
+from measured import ROOT, Bench, at_least, ratios
 
 HERE = Path(__file__).parent
 FAKES = ROOT / "tests" / "cluster"
 PAIR = ROOT / "configs" / "pairs" / "pydoc"
 BAR_ENTRY_S = 0.3
+PARTS = ("start", "entry", "queue", "nodes")
 NODES = (1, 2, 4)
 SLEEP_S = 1.0
 BEHIND_EACH_OTHER = 6  # sleeping entries for each node
@@ -124,8 +128,48 @@ def measure_entry(bench: Bench, rounds: int, n: int) -> None:
         shutil.rmtree(work)
     what = f"each tiny entry beyond the first, of {n}"
     bench.add("entry", f"{what}: seconds that a sweep adds", beyond, unit="s", bar=BAR_ENTRY_S)
-    bench.add("entry, within", f"{what}: the same, from start to start within the sweep", within, unit="s")
+    bench.add(
+        "entry, within", f"{what}: the same, from start to start within the sweep", within, unit="s", bar=BAR_ENTRY_S
+    )
     bench.add("start", "from the command to the start of the first entry", starts, unit="s")
+
+
+_START = """
+import json, time
+began = time.perf_counter()
+import ray
+from cluster.actor import CaptureActor
+from cluster.connect import connected
+seconds = [time.perf_counter() - began]
+began = time.perf_counter()
+with connected(2):
+    seconds.append(time.perf_counter() - began)
+    kind, actors = ray.remote(concurrency_groups={"control": 1})(CaptureActor), []
+    for _ in range(2):
+        began = time.perf_counter()
+        actors.append(kind.options(num_cpus=1).remote({}))
+        ray.get(actors[-1].prepare.remote())
+        seconds.append(time.perf_counter() - began)
+print(json.dumps(seconds))
+"""
+
+
+def measure_start(bench: Bench, rounds: int) -> None:
+    """What passes before an entry can begin, each time in a process of its own; the first round only warms up."""
+    found = []
+    for _ in range(rounds + 1):
+        done = subprocess.run([sys.executable, "-c", _START], cwd=ROOT, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"Ray did not start:\n{done.stderr[-3000:]}")
+        found.append(json.loads(done.stdout.splitlines()[-1]))
+    names = {
+        "import": "import of Ray and of what creates actors",
+        "init": "start of a local Ray",
+        "actor": "an actor, from its creation to its first answer",
+        "second actor": "a second actor",
+    }
+    for (name, what), seconds in zip(names.items(), zip(*found[1:], strict=True), strict=True):
+        bench.add(name, what, seconds, unit="s")
 
 
 @contextmanager
@@ -162,58 +206,68 @@ def fake_sweep(fake_work: Any, kind: str, n: int, out: Path, cpus: int | None = 
     return took
 
 
-def measure_queue(bench: Bench, n: int = 1000, cpus: int = 2) -> None:
-    with fakes_at_hand() as fake_work, tempfile.TemporaryDirectory(prefix="bench-ray-") as work:
-        took = fake_sweep(fake_work, "nothing", n, Path(work) / "out", cpus)
+def measure_queue(bench: Bench, n: int = 1000, cpus: int = 2, rounds: int = 1) -> None:
+    took = []
+    for _ in range(rounds):
+        with fakes_at_hand() as fake_work, tempfile.TemporaryDirectory(prefix="bench-ray-") as work:
+            took.append(fake_sweep(fake_work, "nothing", n, Path(work) / "out", cpus))
     text = f"{n:,} entries whose work is nothing, on {cpus} cores: all complete"
-    bench.add("queue", text, [took], unit="s", note=f"{1000 * took / n:.0f} ms an entry, the start of Ray included")
+    note = f"{1000 * statistics.median(took) / n:.0f} ms an entry, the start of Ray included"
+    bench.add("queue", text, took, unit="s", note=note)
 
 
-def measure_nodes(bench: Bench, nodes: Sequence[int] = NODES, sleep_s: float = SLEEP_S) -> None:
+def measure_nodes(bench: Bench, nodes: Sequence[int] = NODES, sleep_s: float = SLEEP_S, rounds: int = 1) -> None:
     """Seconds of so many entries that sleep, on more and more nodes; Ray is there before, so that only the sweep counts."""
-    import ray
-    from ray.cluster_utils import Cluster
-
     n = BEHIND_EACH_OTHER * max(nodes)
-    seconds = {}
+    seconds: dict[int, list[float]] = {count: [] for count in nodes}
     with fakes_at_hand() as fake_work:
         os.environ["FAKE_SLEEP_S"] = str(sleep_s)
-        for count in nodes:
-            cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-            try:
-                for _ in range(count - 1):
-                    cluster.add_node(num_cpus=1)
-                ray.init(address=cluster.address, log_to_driver=False)
-                with tempfile.TemporaryDirectory(prefix="bench-ray-") as work:
-                    fake_sweep(fake_work, "dozing", count, Path(work) / "warm")
-                    seconds[count] = fake_sweep(fake_work, "dozing", n, Path(work) / "out")
-            finally:
-                ray.shutdown()
-                cluster.shutdown()
+        for _ in range(rounds):
+            for count in nodes:
+                seconds[count].append(_on_nodes(fake_work, count, n))
         del os.environ["FAKE_SLEEP_S"]
     for count, took in seconds.items():
         ideal = n * sleep_s / count
-        note = f"{took:.1f} s; {ideal:.0f} s of sleep on each node"
+        note = f"{statistics.median(took):.1f} s; {ideal:.0f} s of sleep on each node"
         text = f"{n} entries that sleep {sleep_s:g} s, on {count} local node{'s' * (count > 1)}: share of the time that is sleep"
-        bench.add(f"nodes {count}", text, [ideal / took], note=note)
+        bench.add(f"nodes {count}", text, [100 * ideal / one for one in took], unit="%", note=note)
     first, last = min(seconds), max(seconds)
-    bench.add("scaling", f"{last} nodes: times as fast", [seconds[first] / seconds[last]], over=f"{first} node")
+    bench.add("scaling", f"{last} nodes: times as fast", ratios(seconds[first], seconds[last]), over=f"{first} node")
+
+
+def _on_nodes(fake_work: Any, count: int, n: int) -> float:
+    import ray
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    try:
+        for _ in range(count - 1):
+            cluster.add_node(num_cpus=1)
+        ray.init(address=cluster.address, log_to_driver=False)
+        with tempfile.TemporaryDirectory(prefix="bench-ray-") as work:
+            fake_sweep(fake_work, "dozing", count, Path(work) / "warm")
+            return fake_sweep(fake_work, "dozing", n, Path(work) / "out")
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3, help="sweeps of each that count (default 3)")
-    parser.add_argument("--entries", type=int, default=12, help="entries of the longer sweep (default 12)")
-    parser.add_argument("--parts", nargs="+", choices=["entry", "queue", "nodes"], default=["entry", "queue", "nodes"])
+    parser.add_argument("--rounds", type=at_least(1), default=3, help="sweeps of each that count (default 3)")
+    parser.add_argument("--entries", type=at_least(3), default=12, help="entries of the longer sweep (default 12)")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--json", type=Path, help="where the figures go (default .cache/bench/ray.json)")
     args = parser.parse_args()
     bench = Bench("ray", "make bench", threads=os.cpu_count() or 1)
+    if "start" in args.parts:
+        measure_start(bench, args.rounds)
     if "entry" in args.parts:
         measure_entry(bench, args.rounds, args.entries)
     if "queue" in args.parts:
-        measure_queue(bench)
+        measure_queue(bench, rounds=args.rounds)
     if "nodes" in args.parts:
-        measure_nodes(bench)
+        measure_nodes(bench, rounds=args.rounds)
     return bench.write(args.json)
 
 

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import pairs
-from measured import Bench, in_turns, ratios
+from measured import Bench, at_least, in_turns, ratios
 
 N_TOKENS = 64
 RESIDENT = ("transformers, batched", "transformers, four forwards", "nnsight", "TransformerLens")
@@ -140,7 +140,7 @@ def memory(bench: Bench, scratch: Path, depths: Sequence[int], shape: dict[str, 
         whole = rivals.weight_bytes([rivals._load(paths.base), rivals._load(paths.sft)])
         entry = pairs.entry_of(paths, pairs.prompts_of(12), mode="streamed", lens=Lens(layers=max(1, depth // 3)))
         peak = pairs.captured(entry, scratch / "memory")["bytes"]["weights_peak"]
-        note = f"{peak / 2**20:.0f} of {whole / 2**20:.0f} MiB"
+        note = f"{peak / 2**20:.0f} of {whole / 2**20:.0f} MiB; 12 tokens, the lens at every third of the depth"
         bench.add(f"memory {depth}", f"weights alive at most, streamed, {depth} layers", [peak / whole], over="both models whole",
                   bar=BAR_MEMORY.get(depth), note=note)  # fmt: skip
 
@@ -176,7 +176,7 @@ def as_json(bench: Bench, stage: Stage, rounds: int) -> None:
     )  # fmt: skip
     tables = sum(f.stat().st_size for f in out.rglob("*.parquet"))
     size = file.stat().st_size
-    note = f"{size / 1e6:.1f} MB against {tables / 1e6:.2f} MB; random weights, {len(stage.ids)} tokens; the bar of 20 is for the SmolLM2 pair, see below"
+    note = f'{size / 1e6:.1f} MB against {tables / 1e6:.2f} MB; random weights, {len(stage.ids)} tokens; the SmolLM2 pair has the bar, under "Bytes of the tables"'
     bench.add(
         "json bytes",
         "bytes of the JSON",
@@ -196,11 +196,13 @@ def as_json(bench: Bench, stage: Stage, rounds: int) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3, help="runs of each that count (default 3)")
-    parser.add_argument("--threads", type=int, default=None, help="threads of torch (default: as torch chooses)")
+    parser.add_argument("--rounds", type=at_least(1), default=3, help="runs of each that count (default 3)")
+    parser.add_argument(
+        "--threads", type=at_least(1), default=None, help="threads of torch (default: as torch chooses)"
+    )
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument(
-        "--layers", nargs="+", type=int, default=list(BAR_MEMORY), help="depths whose memory is measured"
+        "--layers", nargs="+", type=at_least(1), default=list(BAR_MEMORY), help="depths whose memory is measured"
     )
     parser.add_argument("--json", type=Path, help="where the figures go (default .cache/bench/rivals.json)")
     args = parser.parse_args()

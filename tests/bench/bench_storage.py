@@ -175,13 +175,15 @@ def measure(bench: Bench, name: str, config: Path, pair: str) -> None:
         )
         compared = compare(directory)
         show(compared)
-        as_written = sum(next(iter(ways.values()))[0] for ways in compared.values())
+        as_written = [sum(n) for n in zip(*(next(iter(ways.values())) for ways in compared.values()), strict=True)]
         for how in ("zstd 1", "zstd 9", "zstd 19", "floats PLAIN", "floats dictionary", "ids PLAIN", "ids DELTA_BINARY_PACKED",
                     "ids dictionary", "lists by rising id, ids DELTA_BINARY_PACKED", "lists by rising id",
                     "values in float16", "values rounded to float16, as topk_values: float16", "rows by position, then layer",
                     "vocabulary by dictionary"):  # fmt: skip
-            total = sum(ways.get(how, next(iter(ways.values())))[0] for ways in compared.values())
-            bench.add(f"{name}-{how}", f"{pair}, {how}", [total / as_written], over="as written")
+            chosen = [ways.get(how, next(iter(ways.values()))) for ways in compared.values()]
+            total, seconds = (sum(numbers) for numbers in zip(*chosen, strict=True))
+            note = f"{1000 * seconds:.0f} ms to write, against {1000 * as_written[1]:.0f}"
+            bench.add(f"{name}-{how}", f"{pair}, {how}", [total / as_written[0]], over="as written", note=note)
 
 
 def main() -> int:
@@ -190,6 +192,10 @@ def main() -> int:
     parser.add_argument("--pair", help="its entry")
     parser.add_argument("--json", type=Path, help="where the figures go (default .cache/bench/storage.json)")
     args = parser.parse_args()
+    if (args.config is None) != (args.pair is None):
+        parser.error("--config and --pair belong together")
+    if args.config is not None and not (ROOT / args.config).exists():
+        parser.error(f"there is no {ROOT / args.config}")
     pairs = {args.pair: (args.config, args.pair)} if args.config else PAIRS
     bench = Bench("storage", "make bench")
     for name, (config, pair) in pairs.items():

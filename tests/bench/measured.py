@@ -1,17 +1,19 @@
 """What every bench shares: rounds in turns, ratios with their spread, the machine, and one JSON file of results.
 
-A result file holds {bench, date, command, machine, figures}. A figure says what was measured over what, its bar, and the ratio (or
+A result file holds {bench, date, code, command, machine, figures}; code is the commit that was measured. A figure says what was measured over what, its bar, and the ratio (or
 seconds, or bytes) of every round. docs/benchmarks.json collects them, and tests/bench/page.py makes docs/benchmarks.md of it.
 """
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import gc
 import json
 import os
 import platform
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -32,7 +34,7 @@ FIGURE = {
     "rounds": int,
     "note": str,
 }
-RESULT = {"bench": str, "date": str, "command": str, "machine": dict, "figures": list}
+RESULT = {"bench": str, "date": str, "code": str, "command": str, "machine": dict, "figures": list}
 MACHINE = {"cpu": str, "cores": int, "threads": int, "memory_gib": (int, float), "gpu": (str, type(None)), "load_start": (int, float, type(None)),
            "load_end": (int, float, type(None)), "python": str, "torch": str, "transformers": str}  # fmt: skip
 
@@ -104,7 +106,7 @@ class Bench:
 
     def __init__(self, bench: str, command: str, *, threads: int = 0, gpu: str | None = None) -> None:
         self.bench, self.command, self.threads, self.gpu = bench, command, threads, gpu
-        self.load_start = load()
+        self.load_start, self.code = load(), code()
         self.figures: list[dict[str, Any]] = []
 
     def add(self, *args: Any, **options: Any) -> dict[str, Any]:
@@ -116,19 +118,48 @@ class Bench:
 
     def result(self) -> dict[str, Any]:
         return {
-            "bench": self.bench, "date": datetime.date.today().isoformat(), "command": self.command,
+            "bench": self.bench, "date": datetime.date.today().isoformat(), "code": self.code, "command": self.command,
             "machine": machine(self.threads, self.gpu) | {"load_start": self.load_start, "load_end": load()},
             "figures": self.figures,
         }  # fmt: skip
 
     def write(self, file: Path | None = None) -> int:
-        """Write the result file; 1 where a bar was missed, else 0."""
+        """Write the result file; 1 where a bar was missed, 2 where there is nothing to write, else 0."""
+        if not self.figures:
+            print("nothing was measured, and nothing is written")
+            return 2
         file = file or CACHE / f"{self.bench}.json"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(self.result(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         missed = [one["name"] for one in self.figures if met(one) is False]
         print(f"figures in {file}" + (f"; MISSED: {', '.join(missed)}" if missed else ""))
         return 1 if missed else 0
+
+
+def at_least(least: float, kind: type = int) -> Callable[[str], Any]:
+    """For argparse: a number that is not below `least`."""
+
+    def number(text: str) -> Any:
+        try:
+            found = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"'{text}' is not a number") from None
+        if not found >= least:
+            raise argparse.ArgumentTypeError(f"{text} is below {least:g}")
+        return found
+
+    return number
+
+
+def code() -> str:
+    """The commit that is measured, with a + where files differ from it; empty where git cannot tell."""
+    git = ["git", "-C", str(ROOT)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "--short=7", "HEAD"], capture_output=True, text=True, check=True)
+        changed = subprocess.run([*git, "diff", "--quiet", "HEAD"], check=False).returncode
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return head.stdout.strip() + "+" * bool(changed)
 
 
 def line(one: Mapping[str, Any]) -> str:

@@ -39,11 +39,23 @@ TITLES = {  # in the page's order
 }
 HEAD = """# Benchmarks
 
-Made by `make bench-docs` from docs/benchmarks.json, which collects what the commands below measured. Every ratio is of two things
-that one run did in turns on one machine (A B A B ...): the median of the rounds, and the least and the most. A bar is what was
-asked for; where it is missed, the page says so. A bench that ran on several processors has a table for each. The load is the
-number of processes that wanted to run, at the start and at the end: above the number of cores others worked on the machine, and
-figures in seconds, and the second digit of ratios, say little.
+Made by `make bench-docs` from docs/benchmarks.json, which collects what the commands below measured.
+
+- **Ratios** are of two things that one run did in turns (A B A B ...), unless the row says otherwise: the median of the rounds, and
+  the least and the most. A bar is what was asked for; where it is missed, the page says so. Figures of one round are marked.
+- **The code** is the commit that was measured; a + says that files differed from it.
+- **The load** is the system's load average before and after. A bench itself makes up to as many as it has threads; more means that
+  others worked, and then figures in seconds, and the second digit of ratios, say little.
+- **Processors** differ in ratios too: where products take longer, all else is less beside them. Each has a table of its own.
+- **Words.** *Compiled* and *eager*: the two ways of the lens, `lens.compile: true` and `false`. *The lens*: logits of every layer,
+  with entropies, divergences and top-k lists. *Opening*: files, configs, tokenizer and self-checks, before the layers (*walk*) begin.
+  `weights: stream`, `cache`, `download`: how a hub's weights come, docs/config.md. BB, BS, SB, SS: the four passes, README.md.
+"""
+BARS = """
+## All bars
+
+One line for each bar, a column for each processor that it was measured on. Bold: missed. In brackets: one round only.
+
 """
 NO_GPU = """
 ## On a GPU
@@ -70,12 +82,30 @@ def _in_order(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def benchmarks_page(results: Sequence[dict[str, Any]] | None = None) -> str:
     """The whole page."""
     results = read() if results is None else _in_order(results)
-    parts = [HEAD]
+    parts = [HEAD, BARS, *_bars(results)]
     for bench, of_it in groupby(results, key=lambda r: r["bench"]):
         parts += [f"\n## {TITLES[bench]}\n", *map(_section, of_it)]
     if not any(r["bench"] == "gpu" for r in results):
         parts.append(NO_GPU)
     return "".join(parts)
+
+
+def _bars(results: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A table of all figures that have bars, each with its median on each processor."""
+    places = list(dict.fromkeys(_place(r)[1] for r in results))
+    rows: dict[tuple[str, str], dict[str, str]] = {}
+    for result in results:
+        for one in result["figures"]:
+            if one["bar"] is None:
+                continue
+            over = f" over {one['over']}" if one["over"] else ""
+            text = f"{one['median']:g}" if one["rounds"] > 1 else f"({one['median']:g})"
+            cells = rows.setdefault((f"{one['what']}{over}", _bar(one)), {})
+            cells[_place(result)[1]] = text if met(one) else f"**{text}**"
+    head = [f"| what | bar | {' | '.join(places)} |\n", f"|---|---|{'---|' * len(places)}\n"]
+    return head + [
+        f"| {what} | {bar} | {' | '.join(cells.get(p, '') for p in places)} |\n" for (what, bar), cells in rows.items()
+    ]
 
 
 def _section(result: Mapping[str, Any]) -> str:
@@ -85,7 +115,7 @@ def _section(result: Mapping[str, Any]) -> str:
     rows = [_row(one) for one in result["figures"]]
     notes = [f"- {one['what']}: {one['note']}" for one in result["figures"] if one["note"]]
     text = [
-        f"\n`{result['command']}`, {result['date']}; {', '.join(filter(None, facts))}.\n",
+        f"\n`{result['command']}`, {result['date']}, code {result['code'] or 'not noted'}; {', '.join(filter(None, facts))}.\n",
         "| what | over | bar | median | least to most | rounds | |\n|---|---|---|---|---|---|---|",
         *rows,
     ]
@@ -100,13 +130,23 @@ def _load(m: Mapping[str, Any]) -> str:
     return f"load {m['load_start']:g} to {m['load_end']:g}"
 
 
+def _unit(one: Mapping[str, Any]) -> str:
+    return str(one["unit"]) if one["unit"] in ("x", "%") else f" {one['unit']}"
+
+
+def _bar(one: Mapping[str, Any]) -> str:
+    return (
+        "" if one["bar"] is None else f"{'at most' if one['want'] == 'most' else 'at least'} {one['bar']:g}{_unit(one)}"
+    )
+
+
 def _row(one: Mapping[str, Any]) -> str:
-    unit = "x" if one["unit"] == "x" else f" {one['unit']}"
     kept = met(one)
-    bar = "" if one["bar"] is None else f"{'at most' if one['want'] == 'most' else 'at least'} {one['bar']:g}{unit}"
     spread = f"{one['low']:g} to {one['high']:g}" if one["rounds"] > 1 else ""
     verdict = "" if kept is None else "met" if kept else "**MISSED**"
-    cells = (one["what"], one["over"], bar, f"{one['median']:g}{unit}", spread, str(one["rounds"]), verdict)
+    if verdict and one["rounds"] == 1:
+        verdict += ", one round"
+    cells = (one["what"], one["over"], _bar(one), f"{one['median']:g}{_unit(one)}", spread, str(one["rounds"]), verdict)
     return f"| {' | '.join(cells)} |"
 
 
@@ -116,7 +156,8 @@ def _place(result: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def collect(known: Sequence[Mapping[str, Any]], files: Sequence[Path]) -> list[dict[str, Any]]:
-    """The results known, with those of the files in their place. Raises ValueError for a file that is not a result."""
+    """The results known, with those of the files in their place, where these are not older. Raises ValueError for a file that is
+    not a result."""
     found = {_place(r): dict(r) for r in known}
     for file in files:
         result = json.loads(file.read_text(encoding="utf-8"))
@@ -125,7 +166,11 @@ def collect(known: Sequence[Mapping[str, Any]], files: Sequence[Path]) -> list[d
         if result["bench"] not in TITLES:
             raise ValueError(f"{file}: unknown bench '{result['bench']}'")
         found.pop((result["bench"], platform.machine()), None)  # from when a processor's name was not noted
-        found[_place(result)] = _with_others(result, found.get(_place(result)))
+        before = found.get(_place(result))
+        if before is not None and before["date"] > result["date"]:
+            print(f"{file} is older than what the page has, and left out")
+            continue
+        found[_place(result)] = _with_others(result, before)
     return _in_order(list(found.values()))
 
 
@@ -135,8 +180,9 @@ def _with_others(result: dict[str, Any], before: Mapping[str, Any] | None) -> di
     for one in before["figures"] if before is not None else ():
         if one["name"] not in mine:
             note = one["note"]
-            if not re.search(r"measured on \d{4}-\d\d-\d\d$", note):
-                note = "; ".join(filter(None, (note, f"measured on {before['date']}")))
+            if not re.search(r"measured on \d{4}-\d\d-\d\d( at [0-9a-f+]+)?$", note):
+                at = f" at {before['code']}" if before["code"] else ""
+                note = "; ".join(filter(None, (note, f"measured on {before['date']}{at}")))
             result["figures"].append({**one, "note": note})
     return result
 

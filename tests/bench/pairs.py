@@ -54,9 +54,10 @@ def kept_pair(shape: dict[str, Any]) -> Any:
 
 
 def prompts_of(n_tokens: int, n_prompts: int = 1) -> tuple[str, ...]:
-    """Prompts of exactly so many tokens of the tiny tokenizer: `<s>` and a token a digit; all different."""
-    digits = "0123456789" * (n_tokens // 10 + 2)
-    return tuple(digits[n % 10 : n % 10 + n_tokens - 1] for n in range(n_prompts))
+    """Prompts of exactly so many tokens of the tiny tokenizer: `<s>` and a token a digit; all different where there
+    are less than 10,000 of at least five."""
+    width = n_tokens - 1
+    return tuple((f"{n:04}" + "0123456789" * (width // 10 + 1))[:width] for n in range(n_prompts))
 
 
 def smollm2() -> Any:

@@ -52,14 +52,17 @@ def test_a_new_result_takes_the_place_of_the_one_before(tmp_path):
 
 
 def test_figures_that_a_new_result_lacks_stay_and_say_from_when_they_are(tmp_path):
-    old = result(date="2030-01-01")
+    old = result(date="2030-01-01", code="abc1234")
     other = old["figures"][0] | {"name": "b", "note": "quiet"}
     file, found = tmp_path / "ray.json", [old | {"figures": [*old["figures"], other]}]
     for date in ("2030-01-02", "2030-01-03"):
         file.write_text(json.dumps(result(date=date)))
         found = page.collect(found, [file])
     (one,) = found
-    assert [(f["name"], f["note"]) for f in one["figures"]] == [("a", ""), ("b", "quiet; measured on 2030-01-01")]
+    assert [(f["name"], f["note"]) for f in one["figures"]] == [
+        ("a", ""),
+        ("b", "quiet; measured on 2030-01-01 at abc1234"),
+    ]
     assert one["date"] == "2030-01-03"
 
 
@@ -71,7 +74,8 @@ def test_results_of_two_processors_stand_side_by_side_under_one_title_the_newest
     assert [r["machine"]["cpu"] for r in found] == ["another one", old["machine"]["cpu"]]
     text = page.benchmarks_page(found)
     assert text.count(page.TITLES["ray"]) == 1
-    assert 0 < text.index("another one") < text.index(f"2030-01-01; {old['machine']['cpu']}")
+    first, second = (text.index(f"{r['date']}, code {r['code']}; {r['machine']['cpu']}") for r in found)
+    assert 0 < first < second
 
 
 def test_the_page_tells_what_is_met_and_what_is_missed_and_where_it_was_measured():
@@ -84,12 +88,44 @@ def test_the_page_tells_what_is_met_and_what_is_missed_and_where_it_was_measured
     ]
     text = page.benchmarks_page([one])
     assert "| kept | the floor | at most 2x | 2x | 1 to 3 | 3 | met |" in text
-    assert "| too slow |  | at most 2x | 2.5x |  | 1 | **MISSED** |" in text
+    assert "| too slow |  | at most 2x | 2.5x |  | 1 | **MISSED**, one round |" in text
     assert "| enough |  | at least 12 MB | 12 MB | 11 to 13 | 2 | met |" in text
     assert "| just seen |  |  | 0.25 s |  | 1 |  |" in text
     assert "- too slow: a reason" in text
     assert f"{one['machine']['cores']} cores" in text
     assert "never run on a GPU" in text
+
+
+def test_all_bars_stand_in_one_table_with_a_column_for_each_processor():
+    one, other = result(), result()
+    one["figures"] = [figure("a", "kept", [1.0, 3.0], over="the floor", bar=2.0), figure("d", "just seen", [0.25])]
+    other["figures"] = [figure("a", "kept", [2.5], over="the floor", bar=2.0)]
+    other["machine"] = other["machine"] | {"cpu": "another one"}
+    text = page.benchmarks_page([one, other])
+    assert f"| what | bar | {one['machine']['cpu']} | another one |" in text
+    assert "| kept over the floor | at most 2x | 2 | **(2.5)** |" in text
+
+
+def test_a_file_that_is_older_than_what_is_known_is_left_out(tmp_path, capsys):
+    file = tmp_path / "ray.json"
+    file.write_text(json.dumps(result(date="2020-01-01", figures=[])))
+    known = result()
+    assert page.collect([known], [file]) == [known]
+    assert "older than what the page has" in capsys.readouterr().out
+
+
+def test_a_bench_that_measured_nothing_writes_nothing(tmp_path):
+    assert Bench("ray", "make bench-ray").write(tmp_path / "ray.json") == 2
+    assert not (tmp_path / "ray.json").exists()
+
+
+def test_numbers_that_make_no_sense_are_refused_before_anything_is_made(capsys):
+    import bench_capture
+
+    for words in (["--rounds", "0"], ["--threads", "-1"], ["--rounds", "many"], ["--cases", "13"]):
+        with pytest.raises(SystemExit):
+            bench_capture.main(words)
+    assert "0 is below 1" in capsys.readouterr().err
 
 
 def test_a_bench_that_missed_a_bar_says_so_and_exits_with_1(tmp_path, capsys):
