@@ -16,7 +16,6 @@ import hashlib
 import logging
 import os
 import platform
-import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -31,13 +30,13 @@ from torch import Tensor
 from capture.divergence import Divergences, Pairs
 from capture.lens_sums import Fused
 from capture.logits import Logits
+from capture.machine import COMPILERS, cxx
 from capture.threads import in_threads
 from capture.topk import TopK
 
 log = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("lens_kernel.cpp")
-COMPILERS = ("c++", "g++", "clang++")
 FLAGS = (
     "-O3",
     "-march=native",
@@ -196,7 +195,7 @@ def load_fused(device: torch.device) -> Fused | str:
 @cache
 def load_kernel() -> Kernel | str:
     """The kernel, compiled if it was not yet; or why there is none, in words."""
-    compiler = os.environ.get("CXX") or next((c for c in COMPILERS if shutil.which(c)), None)
+    compiler = cxx()
     if compiler is None:
         return f"no C++ compiler is installed ({', '.join(COMPILERS)})"
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -18,6 +19,7 @@ from capture.device import _host_memory as host_memory
 
 GIB = 1024**3
 MIB = 1024**2
+COMPILERS = ("c++", "g++", "clang++")
 MESH_SILENT_S = 15.0  # its daemon writes every three
 SWITCH_SILENT_S = 120.0  # it looks every 20 s
 
@@ -91,6 +93,7 @@ def checks() -> list[Check]:
         _python(),
         *_packages(),
         *_gpus(),
+        _lens(),
         _memory(),
         _disk(),
         _hf_login(),
@@ -134,6 +137,26 @@ def _gpus() -> list[Check]:
         n, built = 0, f"torch does not import: {error}"
     remedy = "install the torch build that matches this driver, and check CUDA_VISIBLE_DEVICES"
     return [*lines, Check("torch and CUDA", n > 0, f"{built}, {n} of {len(found)} GPUs usable", remedy)]
+
+
+def cxx() -> str | None:
+    """The C++ compiler that the lens's kernel is built with: $CXX, or one of the usual ones; None where there is none."""
+    return os.environ.get("CXX") or next((c for c in COMPILERS if shutil.which(c)), None)
+
+
+def _lens() -> Check:
+    """What the compiled lens needs: Triton on a GPU, else a compiler."""
+    remedy = "captures do without, with the plain lens, which takes up to twice as long: "
+    if gpus():
+        there = importlib.util.find_spec("triton") is not None
+        return Check(
+            "lens kernels", there, f"triton {'is there' if there else 'not installed'}", remedy + "pip install triton"
+        )
+    compiler = cxx()
+    where = shutil.which(compiler) if compiler else None
+    return Check(
+        "lens kernel", where is not None, where or f"{compiler or 'no C++ compiler'} not found", remedy + "install g++"
+    )
 
 
 def _memory() -> Check:

@@ -174,13 +174,14 @@ def test_doctor_shows_each_thing_with_a_remedy_for_what_is_missing(
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     monkeypatch.setenv("VAST_API_KEY", "vast_secret")
-    monkeypatch.setenv("PATH", str(tmp_path))  # no nvidia-smi, no rsync
+    monkeypatch.setenv("PATH", str(tmp_path))  # no nvidia-smi, no rsync, no compiler
+    monkeypatch.delenv("CXX", raising=False)
     result = CliRunner().invoke(doctor, ["--json"])
     assert result.exit_code == 0
     found = {row["check"]: row for row in map(json.loads, result.stdout.splitlines())}
     assert {"python", "torch", "transformers", "ray", "memory", "disk", "GPU", "sshd", "rsync"} <= set(found)
     assert (found["Hugging Face login"]["found"], found["Vast key"]["found"]) == ("present", "present")
-    assert (found["rsync"]["ok"], found["GPU"]["ok"]) == (False, False)
+    assert (found["rsync"]["ok"], found["GPU"]["ok"], found["lens kernel"]["ok"]) == (False, False, False)
     assert all(row["ok"] or row["remedy"] for row in found.values())
     assert "secret" not in result.stdout
     text = CliRunner().invoke(doctor, []).stdout

@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_capture import entry_of
 
-from capture import lens_kernel
+from capture import lens_kernel, machine
 from capture.config import Lens
 from capture.errors import ConfigError
 from capture.lens import lens_tile
@@ -68,7 +68,7 @@ def test_why_there_is_none_is_told(compiler, why, home, monkeypatch):
 
 
 def test_without_a_compiler_a_capture_goes_the_plain_way_and_says_so(home, pairs, tmp_path, monkeypatch):
-    monkeypatch.setattr(lens_kernel.shutil, "which", lambda name: None)
+    monkeypatch.setattr(machine.shutil, "which", lambda name: None)
     entry = entry_of(pairs("llama"), prompts=("a bc",))
     result = capture_pair(entry, str(tmp_path / "out"))
     assert "no: no C++ compiler is installed" in (Path(result.path) / "capture.json").read_text()
