@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from capture.attempt import duration
@@ -70,6 +70,11 @@ def sweep_of(look: Look) -> dict[str, Any] | None:
     return (running or ours)[-1] if ours else None
 
 
+def results(look: Look) -> Look:
+    """What of a look decides whether the cluster may go: all but the manifest and the logs."""
+    return replace(look, rows=[], logs=[])
+
+
 def why_not_down(look: Look, home: RunDir, collector: Collector) -> list[str]:
     """Why the cluster must not be taken down although its last sweep is at home; empty if it may."""
     reasons = [f"a sweep into '{s.get('out')}' runs" for s in look.sweeps if s.get("alive")]
@@ -108,6 +113,7 @@ class Follow:
         while True:
             try:
                 done = self._round()
+                code = self._judge(done) if done is not None else None
                 tries = 0
             except UnreachableError as error:
                 tries += 1
@@ -119,14 +125,12 @@ class Follow:
                 continue
             except ClusterGoneError as error:
                 return self._gone(error)
-            if done is not None:
-                code = self._judge(done)
-                if code is not None:
-                    return code
-            elif self.once:
+            if code is not None:
+                return code
+            if done is None and self.once:
                 self.show.note("no sweep was submitted to this cluster yet")
                 return 1
-            else:
+            if done is None:
                 self._say("no sweep yet; waiting for one")
             self._sleep(self.every)
 
@@ -155,7 +159,7 @@ class Follow:
             if found.failed:
                 self.show.note(f"  failed: {', '.join(found.failed)} (pairscope status {self.home.out} has the errors)")
             code = 1 if found.trouble or found.failed else 0
-            return max(code, self._finish(done, found)) if self.tear_down else code
+            return self._finish(done, found, code) if self.tear_down else code
         if self.once:
             self.show.note(f"{found.state}; {n} capture{'s' * (n != 1)} at home in {self.home.out}")
             if self.tear_down:
@@ -164,7 +168,9 @@ class Follow:
         self._say(f"{found.state}; {n} at home")
         return None
 
-    def _finish(self, done: Round, found: Verdict) -> int:
+    def _finish(self, done: Round, found: Verdict, code: int) -> int | None:
+        """End the cluster, or say why not; the exit code, `code` at least. None to go on, where the head's disk has changed since it
+        was looked at."""
         assert self.collector is not None
         assert self.tear_down is not None
         reasons = [*found.trouble, *why_not_down(done.look, self.home, self.collector)]
@@ -173,8 +179,12 @@ class Follow:
             for line in dict.fromkeys(reasons):
                 self.show.note(f"  {line}")
             return 1
+        # the look is as old as all that was fetched and read since: a sweep may have been submitted meanwhile
+        if results(self.collector.source.look()) != results(done.look):
+            self.show.note("the cluster stays up: something was done there while the results came home; looking again")
+            return 1 if self.once else None
         self.show.note("all that is complete is at home and verified; taking the cluster down")
-        return self.tear_down()
+        return max(code, self.tear_down())
 
     def _gone(self, error: ClusterGoneError) -> int:
         self.show.note(str(error))

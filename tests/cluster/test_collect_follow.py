@@ -195,6 +195,66 @@ def test_results_in_a_store_do_not_hide_what_the_last_sweep_left_on_the_heads_di
     assert f"'{last.root}' on the head " + ("cannot be read" if broken else "holds 1 complete capture") in run.said
 
 
+@pytest.fixture
+def submitted_meanwhile(far: Far, near: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sweep has ended; while its captures come home another is submitted into the same directory."""
+    far.capture("one")
+    far.failed("two")
+    far.note(("one", "complete", ID), ("two", "failed", None), exit_code=1, n=0)
+    fetched = HeadSource.fetch
+
+    def fetch(source: HeadSource, *what: Any) -> None:
+        fetched(source, *what)
+        if far.calls("rsync") == 1:
+            far.capture("two", seed=4)
+            far.note(alive=True, n=1)
+
+    monkeypatch.setattr(HeadSource, "fetch", fetch)
+
+
+@pytest.mark.usefixtures("submitted_meanwhile")
+def test_a_sweep_that_was_submitted_while_results_came_home_is_followed_and_not_destroyed(
+    far: Far, tmp_path: Path
+) -> None:
+    run = Run(far, tmp_path / "home", once=False, teardown=True)
+    judged = run.follow._judge
+
+    def end_after_the_second_look(done: Any) -> int | None:
+        assert run.down == 0
+        if any(s["alive"] for s in done.look.sweeps):
+            far.note(("two", "complete", ID), n=1)
+        return judged(done)
+
+    run.follow._judge = end_after_the_second_look  # type: ignore[method-assign]
+    assert (run(), run.down) == (0, 1)
+    assert "something was done there while the results came home" in run.said
+    assert [c.pair for c in RunDir(str(tmp_path / "home")).captures()] == ["one", "two"]
+
+
+@pytest.mark.usefixtures("submitted_meanwhile")
+def test_once_leaves_a_cluster_up_on_which_a_sweep_was_submitted_meanwhile(far: Far, tmp_path: Path) -> None:
+    run = Run(far, tmp_path / "home", once=True, teardown=True)
+    assert (run(), run.down) == (1, 0)
+
+
+@pytest.mark.usefixtures("hasty")
+def test_a_head_that_is_out_of_reach_at_the_last_look_is_asked_again(far: Far, tmp_path: Path) -> None:
+    far.capture("one")
+    far.note(("one", "complete", ID))
+    run = Run(far, tmp_path / "home", once=False, teardown=True)
+    reach = run.follow.head.reach
+    away = iter([False, False, False, False, True])  # the last sweep's name, a look, a capture, a log; the last look
+
+    def unsteady() -> Any:
+        if next(away, False):
+            raise UnreachableError("no answer")
+        return reach()
+
+    run.follow.head.reach = unsteady
+    assert (run(), run.down) == (0, 1)
+    assert run.said.count("no answer; trying again") == 1
+
+
 @pytest.mark.usefixtures("near")
 def test_what_broke_at_home_since_keeps_the_cluster_up(far: Far, tmp_path: Path) -> None:
     far.capture("one")
