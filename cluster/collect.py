@@ -24,6 +24,7 @@ from cluster.collect_source import Found, Look, Source
 
 INCOMING = ".incoming"  # below the run directory: what is on its way
 SPARE_BYTES = 64 << 20
+NOT_HERE = "home has none, or another one of its id"
 
 
 @dataclass
@@ -66,17 +67,19 @@ class Collector:
     def at_home(self, pair: str, capture: str) -> bool:
         return (pair, capture) in self.verified
 
-    def verify_all(self, look: Look) -> list[str]:
-        """Read all that should be at home once more, before the only other copy goes; what is wrong, in words."""
-        wrong = []
-        for found in look.captures:
-            path = self.home.capture_path(found.pair, found.capture)
-            marker = self.home.marker(path)
-            if marker is None or contents(marker) != contents(found.marker):
-                wrong.append(f"{found.pair}: not at home")
-                continue
-            wrong += [f"{found.pair}: {name} {why}" for name, why in wrong_files(Path(path), marker).items()]
-        return wrong
+    def verify(self, found: Found) -> list[str]:
+        """Read a capture at home once more, before the only other copy goes; what is wrong with it, in words."""
+        if unfit_marker(found.pair, found.capture, found.marker):
+            return [NOT_HERE]
+        path = self.home.capture_path(found.pair, found.capture)
+        marker = self.home.marker(path)
+        if (
+            marker is None
+            or unfit_marker(found.pair, found.capture, marker)
+            or contents(marker) != contents(found.marker)
+        ):
+            return [NOT_HERE]
+        return [f"{name} {why}" for name, why in wrong_files(Path(path), marker).items()]
 
     def _bring(self, found: Found, done: Round) -> str | None:
         """Fetch one capture unless it is here; None where it is home now, else why not."""

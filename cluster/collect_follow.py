@@ -75,7 +75,7 @@ def results(look: Look) -> Look:
     return replace(look, rows=[], logs=[])
 
 
-def why_not_down(look: Look, home: RunDir, collector: Collector) -> list[str]:
+def why_not_down(look: Look, collector: Collector) -> list[str]:
     """Why the cluster must not be taken down although its last sweep is at home; empty if it may."""
     reasons = [f"a sweep into '{s.get('out')}' runs" for s in look.sweeps if s.get("alive")]
     reasons += [
@@ -84,14 +84,14 @@ def why_not_down(look: Look, home: RunDir, collector: Collector) -> list[str]:
         for place, why in look.unread.items()
     ]
     for out, captures in look.others.items():
-        missing = [c for c in captures if home.marker(home.capture_path(str(c[0]), str(c[1]))) is None]
-        if missing:
-            n = len(missing)
+        wrong = {f"{c.pair} ({c.capture})": lines[0] for c in captures if (lines := collector.verify(c))}
+        for name, why in list(wrong.items())[:1]:
+            n = len(wrong)
             reasons.append(
-                f"'{out}' on the head holds {n} complete capture{'s' * (n != 1)} that are not at home; collect with --remote-out {out}, or "
-                "end the cluster by hand with `ray down`"
+                f"'{out}' on the head holds {n} complete capture{'s' * (n != 1)} that are not at home ({name}: {why}); collect with "
+                f"--remote-out {out}, or end the cluster by hand with `ray down`"
             )
-    return reasons + collector.verify_all(look)
+    return reasons + [f"{c.pair}: {line}" for c in look.captures for line in collector.verify(c)]
 
 
 class Follow:
@@ -173,7 +173,7 @@ class Follow:
         was looked at."""
         assert self.collector is not None
         assert self.tear_down is not None
-        reasons = [*found.trouble, *why_not_down(done.look, self.home, self.collector)]
+        reasons = [*found.trouble, *why_not_down(done.look, self.collector)]
         if reasons:
             self.show.note("the cluster stays up, and costs money:")
             for line in dict.fromkeys(reasons):

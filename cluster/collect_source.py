@@ -50,7 +50,7 @@ class Found:
 @dataclass(frozen=True)
 class Look:
     """What there is now. out: the run directory over there. sweeps: the notes of cluster/note.py, oldest first. rows: of the
-    manifest. logs: paths below `out`. others: run directories of other sweeps and the [pair, capture] that are complete in each.
+    manifest. logs: paths below `out`. others: run directories of other sweeps and the captures that are complete in each.
     unread: what else lies there and cannot be read, with the reason. error: why `out` cannot be read."""
 
     out: str | None
@@ -58,7 +58,7 @@ class Look:
     captures: list[Found] = field(default_factory=list)
     rows: list[dict[str, Any]] = field(default_factory=list)
     logs: list[str] = field(default_factory=list)
-    others: dict[str, list[list[str]]] = field(default_factory=dict)
+    others: dict[str, list[Found]] = field(default_factory=dict)
     unread: dict[str, str] = field(default_factory=dict)
     error: str | None = None
 
@@ -133,15 +133,19 @@ class HeadSource:
 
 def as_look(found: dict[str, Any]) -> Look:
     """What cluster/shelf.py said on the head. Raises ValueError, KeyError, TypeError, AttributeError where it is something else."""
-    captures = [Found(c["pair"], c["capture"], c["marker"]) for c in found["captures"]]
+    captures = _captures(found["captures"])
     rows, sweeps = ([r for r in found[key] if isinstance(r, dict)] for key in ("rows", "sweeps"))
     names = [str(name) for name in found["logs"]]
-    others = {out: [[str(pair), str(capture)] for pair, capture in some] for out, some in found["others"].items()}
+    others = {out: _captures(some) for out, some in found["others"].items()}
     unread = {str(k): str(v) for k, v in found["unread"].items()} if "unread" in found else {}
     out, error = found["out"], found["error"]
     if not isinstance(out, str | None) or not isinstance(error, str | None):
         raise TypeError("'out' or 'error' is no text")
     return Look(out, sweeps, captures, rows, names, others, unread, error)
+
+
+def _captures(found: list[dict[str, Any]]) -> list[Found]:
+    return [Found(c["pair"], c["capture"], c["marker"]) for c in found]
 
 
 class StoreSource:
@@ -162,7 +166,7 @@ class StoreSource:
             raise _refused_or_away(f"cannot read '{self.run.out}'", cause) from error
         others, unread = dict(asked.others), dict(asked.unread)
         if asked.out not in (None, self.run.out):  # the last sweep's, on the head's disk
-            others[asked.out] = [[c.pair, c.capture] for c in asked.captures]
+            others[asked.out] = asked.captures
             unread |= {asked.out: asked.error} if asked.error else {}
         return Look(self.run.out, asked.sweeps, captures, rows, names, others, unread)
 

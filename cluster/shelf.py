@@ -32,7 +32,7 @@ def shelf(out: str | None) -> dict[str, Any]:
     if out is not None and "://" not in out:
         try:
             run = RunDir(out)
-            found["captures"] = [{"pair": c.pair, "capture": c.capture, "marker": c.marker} for c in run.captures()]
+            found["captures"] = _captures(run)
             found["rows"] = run.manifest_rows()
             found["logs"] = logs(run)
         except (PairscopeError, OSError) as error:
@@ -40,10 +40,14 @@ def shelf(out: str | None) -> dict[str, Any]:
     for other in {n["out"] for n in notes} - {out}:
         if "://" not in other:
             try:
-                found["others"][other] = [[c.pair, c.capture] for c in RunDir(other).captures()]
+                found["others"][other] = _captures(RunDir(other))
             except (PairscopeError, OSError) as error:
                 unread[other] = str(error)
     return found
+
+
+def _captures(run: RunDir) -> list[dict[str, Any]]:
+    return [{"pair": c.pair, "capture": c.capture, "marker": c.marker} for c in run.captures()]
 
 
 def logs(run: RunDir) -> list[str]:

@@ -159,7 +159,11 @@ def _another_runs(far: Far) -> None:
             "two (0123456789abcdef) is not at home: the sweep completed it, and it is not there any more",
         ),
         (_damaged_on_the_head, "two (0123456789abcdef) is not at home: as fetched, prompts.parquet has"),
-        (_of_another_sweep, "holds 1 complete capture that are not at home; collect with --remote-out"),
+        (
+            _of_another_sweep,
+            "other' on the head holds 1 complete capture that are not at home (three (0123456789abcdef): home has none, or another one of its id); "
+            "collect with --remote-out",
+        ),
         (_of_another_sweep, "far/home/other, or end the cluster by hand with `ray down`"),
         (_of_another_version, "other' on the head cannot be read ("),
         (_a_note_is_broken, "2026-0.json' on the head cannot be read (KeyError: 'ended'), so nobody knows"),
@@ -253,6 +257,32 @@ def test_a_head_that_is_out_of_reach_at_the_last_look_is_asked_again(far: Far, t
     run.follow.head.reach = unsteady
     assert (run(), run.down) == (0, 1)
     assert run.said.count("no answer; trying again") == 1
+
+
+@pytest.mark.usefixtures("near")
+@pytest.mark.parametrize("harm", ["a table is gone", "a table is damaged", "it is another of its id"])
+def test_another_sweeps_capture_is_at_home_only_where_all_of_it_is(far: Far, tmp_path: Path, harm: str) -> None:
+    home = tmp_path / "home"
+    far.capture("one")
+    _of_another_sweep(far)
+    run = Run(far, home, once=True, remote_out=str(far.folder / "home" / "other"))
+    assert run() == 0
+    table = home / "captures" / "pair=three" / f"capture={ID}" / "prompts.parquet"
+    good = table.read_bytes()
+    if harm == "a table is gone":
+        table.unlink()
+    elif harm == "a table is damaged":
+        table.write_bytes(good[:-1])
+    else:
+        here, far.run = far.run, RunDir(str(far.folder / "home" / "other"))
+        far.capture("three", seed=5)
+        far.run = here
+    run = Run(far, home, teardown=True)
+    assert (run(), run.down) == (1, 0)
+    assert "other' on the head holds 1 complete capture that are not at home (three (0123456789abcdef): " in run.said
+    Run(far, home, once=True, remote_out=str(far.folder / "home" / "other"))()
+    run = Run(far, home, teardown=True)
+    assert (run(), run.down) == (0, 1)
 
 
 @pytest.mark.usefixtures("near")

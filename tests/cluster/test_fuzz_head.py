@@ -27,7 +27,7 @@ WHOLE: dict[str, Any] = {
     "sweeps": [{"out": "/root/out", "exit_code": 0, "items": [{"entry": "a", "state": "complete", "capture": ID}], "alive": False}],
     "out": "/root/out", "captures": [{"pair": "a", "capture": ID, "marker": {"schema_version": SCHEMA_VERSION, "files": [FILE]}}],
     "rows": [{"attempt": "a1", "entry": "a", "state": "failed", "started": "2025-01-01T00:00:00", "capture": ID, "error": "e"}],
-    "logs": ["logs/a/a1.log"], "others": {"/root/b": [["b", ID]]}, "unread": {"/x": "why"}, "error": None,
+    "logs": ["logs/a/a1.log"], "others": {"/root/b": [{"pair": "b", "capture": ID, "marker": {"schema_version": SCHEMA_VERSION, "files": [FILE]}}]}, "unread": {"/x": "why"}, "error": None,
 }  # fmt: skip
 ODD: tuple[Any, ...] = (
     None, True, -1, 1.5, 1e400, 10**30, "", "x", "../..", "\ud800", "a\x00b", "x" * 5000, [], [1], [None], [["a"]], {}, {"a": {"b": []}},
@@ -62,7 +62,7 @@ def test_odd_values_anywhere_in_an_answer(tmp_path: Path) -> None:
             made = Collector(Sending(look), home, Show(stream=io.StringIO(), live=False))
             done = made.round()
             verdict(done, made.at_home)
-            why_not_down(look, home, made)
+            why_not_down(look, made)
         except PairscopeError:
             continue
         finally:
