@@ -155,7 +155,9 @@ def destroy(ids: tuple[int, ...], cluster: str | None, yes: bool) -> None:
     _show([f.row() for f in wanted], False)
     unlisted = [id_ for id_ in clusters if id_ not in rented]
     if unlisted:
-        click.echo(f"rented from this machine, not in Vast's listing, and not shown to be gone: {' '.join(unlisted)}")
+        click.echo(
+            f"rented from this machine, not in Vast's listing with its label, and not shown to be gone: {' '.join(unlisted)}"
+        )
     if not yes:
         click.confirm(f"destroy {len(clusters)} with all that is on them?", abort=True)
     _destroy(client, clusters, {f.node.id: f.node for f in wanted})

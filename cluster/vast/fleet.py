@@ -85,7 +85,7 @@ class Fleet:
             # all that was ever seen and not heard to be gone, also what was destroyed and could not be looked up since
             for id_ in (set(self.nodes) | set(content["seen"])) - set(found):
                 try:
-                    node = look_up(self.vast, id_, self.cluster)
+                    node = look_up(self.vast, id_, self.cluster, content["seen"].get(id_))
                 except VastError as error:
                     logger.warning("instance %s is not in the listing, and asking for it failed (%s): kept", id_, error)
                     kept[id_] = self.nodes.get(id_) or self.doomed.get(id_)
@@ -125,7 +125,7 @@ class Fleet:
             if id_ in found:
                 continue
             try:
-                gone = look_up(self.vast, id_, self.cluster) is None
+                gone = look_up(self.vast, id_, self.cluster, content["seen"].get(id_)) is None
             except VastError as error:
                 logger.warning("instance %s is not in the listing, and asking for it failed (%s)", id_, error)
                 gone = False
@@ -234,6 +234,8 @@ class Fleet:
                     change = {"since": seen["since"], "until": now, "dph": was - node.dph}
                     seen["repriced"] = [*seen.get("repriced", []), change]
                 seen["dph"] = node.dph
+                if seen.get("asked_here"):
+                    seen["label"] = str(node.label)
                 if node.status == "running":
                     seen.pop("odd", None)
                 else:

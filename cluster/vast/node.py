@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,9 +53,15 @@ def listed(vast: Vast, cluster: str | None = None) -> list[Node]:
     return [Node(id_, label, row) for id_, label, row in rows if label and cluster in (None, label.cluster)]
 
 
-def look_up(vast: Vast, id_: str, cluster: str | None = None) -> Node | None:
-    """A node that the listing left out, by its id; None if Vast has none, or not with a label of ours, or of that cluster's where one
-    is named: ids also come from the books of a head, which is a stranger's machine. Raises VastError where that cannot be told."""
+def look_up(vast: Vast, id_: str, cluster: str | None = None, books: Mapping[str, Any] | None = None) -> Node | None:
+    """A node that the listing left out, by its id. Raises VastError where that cannot be told.
+
+    None if Vast has none, or one with another label, or with that of another cluster than is named: ids also come from the books of a
+    head, which is a stranger's machine. books: what this machine noted of the instance (`seen` of its state); one that it asked for
+    itself is known by the label of then where Vast shows none of ours any more, since somebody changed it and it bills on.
+    """
     row = vast.instance(int(id_))
-    label = parse((row or {}).get("label"))
-    return Node(id_, label, row) if row and label and cluster in (None, label.cluster) else None
+    if row is None:
+        return None
+    label = parse(row.get("label")) or parse((books or {}).get("label"))
+    return Node(id_, label, row) if label and cluster in (None, label.cluster) else None

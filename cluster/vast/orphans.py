@@ -63,7 +63,7 @@ def rented_by(client: Vast, *, sure: bool = False) -> list[Found]:
             undone |= {id_ for id_, row in content["destroyed"].items() if "gone" not in row}
             astray |= {*content["abandoned"], *content["unknown"]}
             for id_ in {*content["seen"], *undone} - set(found):
-                node = look_up(client, id_)
+                node = look_up(client, id_, books=content["seen"].get(id_))
                 if node is not None:
                     found[id_] = node
     moved: dict[str, float] = {}

@@ -139,6 +139,36 @@ def test_a_head_cannot_have_another_clusters_machines_destroyed(fake: Fake, head
     assert [line["id"] for line in fake.live()] == [theirs]
 
 
+@pytest.mark.parametrize("label", ["my machine", "", "ps/pairscope/h/2/rtx4090/abcd1234"])
+@pytest.mark.parametrize("command_", ["ray down", "destroy --cluster", "destroy ID"])
+def test_a_machine_that_was_asked_for_here_is_ours_also_when_somebody_has_changed_its_label(
+    fake: Fake, label: str, command_: str
+) -> None:
+    laptop = up()
+    (head,) = laptop.fleet.refresh()
+    laptop.vast.sdk.label_instance(int(head), label)
+    assert [line["label"] for line in fake.live()] == [label]
+    again = on_laptop()  # with the books alone
+    assert again.nodes_for_teardown({}) == again.non_terminated_nodes({}) == [head]
+    assert (again.node_tags(head)["ray-node-type"], again.internal_ip(head)) == ("head", "127.0.1.1")
+    if command_ == "ray down":
+        down(again)
+    else:
+        words = [head] if command_ == "destroy ID" else ["--cluster", "pairscope"]
+        done = CliRunner().invoke(command, ["destroy", *words, "--yes"], catch_exceptions=False)
+        assert (done.exit_code, f"{head} is gone" in done.output) == (0, True)
+    assert fake.live() == []
+
+
+def test_a_head_cannot_have_a_machine_without_a_label_destroyed(fake: Fake, head_says: Callable[[Any], None]) -> None:
+    laptop = up()
+    theirs = laptop.vast.create(1003, image="x", disk=5, label="theirs")
+    row = {"kind": "worker", "since": 1.0, "dph": 0.1, "asked_here": True, "label": "ps/pairscope/w/2/rtx4090/abcd1234"}
+    head_says({"machines": {}, "seen": {str(theirs): row}})
+    down(laptop)
+    assert [line["id"] for line in fake.live()] == [theirs]
+
+
 @pytest.mark.parametrize("found", [{"abc": {"reason": "x", "until": 9e9}}, {"1": {"reason": "x", "until": "z"}}])
 def test_what_a_head_says_of_machines_does_not_keep_the_next_cluster_from_renting(
     fake: Fake, head_says: Callable[[Any], None], found: Any
