@@ -6,6 +6,7 @@ Ray asks its provider for a running head first, so this is done at that question
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from capture.errors import ConfigError
 from cluster.vast.errors import CapError, HeadError, NoOfferError, VersionError
 from cluster.vast.fleet import Fleet
 from cluster.vast.locked import differences, locked_versions, versions
-from cluster.vast.money import Caps
+from cluster.vast.money import Bill, Caps
 from cluster.vast.node import Node
 from cluster.vast.offers import find_offers, traffic
 from cluster.vast.settings import Settings
@@ -25,6 +26,7 @@ from cluster.vast.state import open_requests
 
 CONSTRAINTS = "constraints.txt"
 CLOCK_S = 300.0  # that this machine may be off
+LEAST_LEFT_S = 600.0  # for a running head: `ray up` takes minutes itself
 RENTED_AS = ("image", "gpus", "num_gpus", "disk_gb", "bid")  # what a running head cannot change, wherever it is written
 
 
@@ -52,6 +54,8 @@ def check(settings: Settings, caps: Caps, fleet: Fleet, heads: Sequence[Node]) -
     made = fleet.state.read()["made"]
     if made:
         check_unchanged(fleet.cluster, made, as_made(settings))
+    check_clock(fleet.vast.clock_ahead())
+    check_left(fleet.cluster, caps, fleet.bill(), heads[0].dph)
     return None
 
 
@@ -130,6 +134,18 @@ def check_head(cluster: str, heads: Sequence[Node]) -> None:
         raise HeadError(
             f"the head of '{cluster}', instance {head.id}, is {head.status}; its disk is still billed and may hold results. Start it at "
             "cloud.vast.ai/instances to fetch them, then end it with `ray down`"
+        )
+
+
+def check_left(cluster: str, caps: Caps, bill: Bill, dph: float) -> None:
+    """Raise CapError where the limits leave a running head, of dph dollars an hour, no time: told so, it would end itself."""
+    left_s = caps.deadline(bill, dph) - time.time()
+    if left_s < LEAST_LEFT_S:
+        raise CapError(
+            f"cluster '{cluster}' is running, and would end itself {f'in {left_s / 60:.0f} minutes' if left_s > 60 else 'at once'}, with all "
+            f"that lies there: ${bill.dollars:.2f} of max_total_dollars {caps.max_total_dollars:g} spent, {bill.hours:.2f} of max_hours "
+            f"{caps.max_hours:g} over. Raise these in the provider block, or bring the results home and end it with `ray down`; nothing was "
+            "changed"
         )
 
 

@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from capture.errors import StoreError
+from cluster.mesh.daemon import UNWATCHED_S
 from cluster.vast.api import Vast
 from cluster.vast.errors import NotGoneError, VastBusyError, VastError
 from cluster.vast.money import Bill, add_up
@@ -27,6 +28,9 @@ logger = logging.getLogger(__name__)
 LOST_GRACE_S = 120.0  # for one that Vast says has exited or is offline, in which it may still come back
 GREETING_S = 3.0
 SLOW_BOOT = 0.5  # of the time a boot may take: kept, but that machine is not rented again
+LATE_S = (
+    UNWATCHED_S + 300.0
+)  # by which its own switch may end a node after its deadline: what the head's last word adds, and Vast takes
 NEW_S = 20.0  # Vast may not know at once what it has just rented out
 AT_ONCE = 8  # destroyed side by side
 
@@ -58,6 +62,22 @@ def even_unnoted(id_: str) -> Iterator[None]:
         yield
     except StoreError as error:
         logger.warning("the end of instance %s is not noted: %s", id_, error)
+
+
+def last_hour(content: dict[str, Any], seen: Mapping[str, Any]) -> float:
+    """Until when an instance that went by itself was there at most: now, or what its deadline allowed, if that is over.
+
+    content: the cluster's state; seen: what it says of the instance. A head's deadline is the last that `ray up` told it; a worker
+    takes its head's where that is later.
+    """
+    now = time.time()
+    rows = [seen, *content["seen"].values(), *content["gone"]]
+    made_with = [row["ends"] for row in rows if row.get("kind") == "head" and "ends" in row]
+    heads = content["deadline"].get("at", max(made_with, default=None))
+    own = heads if seen.get("kind") == "head" else seen.get("ends")
+    if own is None or heads is None:
+        return now
+    return max(min(now, max(own, heads) + LATE_S), float(seen["since"]))
 
 
 class Fleet:
@@ -180,7 +200,7 @@ class Fleet:
             known |= self.vast.destroy(int(id_))
             with contextlib.suppress(VastBusyError):
                 if self.vast.instance(int(id_)) is None:
-                    self._forget(id_)
+                    self._forget(id_, ended=known)
                     return known
             if attempt + 1 < tries:
                 self.vast.sleep(pause_s * (attempt + 1))
@@ -200,7 +220,8 @@ class Fleet:
         if node and node.label.kind in self.kinds and id_ not in content["destroyed"] and not seen.get("ready"):
             self.state.block_machine(node.machine, "its instance was gone before it was ready")
 
-    def _forget(self, id_: str) -> None:
+    def _forget(self, id_: str, *, ended: bool = False) -> None:
+        """Close the account of an instance that is gone. ended: just now, and by us."""
         with self.lock:
             node = self.nodes.pop(id_, None)
             self.greeted.pop(id_, None)
@@ -210,7 +231,10 @@ class Fleet:
                 content["destroyed"][id_]["gone"] = time.time()
             seen = content["seen"].pop(id_, None)
             if seen:
-                content["gone"].append({"id": id_, **seen, "until": time.time()})
+                # the head looks every few seconds, and is not told here of limits that were raised
+                known = ended or "worker" in self.kinds
+                until = time.time() if known else last_hour(content, seen)
+                content["gone"].append({"id": id_, **seen, "until": until})
             elif node is not None:
                 now = time.time()
                 content["gone"].append(
@@ -234,6 +258,8 @@ class Fleet:
                     change = {"since": seen["since"], "until": now, "dph": was - node.dph}
                     seen["repriced"] = [*seen.get("repriced", []), change]
                 seen["dph"] = node.dph
+                if node.deadline is not None:
+                    seen["ends"] = node.deadline
                 if seen.get("asked_here"):
                     seen["label"] = str(node.label)
                 if node.status == "running":

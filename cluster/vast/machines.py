@@ -56,7 +56,8 @@ def look_at(nodes: list[Node], asked: set[str], state: State, wanted_mbit: float
 
 
 def fetch(head: Node, folder: Path, user: str, state: State) -> None:
-    """Bring home what the head found out about machines, and the ids of its workers, to be asked for one by one at the end.
+    """Bring home what the head found out about machines, the ids of its workers, to be asked for one by one at the end, and what
+    those cost that are gone.
 
     A head that does not answer keeps both to itself.
     """
@@ -73,5 +74,6 @@ def fetch(head: Node, folder: Path, user: str, state: State) -> None:
         found = json.loads(done.stdout)
         state.merge_machines(dict(found["machines"]))
         state.merge_seen(dict(found["seen"]))
+        state.merge_gone(list(found.get("gone", [])))
     except (OSError, subprocess.SubprocessError, ValueError, KeyError, TypeError) as error:
-        logger.info("the head's list of bad machines was not fetched: %s", error)
+        logger.info("the head's books were not fetched: %s", error)

@@ -36,6 +36,12 @@ class Node:
         return {str(pair[0]): str(pair[1]) for pair in self.row.get("extra_env") or [] if len(pair) == 2}
 
     @property
+    def deadline(self) -> float | None:
+        """When it has to be gone, in seconds since 1970, as it was made; `ray up` and its head may have moved that since."""
+        made_with = self.env.get("PAIRSCOPE_DEADLINE", "")
+        return float(made_with) if made_with.isdecimal() else None
+
+    @property
     def ssh(self) -> tuple[str, int] | None:
         """Where its sshd listens: the machine's own address and the port that 22 is mapped to, else Vast's proxy. Never half of each."""
         mapped = (self.row.get("ports") or {}).get("22/tcp") or []

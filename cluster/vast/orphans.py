@@ -36,8 +36,7 @@ def why_orphan(node: Node, heads: Iterable[str], now: float, moved: float | None
     """In words; empty for a node that a cluster still looks after. heads: clusters with a head that is listed. moved: its cluster's
     deadline as the last `ray up` from this machine set it; a node keeps the one that it was made with in its environment.
     """
-    made_with = node.env.get("PAIRSCOPE_DEADLINE", "")
-    deadline = float(made_with) if moved is None and made_with.isdecimal() else moved
+    deadline = node.deadline if moved is None else moved
     if deadline is not None and now > deadline:
         return f"{(now - deadline) / 60:.0f} minutes past its deadline"
     if node.status in ("stopped", "exited"):

@@ -251,6 +251,8 @@ class VastNodeProvider(NodeProvider):
         """What `ray up` looks at before it asks; without a head also the price of one."""
         # bootstrap_config looks at the name too, but Ray caches what that returned
         check_ours(self.cluster_name, self.folder, nodes.values())
+        for head in heads:  # it knows better than this machine when its workers went
+            machines.fetch(head, self.folder, self.settings.user, self.state)
         self.quoted = before_up.check(self.settings, self.caps, self.fleet, heads)
         self.checked = True
 

@@ -29,7 +29,7 @@ EMPTY: dict[str, Any] = {
     "abandoned": {},  # attempt -> {k, since}: to be destroyed if it ever shows up
     "destroyed": {},  # instance id -> {since, k}: must not come back
     "machines": {},  # machine id -> {reason, until}: not to be rented
-    "seen": {},  # instance id -> {since, dph, kind}: first sight and price. repriced: [{since, until, dph}], added to the bill. label: of one that this machine asked for. key: it lets us in. spare: no request has it yet
+    "seen": {},  # instance id -> {since, dph, kind}: first sight and price. repriced: [{since, until, dph}], added to the bill. ends: its deadline as it was made. label: of one that this machine asked for. key: it lets us in. spare: no request has it yet
     "head_key": {},  # {id}: the API key that was made for the head
     "deadline": {},  # {at}: when the head was last told to be gone, by `ray up`
     "made": {},  # what the head was made with, see before_up.as_made
@@ -153,6 +153,28 @@ class State:
         }
         with self.edit() as content:
             content["seen"] = {**fit, **content["seen"]}
+
+    def merge_gone(self, gone: list[Any]) -> None:
+        """Take over what a head noted of workers that are gone: it saw when they went, and has seen some that nobody else did.
+
+        Taken as a stranger's: it can make shorter what is only known to be no longer here, and nothing longer.
+        """
+        fit = {
+            row["id"]: {key: row[key] for key in ("id", "kind", "dph", "since", "until")}
+            for row in gone[-MOST_SEEN:]
+            if isinstance(row, dict)
+            and _is_id(row.get("id"))
+            and row.get("kind") == "worker"
+            and all(_is_time(row.get(key)) for key in ("dph", "since", "until"))
+            and row["since"] <= row["until"]
+        }
+        with self.edit() as content:
+            for row in content["gone"]:
+                theirs = fit.pop(row["id"], None)
+                if theirs and row.get("kind") == "worker":
+                    row["until"] = min(row["until"], max(theirs["until"], row["since"]))
+            new = [row | {"until": min(row["until"], time.time())} for row in fit.values()]
+            content["gone"] += [row for row in new if row["id"] not in content["seen"] and row["since"] <= row["until"]]
 
     def block_machine(self, machine: int | None, reason: str, hours: float = BLOCKED_S / 3600) -> None:
         if machine is not None:

@@ -174,6 +174,20 @@ def test_other_limits_move_the_heads_own_deadline(running: str, monkeypatch: Any
     assert first - deadline(max_hours=10) == pytest.approx(2 * 3600, abs=5)
 
 
+@pytest.mark.parametrize(("limits", "when"), [({"max_hours": 0.1}, "in 6 minutes"), ({"max_hours": 1e-3}, "at once")])
+def test_a_running_head_is_not_told_a_deadline_that_would_end_it(
+    running: str, monkeypatch: Any, limits: dict[str, float], when: str
+) -> None:
+    said = refused(monkeypatch, config(**limits))
+    assert said.startswith("CapError: cluster 'pairscope' is running, and would end itself " + when)
+    assert "of max_hours 0." in said
+
+
+def test_a_running_head_is_not_told_a_deadline_by_a_wrong_clock(running: str, monkeypatch: Any) -> None:
+    monkeypatch.setattr("cluster.vast.api.Vast.clock_ahead", lambda _: 3600.0)
+    assert "clock is 60 minutes ahead of Vast's" in refused(monkeypatch)
+
+
 def test_ray_up_never_replaces_a_running_head(running: str, fake: Fake, monkeypatch: Any, tmp_path: Path) -> None:
     laptop, _ = ray_up(monkeypatch)
     with pytest.raises(click.ClickException, match=r"would destroy the running head.*ray down"):

@@ -14,12 +14,14 @@ import click
 import pytest
 from click.testing import CliRunner
 from fake_server import Fake, wait_for
-from provider_stage import HEAD_TAGS, WORKER_TAGS, config, node_config, on_head, on_laptop
+from provider_stage import HEAD_TAGS, WORKER_TAGS, config, node_config, on_head, on_laptop, ray_up
 
 from capture.errors import StoreError
 from cluster.vast import machines
 from cluster.vast.cli import vast as command
+from cluster.vast.fleet import LATE_S
 from cluster.vast.labels import parse
+from cluster.vast.state import State
 
 pytest.importorskip("vastai", reason="the Vast SDK is not installed: pip install 'pairscope[vast]'")
 
@@ -101,6 +103,95 @@ def test_what_a_head_before_this_one_has_spent_counts_against_the_limit_on_the_n
     (head.folder / "spent.json").write_text(json.dumps(head.state.read()["gone"]))  # what both know counts once
     before = head.state.read()["gone"]
     assert head.fleet.bill().dollars == pytest.approx(sum((r["until"] - r["since"]) * r["dph"] for r in before) / 3600)
+
+
+@pytest.fixture
+def later(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Move this machine's clock on by hours, and Vast's with it."""
+    clock, moved = time.time, [0.0]
+    monkeypatch.setattr(time, "time", lambda: clock() + moved[0] * 3600)
+    monkeypatch.setattr("cluster.vast.api.Vast.clock_ahead", lambda _: 0.0)
+    monkeypatch.setattr("cluster.vast.fleet.NEW_S", 0.0)
+
+    def on(hours: float) -> None:
+        moved[0] += hours
+
+    return on
+
+
+def test_a_head_that_went_while_nobody_looked_is_billed_until_now_before_its_deadline(
+    fake: Fake, later: Callable[[float], None], monkeypatch: Any
+) -> None:
+    limits = config(max_hours=2, max_total_dollars=10)
+    laptop = up(limits)
+    (head,) = laptop.fleet.refresh()
+    dph = laptop.fleet.get(head).dph
+    laptop._files(head)
+    fake.control(f"vanish/{head}")
+    later(1)
+    early = on_laptop(limits)
+    assert early.fleet.refresh() == {}
+    assert early.fleet.bill().dollars == pytest.approx(dph, abs=0.01), "it may have gone just now"
+
+
+@pytest.mark.parametrize("raised", [False, True])
+def test_a_head_that_is_looked_for_days_later_is_billed_until_its_deadline_and_leaves_room_for_the_next(
+    fake: Fake, later: Callable[[float], None], monkeypatch: Any, raised: bool
+) -> None:
+    laptop = up(config(max_hours=2, max_total_dollars=10))
+    (head,) = laptop.fleet.refresh()
+    dph, hours = laptop.fleet.get(head).dph, 2
+    if raised:
+        laptop, hours = on_laptop(config(max_hours=5, max_total_dollars=10)), 5
+        laptop.fleet.refresh()
+        laptop._files(head)
+    fake.control(f"vanish/{head}")
+    later(40)
+    laptop, _ = ray_up(monkeypatch, config(max_hours=2, max_total_dollars=10))
+    assert laptop.fleet.bill().dollars == pytest.approx(dph * (hours + LATE_S / 3600), abs=0.02)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_what_workers_cost_that_went_while_the_laptop_was_off_is_told_by_the_head(
+    fake: Fake, tmp_path: Path, later: Callable[[float], None], monkeypatch: Any, head_says: Any, known: bool
+) -> None:
+    limits = config(max_total_dollars=15, max_hours=24)
+    laptop = up(limits)
+    head = on_head(laptop, tmp_path / "head", monkeypatch)
+    head.create_node(node_config(), WORKER_TAGS, 3)
+    workers = head.non_terminated_nodes({"ray-node-type": "worker"})
+    if known:
+        laptop.fleet.refresh(force=True)
+    later(2)
+    head.terminate_nodes(workers)
+    later(8)
+    head.fleet.refresh(force=True)
+    head_says(head.state.read())
+    monkeypatch.setenv("PAIRSCOPE_HOME", str(tmp_path / "laptop"))
+    laptop, _ = ray_up(monkeypatch, limits)
+    (id_,) = laptop.fleet.nodes
+    dph = laptop.fleet.get(id_).dph
+    assert head.fleet.bill().dollars == pytest.approx(16 * dph, abs=0.05)
+    assert laptop.fleet.bill().dollars == pytest.approx(16 * dph, abs=0.05)
+    left = (15 - 16 * dph) / dph * 3600
+    told = int(laptop._files(id_)["~/.pairscope/deadline"])
+    assert told == pytest.approx(time.time() + min(left, 14 * 3600), abs=600)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [5, {}, {"id": "../x"}, {"id": "1", "kind": "worker", "dph": float("nan"), "since": 0, "until": 1},
+     {"id": "1", "kind": "worker", "dph": 9e9, "since": 2, "until": 1}, {"id": "1", "kind": "head", "dph": 1, "since": 0, "until": 1}],
+)  # fmt: skip
+def test_what_a_head_says_of_workers_that_are_gone_is_taken_as_a_strangers(tmp_path: Path, row: Any) -> None:
+    ours = [{"id": "1", "kind": "worker", "dph": 1.0, "since": 5.0, "until": 9.0}]
+    state = State(tmp_path)
+    with state.edit() as content:
+        content["gone"] = ours
+    state.merge_gone([row])
+    assert state.read()["gone"] == ours
+    state.merge_gone([ours[0] | {"until": 9e9}, ours[0] | {"until": 0.0, "since": 0.0}])
+    assert state.read()["gone"] == [ours[0] | {"until": 5.0}]
 
 
 def test_a_price_that_changes_changes_what_is_to_come_and_not_what_was(fake: Fake, monkeypatch: Any) -> None:
