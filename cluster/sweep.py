@@ -63,7 +63,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Summary:
-    """What a sweep did. exit_code: 0 all complete, 1 some failed, 128 + signal after a stop."""
+    """What a sweep did. exit_code: 0 all complete, 1 some not, 128 + signal after a stop."""
 
     out: str
     items: tuple[Item, ...]
@@ -202,7 +202,7 @@ def run_sweep(
     if stop.requested() and any(i.state in ("interrupted", "not started") for i in items):
         code = stop.exit_code
     else:
-        code = 1 if any(i.state == "failed" for i in items) else 0
+        code = 0 if all(i.state in DONE for i in items) else 1
     return Summary(run.out, tuple(items), code, ray_used=bool(todo))
 
 

@@ -198,6 +198,12 @@ def exits(entry: Entry, out: str, **kwargs: Any) -> Result:
     sys.exit(3)
 
 
+def interrupted(entry: Entry, out: str, **kwargs: Any) -> Result:
+    """As a library would that takes a signal to its process for a Ctrl-C; nobody asked the sweep to stop."""
+    _note(entry, out, kwargs["tile_divisor"])
+    raise KeyboardInterrupt
+
+
 def killed_once(entry: Entry, out: str, **kwargs: Any) -> Result:
     if _note(entry, out, kwargs["tile_divisor"]) == 0:
         os.kill(os.getpid(), signal.SIGKILL)

@@ -108,6 +108,11 @@ class TestThroughRay:
         assert summary.exit_code == 1
         assert [i.name for i in summary.failed] == ["gated", "bug", "unresolvable"]
 
+    def test_an_entry_that_was_interrupted_although_nobody_asked_for_a_stop_is_no_success(self, tmp_path: Path) -> None:
+        summary = sweep(tmp_path, make_entry("interrupted"), make_entry("complete"))
+        assert states(summary) == {"interrupted": "interrupted", "complete": "complete"}
+        assert summary.exit_code == 1
+
     def test_a_dead_worker_is_replaced_once(self, tmp_path: Path) -> None:
         show, said = quiet()
         summary = sweep(tmp_path, make_entry("killed_once"), make_entry("killed_always"), show=show)
