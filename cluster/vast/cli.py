@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from capture.cli import HELP
-from capture.errors import ConfigError
+from capture.errors import ConfigError, StoreError
 from capture.printable import escape
 from cluster.vast import headkey
 from cluster.vast.api import Vast
@@ -111,11 +111,14 @@ def orphans(as_json: bool) -> None:
     Example:
       pairscope vast orphans && echo nothing left behind
     """
-    found = [f for f in rented_by(_connect(), sure=True) if f.orphan]
+    unread: list[StoreError] = []
+    found = [f for f in rented_by(_connect(), sure=True, unread=unread) if f.orphan]
     _show([f.row() for f in found], as_json)
+    if found and not as_json:
+        click.echo(f"to end them: pairscope vast destroy {' '.join(f.node.id for f in found)}")
+    if unread:  # what else there is nobody can tell
+        raise unread[0]
     if found:
-        if not as_json:
-            click.echo(f"to end them: pairscope vast destroy {' '.join(f.node.id for f in found)}")
         raise SystemExit(1)
     if not as_json:
         click.echo("no orphans")
@@ -139,8 +142,14 @@ def destroy(ids: tuple[int, ...], cluster: str | None, yes: bool) -> None:
     if cluster:
         check_names(cluster, [])
     client = _connect()
-    rented = {f.node.id: f for f in rented_by(client, sure=bool(ids))}  # by id also what a listing leaves out
+    unread: list[StoreError] = []
+    # by id also what a listing leaves out
+    rented = {f.node.id: f for f in rented_by(client, sure=bool(ids), unread=unread)}
     unknown = [i for i in ids if str(i) not in rented]
+    for error in unread:  # of another cluster, or of this one: what is listed can be ended all the same
+        if unknown:
+            raise error
+        click.echo(f"warning: {error}", err=True)
     if unknown:
         raise ConfigError(f"instance {unknown[0]} is not one that pairscope rented; `pairscope vast nodes` lists those")
     wanted = [f for f in rented.values() if int(f.node.id) in ids or f.node.label.cluster == cluster]

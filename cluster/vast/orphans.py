@@ -48,17 +48,25 @@ def why_orphan(node: Node, heads: Iterable[str], now: float, moved: float | None
     return ""
 
 
-def rented_by(client: Vast, *, sure: bool = False) -> list[Found]:
+def rented_by(client: Vast, *, sure: bool = False, unread: list[StoreError] | None = None) -> list[Found]:
     """What Vast lists as ours. sure: also what this machine has rented or seen and the listing leaves out, asked for one by one.
+    unread: takes the errors of clusters whose books cannot be read, of which no more than the listing is known then.
 
-    Raises VastError where Vast does not say: nothing that it was not asked for counts as gone.
+    Raises VastError where Vast does not say: nothing that it was not asked for counts as gone. StoreError for books that cannot be
+    read, where there is no `unread`.
     """
     found = {node.id: node for node in listed(client)}
     undone: set[str] = set()
     astray: set[str] = set()  # attempts
     if sure:
         for folder in _folders():
-            content = State(folder).read()
+            try:
+                content = State(folder).read()
+            except StoreError as error:
+                if unread is None:
+                    raise
+                unread.append(error)
+                continue
             undone |= {id_ for id_, row in content["destroyed"].items() if "gone" not in row}
             astray |= {*content["abandoned"], *content["unknown"]}
             for id_ in {*content["seen"], *undone} - set(found):

@@ -333,3 +333,27 @@ def test_books_that_are_damaged_are_named(fake: Fake, text: str) -> None:
     done = CliRunner().invoke(command, ["orphans"])
     assert isinstance(done.exception, StoreError)
     assert f"'{laptop.state.path}' is not the JSON that it was written as" in str(done.exception)
+
+
+@pytest.mark.parametrize("whose", ["old", "pairscope"])
+def test_damaged_books_do_not_keep_a_machine_that_vast_lists_from_being_seen_and_ended(
+    fake: Fake, tmp_path: Path, whose: str
+) -> None:
+    laptop = up()
+    (head,) = laptop.fleet.refresh()
+    books = tmp_path / "laptop" / "clusters" / whose / "state.json"
+    books.parent.mkdir(exist_ok=True)
+    books.write_text('{"tags": ')
+    fake.control(f"status/{head}", "exited")
+    told = CliRunner().invoke(command, ["orphans"])
+    assert f"to end them: pairscope vast destroy {head}" in told.output
+    assert isinstance(told.exception, StoreError)
+    assert f"'{books}' is not the JSON" in str(told.exception)
+    done = CliRunner().invoke(command, ["destroy", "1", "--yes"])
+    assert f"'{books}' is not the JSON" in str(done.exception), "it may be in there"
+    done = CliRunner().invoke(command, ["destroy", head, "--yes"])
+    assert (done.exit_code, f"{head} is gone" in done.output) == (0, True)
+    assert f"'{books}' is not the JSON" in done.output
+    assert fake.live() == []
+    told = CliRunner().invoke(command, ["orphans"])
+    assert (isinstance(told.exception, StoreError), told.output) == (True, "")
