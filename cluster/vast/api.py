@@ -137,7 +137,13 @@ class Vast:
 
     def attach_key(self, number: int, public_key: str) -> None:
         """Let an ssh public key into an instance; Vast keeps it there."""
-        self._call("attach ssh key", lambda: self.sdk.attach_ssh(number, public_key))
+        reply = self._call("attach ssh key", lambda: self.sdk.attach_ssh(number, public_key))
+        if not isinstance(reply, dict) or reply.get("success") is not False:
+            return
+        if "already" not in _message(reply):  # which a try before it did, whose reply was lost
+            raise VastRefusedError(
+                f"attach ssh key: Vast did not let it into instance {number}: {_message(reply)}", status=200
+            )
 
     def create_key(self, name: str, rights: dict[str, Any]) -> tuple[int, str]:
         """A new API key of the account, as (id, key). rights: Vast's permissions, {"api": {category: {}}}.

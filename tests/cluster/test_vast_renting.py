@@ -12,7 +12,15 @@ import pytest
 from fake_server import Fake, hasty, running_fake, wait_for
 
 from cluster.vast.api import Vast
-from cluster.vast.errors import CapError, NoOfferError, NotGoneError, VastBusyError, VastError, VastKeyError
+from cluster.vast.errors import (
+    CapError,
+    NoOfferError,
+    NotGoneError,
+    VastBusyError,
+    VastError,
+    VastKeyError,
+    VastRefusedError,
+)
 from cluster.vast.fleet import Fleet
 from cluster.vast.labels import parse
 from cluster.vast.money import Caps
@@ -378,6 +386,27 @@ def test_a_key_that_cannot_be_attached_leaves_no_machine(fake: Fake, tmp_path: P
     fake.fault("attach", "503", times=50)
     with pytest.raises(VastBusyError):
         rent(make(fake, tmp_path))
+    assert fake.live() == []
+
+
+@pytest.mark.parametrize(
+    ("said", "let_in"),
+    [({"success": False, "msg": "no room for another key"}, False), ({"success": False}, False),
+     ({"success": False, "msg": "SSH key already attached"}, True), ({"success": True}, True), ("", True)],
+)  # fmt: skip
+def test_a_key_that_vast_says_it_did_not_attach_is_not_noted_as_attached(
+    fake: Fake, tmp_path: Path, said: object, let_in: bool
+) -> None:
+    renter = make(fake, tmp_path)
+    renter.fleet.vast.sdk.attach_ssh = lambda *_: said
+    if let_in:
+        node = rent(renter)
+        assert renter.fleet.state.read()["seen"][node.id]["key"] is True
+        return
+    with pytest.raises(VastRefusedError, match="Vast did not let it into instance"):
+        renter.fleet.vast.attach_key(1, "ssh-ed25519 AAAA")
+    with pytest.raises(NoOfferError, match="Vast did not let it into instance"):
+        rent(renter)
     assert fake.live() == []
 
 
