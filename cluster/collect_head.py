@@ -40,10 +40,13 @@ class HeadWay:
             if self.provider is None:
                 self._open()
             head = self._head()
-            runner = self.provider.get_command_runner(
-                "", head, self.config["auth"], self.name, subprocess, False, self.config.get("docker")
-            )  # fmt: skip
-            host = runner._get_ssh_target()
+            if self.provider.external_ip(head) is None:  # the runner would wait for one as long as for a boot
+                raise UnreachableError(f"the head, instance {head}, has no ssh address: it boots, or was stopped")
+            with _explained():
+                runner = self.provider.get_command_runner(
+                    "", head, self.config["auth"], self.name, subprocess, False, self.config.get("docker")
+                )  # fmt: skip
+                host = runner._get_ssh_target()
             options = runner.ssh_options
             # a shared connection would stay behind and hold our pipes open
             options.arg_dict = {k: v for k, v in options.arg_dict.items() if not k.startswith("Control")}
@@ -84,7 +87,7 @@ def _read(path: str) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _explained() -> Iterator[None]:
-    """What a provider raises, as our errors: too busy or out of reach is for later, all else for the user."""
+    """What a provider raises, as our errors: too busy or out of reach is for later, gone is the end, all else for the user."""
     try:
         yield
     except PairscopeError as error:
@@ -96,9 +99,11 @@ def _explained() -> Iterator[None]:
 
 
 def _kind(error: PairscopeError) -> PairscopeError:
-    from cluster.vast.errors import VastBusyError
+    from cluster.vast.errors import GoneError, VastBusyError, VastError
 
-    return UnreachableError(str(error)) if isinstance(error, VastBusyError) else error
+    if isinstance(error, GoneError):
+        return ClusterGoneError(f"the cluster's head is gone: {error}")
+    return UnreachableError(str(error)) if isinstance(error, VastBusyError) or type(error) is VastError else error
 
 
 @contextlib.contextmanager

@@ -39,6 +39,10 @@ class NoOfferError(VastError):
     """Nothing on the market fits what the node type asks for."""
 
 
+class GoneError(VastError):
+    """An instance that was there is not any more."""
+
+
 class NotGoneError(VastError):
     """An instance that was destroyed is still there. It bills; look at it."""
 

@@ -32,7 +32,7 @@ from cluster.mesh.ports import HEAD, address
 from cluster.vast import before_up, headkey, keys, machines, nodefiles
 from cluster.vast.api import Vast
 from cluster.vast.container import environment, start_script
-from cluster.vast.errors import VastError
+from cluster.vast.errors import GoneError, VastError
 from cluster.vast.fleet import Fleet, even_unnoted
 from cluster.vast.money import Caps
 from cluster.vast.node import Node
@@ -260,7 +260,7 @@ class VastNodeProvider(NodeProvider):
         until = time.monotonic() + self.settings.boot_minutes * 60
         while time.monotonic() < until:
             if self.is_terminated(node_id):
-                raise VastError(f"instance {node_id} is gone")
+                raise GoneError(f"instance {node_id} is gone")
             node = self.fleet.get(node_id)
             if node and node.ssh:
                 return node.ssh

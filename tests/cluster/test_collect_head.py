@@ -95,3 +95,46 @@ def test_a_wrong_key_is_the_users_to_mend(fake: Fake, cluster: str, monkeypatch:
     monkeypatch.setenv("VAST_API_KEY", "nobody's")
     with pytest.raises(VastKeyError, match="does not know this API key"):
         HeadWay(cluster)()
+
+
+@pytest.fixture
+def way(fake: Fake, cluster: str) -> HeadWay:
+    """To a head that is up."""
+    laptop = on_laptop()
+    laptop.create_node(node_config(), HEAD_TAGS, 1)
+    wait_for(lambda: [h for h in laptop.non_terminated_nodes({}) if laptop.is_running(h)])
+    made = HeadWay(cluster)
+    assert made().target.startswith("root@")
+    return made
+
+
+def test_a_head_without_an_address_is_for_later_and_not_waited_for(fake: Fake, way: HeadWay) -> None:
+    fake.control(f"outbid/{way._head()}")
+    way.provider.fleet.listed_at = float("-inf")
+    object.__setattr__(way.provider.settings, "boot_minutes", 0.05)  # it would be waited for so long
+    with pytest.raises(UnreachableError, match=r"the head, instance \d+, has no ssh address"):
+        way()
+
+
+def test_a_head_that_loses_its_address_while_it_is_asked_for_is_for_later(
+    fake: Fake, way: HeadWay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake.control(f"outbid/{way._head()}")
+    way.provider.fleet.listed_at = float("-inf")
+    monkeypatch.setattr(way.provider, "external_ip", lambda _: "127.0.0.1")
+    object.__setattr__(way.provider.settings, "boot_minutes", 1e-3)
+    with pytest.raises(UnreachableError, match="had no ssh address for"):
+        way()
+
+
+def test_a_head_that_goes_while_its_address_is_asked_for_is_gone(
+    fake: Fake, way: HeadWay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def vanish(head: str) -> str:
+        fake.control(f"vanish/{head}")
+        way.provider.fleet.listed_at = float("-inf")
+        return "127.0.0.1"
+
+    monkeypatch.setattr(way.provider, "external_ip", vanish)
+    with pytest.raises(ClusterGoneError, match=r"head is gone: instance \d+ is gone"):
+        way()
