@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ from typing import Any
 from capture.attempt import duration
 from capture.errors import ConfigError, StoreError, cannot_write
 from capture.layout import MARKER, RunDir, fitting
+from capture.manifest import LOST, now
+from capture.process import is_here
 from capture.schema import MANIFEST
 from capture.show import Show
 from cluster.collect_check import LOG, PAIR, contents, unfit_marker, wrong_files
@@ -246,6 +248,23 @@ def sole_collector(home: RunDir) -> Iterator[None]:
             (place / "lock").unlink(missing_ok=True)
             with contextlib.suppress(OSError):  # not empty: what a broken transfer left, to go on with
                 place.rmdir()
+
+
+def settle_away(home: RunDir, attempts: Container[str] | None = None) -> None:
+    """Write at home that those of the attempts (all, where none are named) were interrupted that still say `running` and were driven
+    from another machine: whoever calls this knows that nobody runs them any more. Should one do, its row comes home again."""
+    for row in home.manifest_rows():
+        driver, attempt = row.get("driver"), row["attempt"]
+        away = not (isinstance(driver, str) and is_here(driver))
+        if (
+            row.get("state") == "running"
+            and away
+            and (attempts is None or attempt in attempts)
+            and PAIR.fullmatch(attempt)
+        ):
+            found = row | LOST | {"finished": max(now(), str(row.get("started") or ""))}
+            with contextlib.suppress(OSError, StoreError):  # a record of the work; it must not end it
+                home.write_manifest_row(found)
 
 
 def _attempt(log: str) -> str:

@@ -12,12 +12,13 @@ from capture.attempt import duration
 from capture.layout import RunDir
 from capture.show import Show
 from capture.stop import Stop
-from cluster.collect import Collector, Round
+from cluster.collect import Collector, Round, settle_away
 from cluster.collect_errors import ClusterGoneError, UnreachableError
 from cluster.collect_source import HeadSource, Look, StoreSource
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 2.0, 60.0  # between tries at a head that does not answer
 ONCE_TRIES = 3
+DIED = "the sweep died"
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ def verdict(done: Round, at_home: Callable[[str, str], bool]) -> Verdict:
     if sweep.get("exit_code") is None:
         return Verdict(
             True,
-            "the sweep died",
+            DIED,
             (
                 *trouble,
                 "the sweep ended without a word: killed, or its job's log says why; submit it again, it goes on",
@@ -152,6 +153,8 @@ class Follow:
         assert self.collector is not None
         found = verdict(done, self.collector.at_home)
         n = len(self.collector.verified)
+        if found.state == DIED:
+            settle_away(self.home, {str(row.get("attempt")) for row in done.look.rows})
         if found.over:
             self.show.note(f"{found.state}; {n} capture{'s' * (n != 1)} at home in {self.home.out}")
             for line in found.trouble:
@@ -188,6 +191,7 @@ class Follow:
 
     def _gone(self, error: ClusterGoneError) -> int:
         self.show.note(str(error))
+        settle_away(self.home)
         if self.collector is not None:
             n = len(self.collector.verified)
             self.show.note(f"{n} capture{'s' * (n != 1)} came home before it went; sweep again for the rest")

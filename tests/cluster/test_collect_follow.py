@@ -20,6 +20,7 @@ from far import Far
 
 import cluster.collect_follow as follow_module
 from capture.layout import RunDir
+from capture.manifest import Attempt
 from capture.show import Show
 from capture.stop import Stop
 from cluster.collect_cli import collect
@@ -343,6 +344,54 @@ def test_a_cluster_that_is_gone_ends_it(far: Far, tmp_path: Path) -> None:
     run.follow.head.reach = gone
     assert (run(), run.down) == (1, 0)
     assert "1 capture came home before it went" in run.said
+
+
+def _under_way(far: Far, entry: str) -> Attempt:
+    attempt = Attempt(far.run, entry)
+    attempt.start(capture=ID, driver="the-head/123/456")
+    return attempt
+
+
+def _states(home: Path) -> dict[str, str]:
+    return {row["entry"]: row["state"] for row in RunDir(str(home)).manifest_rows()}
+
+
+@pytest.mark.usefixtures("near")
+@pytest.mark.parametrize("again", [False, True])
+def test_what_was_under_way_on_a_cluster_that_is_gone_is_not_said_to_run_for_ever(
+    far: Far, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, again: bool
+) -> None:
+    home = tmp_path / "home"
+    far.capture("one")
+    _under_way(far, "two")
+    far.note(alive=True)
+    Run(far, home)()
+    here = Attempt(RunDir(str(home)), "three")  # a sweep of this machine's own
+    here.start()
+    assert _states(home) == {"one": "complete", "two": "running", "three": "running"}
+    run, look = Run(far, home, once=False), HeadSource.look
+
+    def gone(source: HeadSource) -> Any:
+        if again or run.follow.collector is not None:
+            raise ClusterGoneError("cluster 'x' has no head")
+        return look(source)
+
+    monkeypatch.setattr(HeadSource, "look", gone)
+    assert run() == 1
+    assert _states(home) == {"one": "complete", "two": "interrupted", "three": "running"}
+    (two,) = (row for row in RunDir(str(home)).manifest_rows() if row["entry"] == "two")
+    assert (two["error_class"], bool(two["finished"])) == ("DriverLostError", True)
+    monkeypatch.setattr(HeadSource, "look", look)  # it was another cluster that was asked for
+    Run(far, home)()
+    assert _states(home)["two"] == "running"
+
+
+@pytest.mark.usefixtures("near")
+def test_what_a_sweep_had_under_way_that_died_is_interrupted(far: Far, tmp_path: Path) -> None:
+    _under_way(far, "two")
+    far.note(exit_code=None)
+    assert Run(far, tmp_path / "home")() == 1
+    assert _states(tmp_path / "home") == {"two": "interrupted"}
 
 
 @pytest.mark.usefixtures("near")
