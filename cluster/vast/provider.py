@@ -13,6 +13,7 @@ from functools import wraps
 from typing import Any, TypeVar
 
 import click
+from ray.autoscaler._private import updater
 from ray.autoscaler._private.cli_logger import cli_logger
 from ray.autoscaler.node_provider import NodeProvider
 from ray.autoscaler.tags import (
@@ -43,6 +44,7 @@ from cluster.vast.settings import Settings, bootstrap, check_ours, for_head
 from cluster.vast.state import State, cluster_folder, open_requests
 
 logger = logging.getLogger(__name__)
+MORE_S = 120.0  # that Ray waits for a node beyond the time of its boot, so that it sees that we have ended it
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -76,6 +78,7 @@ class VastNodeProvider(NodeProvider):
             raise click.ClickException(f"{type(error).__name__}: {error}") from error
         self.state = State(self.folder)
         s = self.settings
+        _wait_for_boots(s.boot_minutes * 60)
         kinds = {"worker"} if s.on_head else {"head"}
         self.fleet = Fleet(
             self.vast, self.state, cluster_name, kinds, boot_s=s.boot_minutes * 60, poll_s=s.poll_seconds
@@ -307,6 +310,12 @@ class VastNodeProvider(NodeProvider):
 
     def _public_key(self) -> str:
         return (self.folder / f"{keys.SSH_KEY}.pub").read_text().strip()
+
+
+def _wait_for_boots(boot_s: float) -> None:
+    """Make Ray wait for a node's ssh until we have given the node up. After its own 15 minutes `ray up` would fail and leave a head that
+    is still booting, which nobody looks at from then on. Ray reads the time where it waits and has no public way to set it."""
+    updater.AUTOSCALER_NODE_START_WAIT_S = max(updater.AUTOSCALER_NODE_START_WAIT_S, int(boot_s + MORE_S))
 
 
 def _matches(tags: dict[str, str], wanted: dict[str, str]) -> bool:

@@ -13,6 +13,7 @@ import click
 import pytest
 from fake_server import Fake, wait_for
 from provider_stage import HEAD_TAGS, WORKER_TAGS, config, node_config, on_head, on_laptop
+from ray.autoscaler._private import updater
 
 from capture.errors import ConfigError
 from cluster.mesh.daemon import UNWATCHED_S
@@ -418,3 +419,22 @@ def test_whoever_logs_in_logs_in_through_the_mesh_too_and_at_vasts_own_machines_
     with pytest.raises(ConfigError, match="'ssh_user' is 'me': Vast's machines let in root only"):
         ssh_user({"ssh_user": "me"}, None)
     assert ssh_user({"ssh_user": "root"}, None) == ssh_user({}, None) == "root"
+
+
+@pytest.mark.parametrize("boot_minutes", [1, 15, 40])
+def test_ray_waits_for_a_node_until_it_is_given_up(fake: Fake, monkeypatch: Any, boot_minutes: float) -> None:
+    monkeypatch.setattr(updater, "AUTOSCALER_NODE_START_WAIT_S", 900)
+    waiting = updater.NodeUpdater.__new__(updater.NodeUpdater)
+    waiting.provider, waiting.node_id = on_laptop(config(boot_minutes=boot_minutes)), "1"
+    waits: list[float] = []
+
+    class Waited(Exception): ...
+
+    def wait_ready(deadline: float) -> None:
+        waits.append(deadline - time.time())
+        raise Waited
+
+    waiting.wait_ready = wait_ready
+    with pytest.raises(Waited):
+        waiting.do_update()
+    assert waits[0] == pytest.approx(max(900, boot_minutes * 60 + 120), abs=5)
