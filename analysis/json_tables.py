@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from analysis.json_cells import RUN_NUMBERS, SIDE_NUMBERS
 from analysis.json_stage import Stage
-from analysis.views import quote
+from analysis.views import as_pattern, quote
 from capture.layout import RunDir
 from capture.schema import SCHEMA_VERSION, arrow_schema
 from capture.store import ROW_GROUP, CaptureWriter
@@ -112,7 +112,7 @@ def _prepare(con: duckdb.DuckDBPyConnection, shape: Shape, stage: Stage) -> None
     for name in ("run", "pairwise", "rest"):
         con.execute(
             f"CREATE VIEW staged_{name} AS SELECT * REPLACE ({layer}::SMALLINT AS layer)\n"
-            f"FROM read_parquet({quote(str(stage.path(name)))})"
+            f"FROM read_parquet({quote(as_pattern(str(stage.path(name))))})"
         )
     numbers = ", ".join(f"s.{n}" for n in RUN_NUMBERS)
     lists = "s.ids, s.logits, s.tracked_ids, s.tracked"

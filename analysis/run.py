@@ -19,6 +19,7 @@ from analysis.views import (
     SQL_VIEWS,
     STORED_VIEWS,
     VIEWS,
+    as_pattern,
     comments_sql,
     quote,
     stored_sql,
@@ -30,6 +31,8 @@ from capture.schema import BY_NAME
 
 if TYPE_CHECKING:
     import duckdb
+
+_PATTERN = "run_directory_pattern()"  # a catalog's macro: views.as_pattern of run_directory(), which its client may set
 
 
 def open_run_dir(out: str) -> RunDir:
@@ -71,7 +74,8 @@ def open_run(
     con.execute("SET parquet_metadata_cache = true")  # half of a grid's time is reading footers
     create_views(con, run, include_partial, lenient=lenient, left_out=left_out or (lambda why: None))
     if sandbox:
-        reachable = [quote(run.root)] if run.is_local else []
+        # what a name of a file is compared with is the pattern itself, and each file that it matches
+        reachable = [quote(root) for root in dict.fromkeys((run.root, as_pattern(run.root)))] if run.is_local else []
         con.execute(f"SET allowed_directories = [{', '.join(reachable)}]::VARCHAR[]")
         con.execute("SET enable_external_access = false")
         con.execute("SET python_enable_replacements = false")  # a name in SQL is no variable of the caller
@@ -107,6 +111,7 @@ def write_catalog(out: str, file: str | None = None, include_partial: bool = Fal
                 _load_httpfs(con, out)
             con.begin()  # one write to disk, not one for each comment
             con.execute(f"CREATE MACRO run_directory() AS coalesce(getvariable('run_directory'), {quote(root)})")
+            con.execute(rf"CREATE MACRO {_PATTERN} AS regexp_replace(run_directory(), '([\[*?])', '[\1]', 'g')")
             create_views(con, run, include_partial, relocatable=True)
             for view in VIEWS:
                 for statement in comments_sql(view):
@@ -147,7 +152,7 @@ def create_views(
 ) -> None:
     """Create the two small tables, the views over stored tables, those built on them, and the macros.
 
-    relocatable: files are named below run_directory(), which must be there.
+    relocatable: files are named below the pattern of run_directory(); the macros of both must be there.
     """
     import duckdb
 
@@ -187,7 +192,7 @@ def _create_stored(
 
     source = None
     if relocatable:
-        sql = stored_sql(name, [f.removeprefix(run.root) for f in files], root="run_directory()")
+        sql = stored_sql(name, [f.removeprefix(run.root) for f in files], root=_PATTERN)
     else:
         if files and not run.is_local:  # DuckDB's own reader of object stores is an extension that may not be there
             source = f"_files_{name}"

@@ -6,6 +6,7 @@ than one table (their SELECTs are the files in analysis/sql).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -268,10 +269,15 @@ def quote(text: str) -> str:
     return "'" + text.replace("'", "''") + "'"
 
 
+def as_pattern(path: str) -> str:
+    """The pattern that matches this path alone: DuckDB takes names of files for patterns, and out[1] would mean out1."""
+    return re.sub(r"([\[*?])", r"[\1]", path)
+
+
 def stored_sql(name: str, files: Sequence[str] = (), *, source: str | None = None, root: str | None = None) -> str:
     """The SELECT of a stored table's view: over Parquet `files`, over the relation `source`, or typed and empty.
 
-    root: an SQL expression of a directory that the files are below, for a catalog that may be moved.
+    root: an SQL expression of a directory, as a pattern, that the files are below, for a catalog that may be moved.
     """
     derived = "".join(f",\n  {sql} AS {column.name}" for column, sql in DERIVED.get(name, ()))
     columns = BY_NAME[name].all_columns
@@ -281,7 +287,7 @@ def stored_sql(name: str, files: Sequence[str] = (), *, source: str | None = Non
         return f"SELECT\n  {names}{derived}\nFROM (SELECT {nulls})\nWHERE false"
     if source is None:
         prefix = f"{root} || " if root else ""
-        listed = ",\n  ".join(prefix + quote(f) for f in files)
+        listed = ",\n  ".join(prefix + quote(as_pattern(f)) for f in files)
         # hive_partitioning would read an all-digit capture id as a number, and the columns are in the files
         source = f"read_parquet([\n  {listed}\n], hive_partitioning = false)"
     return f"SELECT\n  {', '.join(c.name for c in columns)}{derived}\nFROM {source}"

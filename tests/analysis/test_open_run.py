@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import duckdb
+import numpy as np
 import pyarrow as pa
 import pytest
 from pyarrow import parquet
-from synthetic import ALPHA, BETA, GAMMA, alpha, beta, gamma, write_attempt, write_capture
+from synthetic import ALPHA, BETA, GAMMA, alpha, beta, gamma, make_capture, write_attempt, write_capture
 
 from analysis import QueryError, open_run, write_catalog
 from analysis.views import STORED_VIEWS
@@ -220,6 +221,30 @@ def test_a_catalog_goes_with_its_run_directory(tmp_path: Path) -> None:
         assert con.execute("SELECT count(*) FROM duckdb_functions() WHERE comment LIKE 'hotspots(%'").fetchall() == [
             (1,)
         ]
+
+
+@pytest.mark.parametrize("name", ["out[1]", "out*", "out?"])
+def test_a_path_with_the_characters_of_a_pattern_means_itself_alone(
+    tmp_path: Path, call: Callable[..., Any], name: str
+) -> None:
+    odd, plain = tmp_path / name, tmp_path / "out1"
+    first, second = (make_capture("p", "c0ffee0000000000", ("BB", "SS"), 1, {(0, "identity"): ["x", "y"]}, {1}, n) for n in (1, 2))  # fmt: skip
+    write_capture(odd, first)
+    write_capture(plain, second)
+    expected = np.sort(first.cells[0, "identity", "BB"]["norm"].ravel()).tolist()
+    sql = "SELECT norm FROM runs WHERE run = 'BB' ORDER BY norm"
+    for sandbox in (False, True):
+        found = open_run(str(odd), sandbox=sandbox).execute(sql).fetchall()
+        assert [n for (n,) in found] == expected
+    assert call("grid", odd, "--metric", "norm", "--run", "BB").out != call("grid", plain, "--metric", "norm", "--run", "BB").out  # fmt: skip
+    assert call("sql", odd, f"FROM '{plain}/captures/pair=p/capture=c0ffee0000000000/runs-00000.parquet'").code == 2
+    write_catalog(str(odd), str(tmp_path / "catalog.duckdb"))
+    write_catalog(str(plain), str(tmp_path / "plain.duckdb"))
+    for file, said in (("catalog", None), ("plain", odd)):
+        with duckdb.connect(str(tmp_path / f"{file}.duckdb"), read_only=True) as con:
+            if said:
+                con.execute(f"SET VARIABLE run_directory = '{said}'")
+            assert [n for (n,) in con.execute(sql).fetchall()] == expected
 
 
 def test_a_catalog_over_a_store_needs_the_reader_of_stores(
