@@ -116,7 +116,8 @@ function valuesOf(data, view, metric) {
 function noiseFloor(data, view, metric) {
   if (viewKind(view) !== "comparison") return null;
   const [a, b] = view.split("-").map((run) => data.pair.noise?.[run]?.[metric]);
-  return a && b && a.length === data.rows ? a.map((v, i) => Math.max(v ?? 0, b[i] ?? 0)) : null;
+  // the lists have all layers from -1, the sheet those that the config kept
+  return a && b ? data.sheet.layers.map((layer) => Math.max(a[layer + 1] ?? 0, b[layer + 1] ?? 0)) : null;
 }
 
 // The two or four top-k lists of a cell: [title, [[token id, number], ...]]; null where the page does not carry them.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,8 @@ class Capture:
     pair: str
     capture: str
     passes: tuple[str, ...]
-    layers: range
+    layers: tuple[int, ...]
+    n_layers: int
     tokens: dict[tuple[int, str], list[str]]
     cells: dict[tuple[int, str, str], dict[str, Any]] = field(default_factory=dict)
 
@@ -55,7 +56,7 @@ def make_capture(
     lens_layers: set[int], seed: int,
 ) -> Capture:  # fmt: skip
     rng = np.random.default_rng(seed)
-    out = Capture(pair, capture, passes, range(-1, n_layers + 1), tokens)
+    out = Capture(pair, capture, passes, tuple(range(-1, n_layers + 1)), n_layers, tokens)
     no_lens = [i for i, layer in enumerate(out.layers) if layer not in lens_layers]
     for (prompt, variant), texts in tokens.items():
         shape = (len(out.layers), len(texts))
@@ -83,6 +84,13 @@ def make_capture(
                 c[k][no_lens] = np.nan
             out.cells[prompt, variant, f"{a}-{b}"] = c
     return out
+
+
+def keep_layers(capture: Capture, *kept: int) -> Capture:
+    """The same with some layers alone in its tables, as `layers:` of a config has it."""
+    at = [capture.layers.index(layer) for layer in kept]
+    cells = {key: {name: values[at] for name, values in c.items()} for key, c in capture.cells.items()}
+    return replace(capture, layers=kept, cells=cells)
 
 
 def _plain(value: Any) -> Any:
@@ -153,7 +161,7 @@ def write_capture(out: Path, capture: Capture, *, marker: bool = True) -> Path:
         "models": {"base": {"model": "org/base", "revision": "abc"}, "sft": {"model": "org/sft", "revision": "def"}},
         "tokenizer": {"name": "org/sft", "hash": "1"},
         "lens": {"norm": "final"},
-        "n_layers": len(capture.layers) - 2,
+        "n_layers": capture.n_layers,
         "n_prompts": len(capture.tokens),
         "dtype": "float32",
         "seconds": {"open": 1.5, "walk": 2.0},

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 from browser import Browser, browser  # noqa: F401  (a fixture)
-from synthetic import PASSES, alpha, beta, make_capture, write_capture
+from synthetic import PASSES, alpha, beta, keep_layers, make_capture, write_capture
 
-from analysis import open_run
+from analysis import build_residual_grid, open_run
 from analysis.html_page import write_page
 
 EVIL = "</script><script>window.hacked = 1</script>"
@@ -401,6 +401,24 @@ def test_the_number_of_first_tokens_to_leave_out_is_chosen(made: Made, browser: 
     browser.open(f"{made.address}#pair=alpha&mask=1&first=x")
     assert browser.execute_script("return S.first") == 1
     assert browser.logs()[0] == []
+
+
+def test_the_noise_floor_is_that_of_each_layer_where_the_tables_have_only_some(
+    tmp_path: Path,
+    browser: Browser,  # noqa: F811
+) -> None:
+    path = write_capture(tmp_path / "out", keep_layers(alpha(), 0, 2)) / "capture.json"
+    floors = {run: {"norm_diff": [0.0, 1.5, 9.0, 2.5 if run == "SS" else 0.5]} for run in PASSES}
+    noise = {"measured": True, "by_run_and_layer": floors}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"noise_floor": noise}))
+    con = open_run(str(tmp_path / "out"))
+    grid = build_residual_grid(con, "norm_diff", prompt=0)
+    assert grid.floor is not None
+    browser.open(f"file://{write_page(con, tmp_path / 'page.html').path}#show=BB-SS&metric=norm_diff")
+    assert browser.execute_script("return S.floor") == grid.floor.tolist() == [1.5, 2.5]
+    assert "Dots: below the noise floor." in browser.text("#grid-note")
+    browser.open(f"file://{tmp_path / 'page.html'}#show=BB-SS&metric=kl_divergence")
+    assert browser.execute_script("return S.floor") is None, "of this metric none is measured"
 
 
 def test_the_noise_floor_is_drawn_with_numbers_in_the_cells_and_without(tmp_path: Path, browser: Browser) -> None:  # noqa: F811
