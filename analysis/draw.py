@@ -104,8 +104,10 @@ def draw(grid: Grid, columns: int = 80) -> Text:
 
 
 def _notes(grid: Grid, shown: int) -> list[str]:
-    last = int(grid.layers.max()) if len(grid.layers) else 0
-    notes = [f"layer -1: what enters block 0; 0..{last - 1}: after each block; {last}: after the final norm"]
+    last = grid.n_layers
+    blocks = "0 and on" if last is None else f"0..{last - 1}"
+    after_norm = "" if last is None or last not in grid.layers else f"; {last}: after the final norm"
+    notes = [f"layer -1: what enters block 0; {blocks}: after each block{after_norm}"]
     if not np.isfinite(grid.values).any():
         notes.append("no cell has a number: was the lens on, and is the token's layer among lens.layers?")
     if shown < len(grid.tokens):

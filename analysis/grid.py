@@ -18,8 +18,9 @@ from capture.printable import escape
 class Grid:
     """One number per layer and token of one prompt.
 
-    values: float64 [layers, positions], NaN where there is no number. layers: int64, -1 is the state entering block 0, the
-    largest the state after the final norm. positions: int64, from 0. tokens: their texts; special: which of them are the
+    values: float64 [layers, positions], NaN where there is no number. layers: int64, -1 is the state entering block 0, 0 to
+    L-1 what leaves each block, L the state after the final norm; a capture may have only some of them. n_layers: L, or None
+    where the capture does not say. positions: int64, from 0. tokens: their texts; special: which of them are the
     tokenizer's special ones. label: comparison or pass. floor: float64 [layers], the capture's noise floor of this metric,
     or None where there is none: a value that is not above it is no difference. provenance: models, revisions, dtype and the
     like, from capture.json. sql: the query that gives the same cells.
@@ -38,6 +39,7 @@ class Grid:
     variant: str
     label: str
     special: tuple[bool, ...] = ()
+    n_layers: int | None = None
     floor: NDArray[np.float64] | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
     sql: str = ""

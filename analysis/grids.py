@@ -51,7 +51,7 @@ def build_grid(con: duckdb.DuckDBPyConnection, metric: Metric, filters: Filters 
     positions, columns = np.unique(cells["position"], return_inverse=True)
     values = np.full((len(layers), len(positions)), np.nan)
     values[rows, columns] = np.ma.filled(np.ma.asarray(cells["value"], dtype=np.float64), np.nan)
-    provenance, floors = _said(con, str(chosen.pair), str(chosen.capture))
+    provenance, n_layers, floors = _said(con, str(chosen.pair), str(chosen.capture))
     return Grid(
         values=values,
         layers=layers.astype(np.int64),
@@ -66,6 +66,7 @@ def build_grid(con: duckdb.DuckDBPyConnection, metric: Metric, filters: Filters 
         prompt_idx=int(chosen.prompt or 0),
         variant=str(chosen.variant),
         label=str(chosen.label),
+        n_layers=n_layers,
         floor=_floor(floors, metric, str(chosen.label), layers),
         provenance=provenance,
         sql=_filled(grid_sql(metric), [*key, chosen.label]),
@@ -79,16 +80,16 @@ def _filled(sql: str, values: list[Any]) -> str:
     return sql
 
 
-def _said(con: duckdb.DuckDBPyConnection, pair: str, capture: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What capture.json says of where the numbers come from, and its noise floor by pass, metric and layer."""
-    sql = f"SELECT {', '.join(_PROVENANCE)}, json FROM captures WHERE pair = ? AND capture = ?"
+def _said(con: duckdb.DuckDBPyConnection, pair: str, capture: str) -> tuple[dict[str, Any], int | None, dict[str, Any]]:
+    """What capture.json says of where the numbers come from, L, and the noise floor by pass, metric and layer."""
+    sql = f"SELECT {', '.join(_PROVENANCE)}, n_layers, json FROM captures WHERE pair = ? AND capture = ?"
     rows = con.execute(sql, [pair, capture]).fetchall()
     if not rows:
-        return {}, {}
-    *known, text = rows[0]
+        return {}, None, {}
+    *known, n_layers, text = rows[0]
     provenance = {k: v for k, v in zip(_PROVENANCE, known, strict=True) if v is not None}
     said = json.loads(text or "{}").get("noise_floor") or {}
-    return provenance, said.get("by_run_and_layer") or {}
+    return provenance, n_layers, said.get("by_run_and_layer") or {}
 
 
 def _floor(floors: dict[str, Any], metric: Metric, label: str, layers: Any) -> Any:

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from rich.cells import cell_len
 from rich.console import Console
+from synthetic import alpha, keep_layers, write_capture
 
-from analysis import QueryError, build_residual_grid, build_run_grid
+from analysis import QueryError, build_residual_grid, build_run_grid, open_run
 from analysis.draw import DIVERGING, SEQUENTIAL, colour, colour_scale, draw, short_number, token_label, write_png
 from analysis.grid import Grid
 from analysis.grids import build_stack
@@ -42,6 +43,17 @@ def test_the_drawing_has_every_layer_token_and_number(grid: Grid) -> None:
         head, *numbers = line.split()
         assert int(head) == layer
         assert np.allclose([float(n) for n in numbers], grid.values[layer + 1], rtol=0.05, atol=5e-4)
+
+
+def test_the_final_norm_is_named_at_its_own_layer_and_only_where_the_grid_has_it(grid: Grid, tmp_path: Path) -> None:
+    note = lambda g: draw(g, 200).plain.splitlines()[3 + len(g.layers)]  # noqa: E731
+    assert note(grid) == "layer -1: what enters block 0; 0..1: after each block; 2: after the final norm"
+    assert note(grid.filter_layers(lambda layer: layer < 2)) == "layer -1: what enters block 0; 0..1: after each block"
+    assert "norm" not in note(replace(grid, n_layers=None))
+    write_capture(tmp_path, keep_layers(alpha(), -1, 0))
+    part = build_residual_grid(open_run(str(tmp_path)), "kl_divergence")
+    assert (part.layers.tolist(), part.n_layers) == ([-1, 0], 2)
+    assert note(part) == "layer -1: what enters block 0; 0..1: after each block"
 
 
 @pytest.mark.parametrize("columns", [40, 80, 120])
