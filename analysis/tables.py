@@ -13,6 +13,7 @@ import sys
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -74,7 +75,9 @@ def json_line(row: Mapping[str, Any]) -> str:
 def csv_lines(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Iterator[str]:
     """CSV with a header; none is an empty field, lists are JSON."""
     buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
+    # a field is quoted where it has a character of the line's end: a carriage return of its own would end its row
+    ends = SimpleNamespace(write=lambda line: buffer.write(line.removesuffix("\r\n") + "\n"))
+    writer = csv.writer(ends, lineterminator="\r\n")
     writer.writerow(columns)
     for row in rows:
         plain = [jsonable(v) for v in row]

@@ -55,6 +55,14 @@ def test_csv_reads_back(synthetic: Any, call: Callable[..., Any]) -> None:
     assert rows[0] == {"position": "0", "token": "<s>", "nothing": "", "list": "[1, 2]", "yes": "true"}
 
 
+def test_a_field_with_a_carriage_return_does_not_end_its_row_in_csv(synthetic: Any, call: Callable[..., Any]) -> None:
+    odd = ["\r", "a\rb", "\n", "plain"]
+    values = ", ".join(f"({i}, '{text}')" for i, text in enumerate(odd))
+    out = call("sql", synthetic.out, f"SELECT * FROM (VALUES {values}) AS t(i, token) ORDER BY i", "--csv").out
+    assert out == 'i,token\n0,"\r"\n1,"a\rb"\n2,"\n"\n3,plain\n'
+    assert [r["token"] for r in csv.DictReader(io.StringIO(out, newline=""))] == odd
+
+
 def test_a_dash_reads_the_query_from_stdin(synthetic: Any, call: Callable[..., Any]) -> None:
     assert call("sql", synthetic.out, "-", "--json", stdin=COUNT + ";\n").rows[0] == {"pair": "alpha", "n": 128}
 
