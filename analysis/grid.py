@@ -118,8 +118,11 @@ class Grid:
         n = np.maximum(finite.sum(axis=1, keepdims=True), 1)
         mean = values.sum(axis=1, keepdims=True) / n
         std = np.sqrt((np.where(finite, values - mean, 0.0) ** 2).sum(axis=1, keepdims=True) / n)
+        # the mean of equal values is rounded, and the std then is not 0 but the error of that
+        lowest = np.where(finite, self.values, np.inf).min(axis=1, keepdims=True, initial=np.inf)
+        highest = np.where(finite, self.values, -np.inf).max(axis=1, keepdims=True, initial=-np.inf)
         with np.errstate(invalid="ignore", divide="ignore"):
-            return np.where(finite & (std > 0), (self.values - mean) / std, np.nan)
+            return np.where(finite & (std > 0) & (highest > lowest), (self.values - mean) / std, np.nan)
 
     def to_xarray(self) -> Any:
         """An xarray.DataArray with dimensions layer and position, and token as a coordinate; needs the extra `xarray`."""

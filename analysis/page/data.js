@@ -170,7 +170,7 @@ function makeProfile(many, view, metric, first) {
     const found = room.subarray(0, n).sort(), mean = sum / n;
     for (const v of found) squares += (v - mean) ** 2;
     out.mean.push(mean);
-    out.std.push(Math.sqrt(squares / n));
+    out.std.push(found[n - 1] > found[0] ? Math.sqrt(squares / n) : 0); // the mean of equal values is rounded, and off
     for (const [name, q] of [["p10", 0.1], ["p50", 0.5], ["p90", 0.9]]) out[name].push(quantile(found, q));
   }
   return out;

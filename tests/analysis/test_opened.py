@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +143,15 @@ def test_filters_keep_values_labels_and_masks_together(run: Any) -> None:
     z = grid.z_scores()
     assert np.allclose(z.mean(axis=1), 0)
     assert np.allclose(z.std(axis=1), 1)
+
+
+@pytest.mark.parametrize("n", range(2, 12))
+def test_equal_values_have_no_z_score_however_their_mean_is_rounded(run: Any, n: int) -> None:
+    values = np.array([[0.1] * n + [np.nan], [np.nan] * (n + 1), [0.0] * n + [1.0]])
+    grid = run.grid("norm_diff", pair="alpha", prompt=0)
+    z = replace(grid, values=values, layers=np.arange(3), positions=np.arange(n + 1)).z_scores()
+    assert np.isnan(z[:2]).all()
+    assert np.isfinite(z[2]).all()
 
 
 def test_a_grid_becomes_pandas_and_a_file(run: Any, tmp_path: Path) -> None:

@@ -373,6 +373,19 @@ def test_cells_without_a_number_and_the_masks_are_told(made: Made, browser: Brow
     assert "without first and special tokens" in browser.text("#spots-scope")
 
 
+def test_a_layer_of_equal_numbers_has_no_hotspot_by_z(tmp_path: Path, browser: Browser) -> None:  # noqa: F811
+    taken = alpha()
+    for name, column, value in (
+        ("BB-SS", "norm_diff", 1.0),
+        ("BB", "norm", 10.0),
+    ):  # 0.1 each: the sum of three is not 0.3
+        taken.cells[1, "identity", name][column][1] = value
+    write_capture(tmp_path / "out", taken)
+    page = write_page(open_run(str(tmp_path / "out")), tmp_path / "page.html").path
+    browser.open(f"file://{page}#prompt=1&show=BB-SS&metric=norm_diff_relative&order=z")
+    assert set(browser.execute_script("return S.spots.map((h) => h.row)")) == {0, 2, 3}
+
+
 def test_the_number_of_first_tokens_to_leave_out_is_chosen(made: Made, browser: Browser) -> None:  # noqa: F811
     browser.open(f"{made.address}#pair=alpha&show=BB-SS")
     state = (
