@@ -75,9 +75,9 @@ def build_grid(con: duckdb.DuckDBPyConnection, metric: Metric, filters: Filters 
 
 def _filled(sql: str, values: list[Any]) -> str:
     """The query with its parameters written in, to be pasted elsewhere."""
-    for value in values:
-        sql = sql.replace("?", quote(value) if isinstance(value, str) else str(value), 1)
-    return sql
+    first, *others = sql.split("?")  # all at once: a value may have a question mark of its own
+    written = [quote(value) if isinstance(value, str) else str(value) for value in values]
+    return first + "".join(value + part for value, part in zip(written, others, strict=True))
 
 
 def _said(con: duckdb.DuckDBPyConnection, pair: str, capture: str) -> tuple[dict[str, Any], int | None, dict[str, Any]]:

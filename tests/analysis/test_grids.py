@@ -100,6 +100,15 @@ def test_without_bb_ss_the_first_comparison_is_taken(tmp_path: Path) -> None:
     assert (grid.label, grid.prompt_idx, grid.variant) == ("BS-SB", 2, "reverse_sentences")
 
 
+def test_the_sql_of_a_grid_gives_its_cells_where_a_name_has_a_question_mark_or_quote(tmp_path: Path) -> None:
+    write_capture(tmp_path, make_capture("p", "c", ("BB", "SS"), 1, {(0, "what? it's"): ["x", "y"]}, {1}, 0))
+    con = open_run(str(tmp_path))
+    grid = build_residual_grid(con, "norm_diff")
+    assert grid.sql
+    cells = con.execute(f"{grid.sql} ORDER BY layer, position").fetchall()
+    assert [value for _, _, value in cells] == grid.values.ravel().tolist()
+
+
 def test_of_two_captures_of_a_pair_the_newer_is_taken_or_the_one_asked_for(tmp_path: Path) -> None:
     old, new = alpha(), alpha()
     new.capture = "ffff"
