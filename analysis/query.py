@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     import duckdb
 
 _CHUNK = 10_000
+Found = TypeVar("Found")
 
 
 def check_query(con: duckdb.DuckDBPyConnection, query: str) -> None:
@@ -101,8 +103,8 @@ def answer(
     check_query(con, query)
     try:
         # asked of the relation, which binds only: a cursor's description tells FLOAT from DOUBLE in new versions alone
-        types = [str(kind) for kind in con.sql(query).types]
-        cursor = con.execute(query)
+        types = _hearing_ctrl_c(con, lambda: [str(kind) for kind in con.sql(query).types])
+        cursor = _hearing_ctrl_c(con, lambda: con.execute(query))
         columns = [d[0] for d in cursor.description]
     except duckdb.Error as error:
         raise QueryError(explain(error, query)) from error
@@ -110,7 +112,7 @@ def answer(
 
     def rows() -> Iterator[list[Any]]:
         try:
-            while chunk := cursor.fetchmany(_CHUNK):
+            while chunk := _hearing_ctrl_c(con, lambda: cursor.fetchmany(_CHUNK)):
                 for row in chunk:
                     values = list(row)
                     for i in floats:
@@ -120,6 +122,21 @@ def answer(
             raise QueryError(explain(error, query)) from error
 
     return columns, rows()
+
+
+def _hearing_ctrl_c(con: duckdb.DuckDBPyConnection, work: Callable[[], Found]) -> Found:
+    """What `work` on the connection gives. It runs in a thread of its own, since Python hears Ctrl-C in its main thread alone, and
+    not while DuckDB computes there. KeyboardInterrupt is raised when the query has stopped.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        working = pool.submit(work)
+        try:
+            return working.result()
+        except KeyboardInterrupt:
+            con.interrupt()
+            while wait([working], 0.1).not_done:  # a query that only begins forgets an interruption from before
+                con.interrupt()
+            raise
 
 
 def explain(error: Exception, query: str = "") -> str:

@@ -6,6 +6,8 @@ import csv
 import io
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -125,6 +127,26 @@ def test_a_part_of_a_query_that_writes_leaves_the_captures_and_other_files_alone
     assert call("sql", tmp_path / "out", log, "--any-file").code == 2
     assert file.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+_ENDLESS = "FROM range(10000000) AS a, range(1000000) AS b"
+
+
+@pytest.mark.parametrize("query", [f"SELECT sum(a.range * b.range) {_ENDLESS}", f"SELECT a.range {_ENDLESS} WHERE a.range + b.range < 0"])  # fmt: skip
+def test_ctrl_c_stops_a_long_query_and_no_file_is_blamed(tmp_path: Path, query: str) -> None:
+    write_capture(tmp_path / "out", alpha())
+    script = (
+        "import os, signal, sys, threading, analysis.query as asked, analysis.damage as damage, pairscope\n"
+        "check, damage.broken = asked.check_query, lambda *args, **kwargs: print('every file was read')\n"
+        "def checked(*args):\n"
+        "    check(*args)\n"
+        "    threading.Timer(1, os.kill, (os.getpid(), signal.SIGINT)).start()\n"
+        "asked.check_query = checked\n"
+        "pairscope.main()\n"
+    )
+    command = [sys.executable, "-c", script, "sql", str(tmp_path / "out"), query]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=40)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "pairscope: stopped\n")
 
 
 def test_two_queries_or_none_are_refused(synthetic: Any, call: Callable[..., Any]) -> None:
