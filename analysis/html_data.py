@@ -128,7 +128,10 @@ def keep_prompts(pair: PairData, ranges: list[tuple[int, int]]) -> None:
 
 
 def keep_top_prompts(con: duckdb.DuckDBPyConnection, pair: PairData, n: int) -> None:
-    """Keep the n prompts of largest mean KL of BB-SS (of norm_diff where there is no lens), the largest first."""
+    """Keep the n prompts of largest mean KL of BB-SS (of norm_diff where there is no lens), the largest first.
+
+    A pair without comparisons, as one pass alone gives, keeps its first n prompts.
+    """
     label = "BB-SS" if "BB-SS" in pair.comparisons else pair.comparisons[0] if pair.comparisons else ""
     rows = con.execute(
         "SELECT prompt_idx, variant, avg(kl_divergence) FILTER (isfinite(kl_divergence)) AS kl, avg(norm_diff) AS size "
@@ -137,7 +140,7 @@ def keep_top_prompts(con: duckdb.DuckDBPyConnection, pair: PairData, n: int) -> 
         [pair.name, pair.capture, label],
     ).fetchall()
     by_key = {(p.prompt_idx, p.variant): p for p in pair.prompts}
-    pair.prompts = [by_key[i, v] for i, v, *_ in rows if (i, v) in by_key][:n]
+    pair.prompts = ([by_key[i, v] for i, v, *_ in rows if (i, v) in by_key] or pair.prompts)[:n]
 
 
 @dataclass

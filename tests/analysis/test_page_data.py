@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from synthetic import make_capture, write_capture
 
 from analysis import QueryError
 from analysis.html_data import parse_prompts
@@ -98,6 +99,14 @@ def test_entries_prompts_and_the_largest_prompts_are_chosen(con: Any, tmp_path: 
     assert chosen() == {"alpha": [rows[0][0]]}
     write_page(con, file, entries=("alpha",), top_prompts=9)
     assert chosen() == {"alpha": [p for (p,) in rows]}
+
+
+def test_of_a_pair_without_comparisons_the_first_prompts_are_kept(tmp_path: Path, call: Callable[..., Any]) -> None:
+    tokens = {(prompt, "identity"): ["x", "y"] for prompt in range(4)}
+    write_capture(tmp_path / "out", make_capture("p", "c", ("BB",), 1, tokens, {1}, 0))
+    file = tmp_path / "page.html"
+    assert call("html", tmp_path / "out", "-o", file, "--top-prompts", 2, "--prompts", "1:4").code == 0
+    assert [sheet["prompt"] for sheet in index_of(file)["pairs"][0]["sheets"]] == [1, 2]
 
 
 def test_lists_of_prompts_are_indices_and_ranges() -> None:
