@@ -115,7 +115,7 @@ def _read_sheets(
         pair, prompt = pairs[i], pairs[i].prompts[n]
         progress(f"grids: prompt {turn + 1} of {len(turns)}")
         sheet = read_sheet(con, pair, prompt)
-        size = len(sheet.block) + len(json.dumps(sheet.index)) + _FRAME
+        size = len(sheet.block) + _size(sheet.index) + _FRAME
         if size > room:
             if any(not mine for mine in sheets):
                 raise QueryError(
@@ -141,7 +141,7 @@ def _read_all_lists(
         read_lists(con, pairs[i], sheet, k)
         stored = pairs[i].stored
         new = {t: stored[t] for t in sheet.ids.tolist() if t in stored and t not in known[i]}
-        size = len(sheet.lists or "") + len(json.dumps(sheet.index.get("lists"))) + len(json.dumps(new)) + _FRAME
+        size = len(sheet.lists or "") + _size(sheet.index.get("lists")) + _size(new) + _FRAME
         if size > room:
             sheet.index, sheet.lists = before, None
             break
@@ -202,20 +202,28 @@ def _document(
         f"default-src 'none'; script-src {_hash(code['js'])}; style-src {_hash(code['css'])}; "
         "img-src data:; base-uri 'none'; form-action 'none'"
     )
-    # in a script element only these could end it or start a comment
-    said = json.dumps(jsonable(index), ensure_ascii=False, separators=(",", ":"))
-    said = said.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
     data = [f'<script type="application/octet-stream" id="{name}">{text}</script>' for name, text in blocks]
     parts = {
         "POLICY": policy,
         "STYLE": code["css"],
-        "INDEX": said,
+        "INDEX": _json(index),
         "FIRST": "".join(data[:1]),  # before the script, so that it can draw while the rest is still being read
         "SCRIPT": code["js"],
         "REST": "\n".join(data[1:]),
     }
     shell = code["html"].split("@@")  # text, name, text, name, ..., text: what is put in is never searched again
     return "".join(parts[part] if i % 2 else part for i, part in enumerate(shell))
+
+
+def _json(value: Any) -> str:
+    """JSON for a script element: written as escapes are the characters that alone could end it or start a comment."""
+    said = json.dumps(jsonable(value), ensure_ascii=False, separators=(",", ":"))
+    return said.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+
+
+def _size(value: Any) -> int:
+    """Bytes of the same in the file."""
+    return len(_json(value).encode(errors="replace"))
 
 
 def _hash(text: str) -> str:

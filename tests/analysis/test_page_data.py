@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from synthetic import make_capture, write_capture
 
-from analysis import QueryError
+from analysis import QueryError, open_run
 from analysis.html_data import parse_prompts
 from analysis.html_pack import Packer, to_half
 from analysis.html_page import PAGE, SCRIPTS, write_page
@@ -84,6 +84,20 @@ def test_all_prompts_fit_by_default_and_fewer_into_less(con: Any, tmp_path: Path
     ):
         write_page(con, tmp_path / "none.html", max_mb=0.001)
     assert not (tmp_path / "none.html").exists()
+
+
+@pytest.mark.parametrize("token", ["<<<<1", "\u2028\u2028", "界界", "a"])
+@pytest.mark.parametrize("top_k", [0, 3])
+def test_no_page_is_larger_than_asked_whatever_its_tokens(tmp_path: Path, token: str, top_k: int) -> None:
+    tokens = {(prompt, "identity"): [f"{token}{prompt}-{i}" for i in range(60)] for prompt in range(4)}
+    write_capture(tmp_path / "out", make_capture("p", "c", ("BB", "SS"), 1, tokens, {1}, 0))
+    con = open_run(str(tmp_path / "out"))
+    whole = write_page(con, tmp_path / "all.html", top_k=top_k)
+    sizes = [write_page(con, tmp_path / "page.html", top_k=top_k, max_mb=(whole.bytes - less) / 1e6) for less in range(1, 6000, 700)]  # fmt: skip
+    assert all(done.bytes <= whole.bytes - less for done, less in zip(sizes, range(1, 6000, 700), strict=True))
+    # a little is allowed for around each of its eight blocks
+    room = write_page(con, tmp_path / "page.html", top_k=top_k, max_mb=(whole.bytes + 8 * 150) / 1e6)
+    assert (room.prompts, room.lists) == (4, 4 if top_k else 0)
 
 
 def test_entries_prompts_and_the_largest_prompts_are_chosen(con: Any, tmp_path: Path) -> None:
