@@ -198,7 +198,9 @@ def grid(
         if below := int(shown.below_floor.sum()):
             click.echo(f"{below} of {shown.values.size} cells are not above the noise floor of this capture")
         if several > 1 and capture is None:  # the config was changed between two runs of one output
-            click.echo(f"capture {shown.capture}, the newest of {several} of this pair; --capture chooses another")
+            of = f"of the {several} of this pair the newest that tracks token {token_id}"
+            of = f"the newest of {several} of this pair" if token_id is None else of
+            click.echo(f"capture {shown.capture}, {of}; --capture chooses another")
 
 
 def _positions(text: str | None) -> tuple[int | None, int | None]:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from analysis.grids import check_tracked
-from analysis.metrics import find_metric
+from analysis.metrics import find_metric, logit_metric
 from analysis.select import Filters, check_filters, one_cell_set
 from analysis.summaries import GROUP, fetch_rows
 
@@ -104,10 +104,9 @@ def tracked_token_trajectory(
 
     Rows, a row per layer and position: layer, position, token, norm_diff, logit_base, logit_sft, logit_diff (base - sft).
     """
-    metric = find_metric("pairwise", "norm_diff")
     filters = Filters(pair, capture, prompt, variant, comparison)
     check_tracked(con, token_id, filters)
-    one = one_cell_set(con, filters, metric)
+    one = one_cell_set(con, filters, logit_metric("pairwise", token_id))
     where, values = one.where("comparison")
     return fetch_rows(
         con,

@@ -20,7 +20,8 @@ _KEYS = {"layer", "position", "prompt_idx"}
 class Metric:
     """One number per cell. view: the cheapest view that has it; sql: an expression of type DOUBLE in it.
 
-    label: the expression that names what a cell belongs to: a pass (`run`) or a comparison (`comparison`).
+    label: the expression that names what a cell belongs to: a pass (`run`) or a comparison (`comparison`). token_id: of a tracked
+    token's logit; only captures that track it have such cells.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Metric:
     label: str
     unit: str
     doc: str
+    token_id: int | None = None
 
 
 def _metric(record_type: RecordType, view: str, column: Column) -> Metric:
@@ -77,7 +79,8 @@ def logit_metric(record_type: RecordType, token_id: int, source: str = "diff") -
         }[source]
     name = f"logit {int(token_id)}" + ("" if record_type == "runs" else f" {source}")
     table = f"(SELECT * FROM {view} WHERE token_id = {int(token_id)})"
-    return Metric(name, record_type, table, f"{column}::DOUBLE", label, "logit", f"{doc} of token {int(token_id)}")
+    doc = f"{doc} of token {int(token_id)}"
+    return Metric(name, record_type, table, f"{column}::DOUBLE", label, "logit", doc, int(token_id))
 
 
 def choose_metric(

@@ -98,11 +98,14 @@ def labels(con: duckdb.DuckDBPyConnection, filters: Filters, metric: Metric) -> 
 def one_cell_set(con: duckdb.DuckDBPyConnection, filters: Filters, metric: Metric) -> Filters:
     """Fill what the filters leave open, so that one layer x token grid is meant.
 
-    The first pair by name that has cells of such a metric, its newest capture, its first prompt and variant (identity where there is one), and BB-SS (or
-    BB) where there is one, else the first by name.
+    The first pair by name that has cells of such a metric, its newest capture (of those that track the token, for the logit of
+    one), its first prompt and variant (identity where there is one), and BB-SS (or BB) where there is one, else the first by name.
     """
     check_filters(con, filters, metric)
     where, values = replace(filters, label=None).where("''")
+    if metric.token_id is not None:
+        tracking = "(pair, capture) IN (SELECT (pair, capture) FROM tracked_tokens WHERE token_id = ?)"
+        where, values = f"{where} AND {tracking}" if where else f"WHERE {tracking}", [*values, metric.token_id]
     rows = con.execute(
         f"SELECT pair, capture, prompt_idx, variant FROM prompts JOIN captures USING (pair, capture) {where} "
         "QUALIFY row_number() OVER (PARTITION BY pair, capture ORDER BY prompt_idx, variant <> 'identity', variant) = 1 "
@@ -115,4 +118,10 @@ def one_cell_set(con: duckdb.DuckDBPyConnection, filters: Filters, metric: Metri
         known = labels(con, chosen, metric)
         if default in known or (known and filters.label is None):
             return chosen.with_label(default if default in known else known[0])
+    if not rows:
+        others = con.execute(
+            "SELECT DISTINCT pair, capture FROM tracked_tokens WHERE token_id = ? ORDER BY ALL", [metric.token_id]
+        ).fetchall()
+        there = ", ".join(f"{capture} of pair '{pair}'" for pair, capture in others) or "none"
+        raise QueryError(f"no capture of these tracks token {metric.token_id}; of all captures: {there}")
     raise QueryError(f"pair '{rows[0][0]}' has no {metric.label} in '{metric.record_type}'")

@@ -40,6 +40,7 @@ class Capture:
     n_layers: int
     tokens: dict[tuple[int, str], list[str]]
     cells: dict[tuple[int, str, str], dict[str, Any]] = field(default_factory=dict)
+    tracked: tuple[tuple[int, str, str], ...] = TRACKED
 
     @property
     def comparisons(self) -> tuple[tuple[str, str], ...]:
@@ -107,7 +108,7 @@ def rows_of(capture: Capture, table: str) -> list[dict[str, Any]]:
     top = {"pair": capture.pair, "capture": capture.capture}
     rows: list[dict[str, Any]] = []
     if table == "tracked_tokens":
-        return [top | {"slot": i, "token_id": t, "token": s, "label": n} for i, (t, s, n) in enumerate(TRACKED)]
+        return [top | {"slot": i, "token_id": t, "token": s, "label": n} for i, (t, s, n) in enumerate(capture.tracked)]
     if table == "vocabulary":
         texts = {10 * prompt + i: t for (prompt, _), tokens in capture.tokens.items() for i, t in enumerate(tokens)}
         return [top | {"token_id": i, "token": texts[i]} for i in sorted(texts)]

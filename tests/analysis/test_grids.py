@@ -21,6 +21,7 @@ from analysis import (
     build_run_grid,
     build_topk_delta_grid,
     open_run,
+    tracked_token_trajectory,
 )
 
 
@@ -141,6 +142,33 @@ def test_a_token_that_is_not_tracked_says_which_are(con: Any) -> None:
         build_logit_grid(con, 8)
     with pytest.raises(QueryError, match="no logit source 'both'"):
         build_logit_grid(con, 7, "both")
+
+
+def test_the_logit_of_a_token_is_of_a_capture_that_tracks_it(tmp_path: Path, call: Callable[..., Any]) -> None:
+    first, old, new = alpha(), alpha(), alpha()
+    first.pair, old.pair, new.pair = "a", "b", "b"
+    first.capture, old.capture, new.capture = "c1", "c2", "c3"
+    del first.tokens[1, "identity"]
+    old.tracked = (TRACKED[0], (11, "maybe", "maybe"))
+    for taken, time in ((first, 1_000_000), (old, 2_000_000), (new, 3_000_000)):
+        os.utime(write_capture(tmp_path, taken) / "_COMPLETE", (time, time))
+    con = open_run(str(tmp_path))
+    for options in ({}, {"pair": "b"}, {"capture": "c2"}, {"prompt": 1}):
+        grid = build_logit_grid(con, 11, "base", **options)
+        assert (grid.pair, grid.capture) == ("b", "c2")
+        logits = alpha().cells[grid.prompt_idx, "identity", "BB"]["tracked_logits"][..., 1]
+        assert np.array_equal(grid.values, logits)
+    assert build_logit_grid(con, 7).capture == "c1"
+    assert build_logit_grid(con, 9, prompt=1).capture == "c3"
+    rows = tracked_token_trajectory(con, 11)
+    assert [row["logit_base"] for row in rows] == build_logit_grid(con, 11, "base").values.ravel().tolist()
+    answer = call("grid", tmp_path, "--token-id", 11)
+    assert "capture c2, of the 2 of this pair the newest that tracks token 11;" in answer.out
+    assert "capture c3, the newest of 2 of this pair;" in call("grid", tmp_path, "--pair", "b").out
+    first.tracked, first.capture = ((12, "other", "other"),), "c4"
+    write_capture(tmp_path, first)
+    with pytest.raises(QueryError, match="no capture of these tracks token 12; of all captures: c4 of pair 'a'"):
+        build_logit_grid(open_run(str(tmp_path)), 12, prompt=1)
 
 
 def test_an_empty_run_directory_says_so(tmp_path: Path) -> None:
