@@ -6,6 +6,7 @@ The tables hold float32. What a file says beyond that (more digits, other keys, 
 
 from __future__ import annotations
 
+import re
 from array import array
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
@@ -27,6 +28,12 @@ SIDE_NUMBERS: dict[str, tuple[str, str]] = {
 }
 ALL_PAIR_NUMBERS = PAIR_NUMBERS | {key: RUN_NUMBERS[name] for key, (_, name) in SIDE_NUMBERS.items()}
 _MISSING = object()
+_ALONE = re.compile("[\ud800-\udfff]")
+
+
+def plain(text: str) -> str:
+    """The text as the tables can hold it: half of a surrogate pair, which JSON can say and UTF-8 cannot, becomes U+FFFD."""
+    return text if text.isascii() else _ALONE.sub("\ufffd", text)
 
 
 def float32(value: Any) -> float | None:
@@ -43,7 +50,10 @@ def float32(value: Any) -> float | None:
 def kept(value: Any, one_minus: bool) -> float | None:
     """What the tables keep of a number: float32, of 1 - value for cosines."""
     if one_minus and not isinstance(value, bool) and isinstance(value, int | float):
-        return float32(1.0 - value)
+        try:
+            return float32(1.0 - value)
+        except OverflowError:  # a whole number that no float holds
+            return None
     return float32(value)
 
 
@@ -107,7 +117,9 @@ def tracked_pair(cell: Mapping[str, Any]) -> tuple[list[int], list[float | None]
 
 @lru_cache(100_000)
 def _id(text: str) -> int | None:
-    return int(text) if text.lstrip("-").isdigit() and str(int(text)) == text and abs(int(text)) < 2**31 else None
+    if not re.fullmatch(r"-?\d{1,10}", text, re.ASCII):
+        return None
+    return int(text) if str(int(text)) == text and abs(int(text)) < 2**31 else None
 
 
 def _topk_cell(ids: Sequence[int] | None, values: Sequence[float] | None) -> dict[str, Any]:

@@ -49,7 +49,8 @@ def export_json(
     path = Path(file).expanduser().absolute()
     tmp = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        with tmp.open("w", encoding="utf-8") as stream:
+        # half of a surrogate pair, which UTF-8 cannot hold, stands in a string, and there its escape means the same
+        with tmp.open("w", encoding="utf-8", errors="backslashreplace") as stream:
             stream.write("[")
             for i, prompt in enumerate(prompts):
                 stream.write(",\n" if i else "\n")

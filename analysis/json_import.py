@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from analysis.errors import QueryError
+from analysis.json_cells import plain
 from analysis.json_file import Cell, JsonFile, Record
 from analysis.json_stage import Stage
 from analysis.json_stream import BrokenJson
@@ -156,9 +157,9 @@ def _finish(record: Record, prompts: list[Prompt], stage: Stage) -> None:
     index = metadata.get("prompt_idx")
     index = index if type(index) is int and 0 <= index < 2**31 else record.number
     tokens = header.get("tokens")
-    texts = [str(t) for t in tokens] if isinstance(tokens, list) else []
+    texts = [plain(str(t)) for t in tokens] if isinstance(tokens, list) else []
     texts += [""] * (record.last_position + 1 - len(texts))
-    text = next((str(h["prompt"]) for h in (header, *(p.header for p in record.parts)) if "prompt" in h), "")
+    text = next((plain(str(h["prompt"])) for h in (header, *(p.header for p in record.parts)) if "prompt" in h), "")
     taken = {(p.prompt_idx, p.variant) for p in prompts}
     prompt = Prompt(record.number, index, _variant(metadata, index, taken), text, texts, complete=record.complete)
     stage.rest(record, "record", {"number": record.number, "header": header, "complete": record.complete})
@@ -176,10 +177,10 @@ def _finish(record: Record, prompts: list[Prompt], stage: Stage) -> None:
 
 def _variant(metadata: dict[str, Any], index: int, taken: set[tuple[int, str]]) -> str:
     """variant_name; where that prompt has one of the same name already, with the embedding variant, then with a number."""
-    name = str(metadata.get("variant_name") or "identity")
+    name = plain(str(metadata.get("variant_name") or "identity"))
     choices = [name]
     if metadata.get("embedding_variant"):
-        choices.append(f"{name}+{metadata['embedding_variant']}")
+        choices.append(plain(f"{name}+{metadata['embedding_variant']}"))
     for choice in choices:
         if (index, choice) not in taken:
             return choice
@@ -187,7 +188,8 @@ def _variant(metadata: dict[str, Any], index: int, taken: set[tuple[int, str]]) 
 
 
 def unique(name: str, others: Any) -> str:
-    known = set(others)
+    """The name as the tables have it; with a number where one of the others has it already."""
+    name, known = plain(name), set(others)
     return (
         name
         if name not in known
@@ -198,7 +200,7 @@ def unique(name: str, others: Any) -> str:
 def sides_of(header: dict[str, Any]) -> tuple[str, str]:
     """The two passes of a comparison: as it names them, else by whose embeddings each side has."""
     if header.get("base_run") and header.get("sft_run"):
-        return str(header["base_run"]), str(header["sft_run"])
+        return plain(str(header["base_run"])), plain(str(header["sft_run"]))
     options = header.get("swap_options")
     options = options if isinstance(options, dict) else {}
     names = []

@@ -20,6 +20,7 @@ from analysis.json_cells import (
     SIDE_NUMBERS,
     kept_all,
     pair_cell,
+    plain,
     rest_of,
     run_cell,
     topk,
@@ -47,6 +48,12 @@ _SCHEMAS: dict[str, Any] = {
     "rest": pa.schema([("record", pa.int32()), ("part_name", pa.string()), ("layer", pa.int16()),
                        ("position", pa.int32()), ("json", pa.string())]),
 }  # fmt: skip
+
+
+def _json(content: dict[str, Any]) -> str:
+    """JSON with letters as they are; halves of surrogate pairs, which a column of texts cannot hold, as escapes."""
+    text = _ENCODE(content)
+    return text if text.isascii() else text.encode(errors="backslashreplace").decode()
 
 
 class Stage:
@@ -81,7 +88,9 @@ class Stage:
             "record": cell.record.number, "part": cell.part.number, "layer": cell.layer, "position": cell.position,
         }  # fmt: skip
         tokens = cell.record.header.get("tokens")
-        token = tokens[cell.position] if isinstance(tokens, list) and cell.position < len(tokens) else None
+        token = None
+        if isinstance(tokens, list) and cell.position < len(tokens):
+            token = plain(str(tokens[cell.position]))  # as the tables have it
         add = self._run if cell.part.kind == "run" else self._pair
         row, written = add(cell.content, token)
         self._add(cell.part.kind, where | row)
@@ -116,7 +125,7 @@ class Stage:
     ) -> None:
         """Put down what the tables do not hold of a record, a part or a cell."""
         self._add("rest", {"record": record.number, "part_name": part, "layer": layer, "position": position,
-                           "json": _ENCODE(content)})  # fmt: skip
+                           "json": _json(content)})  # fmt: skip
 
     def _add(self, name: str, row: dict[str, Any]) -> None:
         self.rows[name].append(row)

@@ -88,6 +88,8 @@ class JsonStream:
                 continue
             except RecursionError:
                 raise BrokenJson("values are nested too deeply", self.position) from None
+            except ValueError:  # Python turns down whole numbers of thousands of digits
+                raise BrokenJson("a number has too many digits", self.position) from None
             if len(self._text) - end < 4 and not self._ended and not isinstance(found, dict | list | str):
                 self._fill()  # a number may go on: 2 or 2.5e-7
                 continue

@@ -68,6 +68,47 @@ def test_strange_cells_come_back_as_they_were(call: Callable[..., Any], tmp_path
     assert comparable[0] == comparable[1]
 
 
+def test_halves_of_surrogate_pairs_come_back_as_they_were(call: Callable[..., Any], tmp_path: Path) -> None:
+    odd = "a\ud83d\udc4d\ud83d"
+    records = two_records()
+    records[0] |= {"prompt": odd, "tokens": [odd, "\ud83d", "界"], odd: {"x": [odd]}}
+    records[0]["metadata"] |= {"variant_name": odd, "embedding_variant": "\udfff"}
+    records[0]["runs"][1]["name"] = records[0]["pairwise"][0]["sft_run"] = odd
+    records[1]["runs"][0]["layers"]["0"]["0"] |= {"token": odd, odd: odd, "tracked_token_logits": {odd: 1}}
+    records[1]["pairwise"][0]["layers"]["0"]["0"]["token"] = "\ud83d"
+    for part in (*records[0]["runs"], *records[0]["pairwise"]):
+        for cells in part["layers"].values():
+            cells["0"]["token"], cells["1"]["token"] = odd, "\ud83d"
+    read = json.loads(json.dumps(records))  # pairs are one letter again
+    assert round_trip(call, write(tmp_path / "f.json", read), tmp_path) == read
+    con = open_run(str(tmp_path / "out"))
+    held = "a\U0001f44d\ufffd"
+    assert con.execute("SELECT text, variant FROM prompts WHERE prompt_idx = 0").fetchall() == [(held, held)]
+    assert con.execute("SELECT token FROM tokens WHERE prompt_idx = 0 ORDER BY position").fetchall() == [(held,), ("\ufffd",), ("界",)]  # fmt: skip
+    assert con.execute("SELECT count(*) FROM runs WHERE run = ?", [held]).fetchall() == [(9,)]
+
+
+@pytest.mark.parametrize("key", ["²", "--5", "-", "9" * 5000, "٣", "0042", " 7"])
+def test_what_is_no_id_of_a_token_comes_back_as_it_was(call: Callable[..., Any], tmp_path: Path, key: str) -> None:
+    records = two_records()
+    records[0]["runs"][0]["layers"]["0"]["0"]["tracked_token_logits"][key] = 1.5
+    records[0]["pairwise"][0]["layers"]["0"]["0"]["tracked_token_logits"][key] = {"base": 1.5, "sft": 2.0}
+    records[1]["runs"][0]["layers"]["0"]["0"] |= {"norm": 10**400, "cosine_prev": 10**400}
+    assert round_trip(call, write(tmp_path / "f.json", records), tmp_path) == records
+
+
+def test_a_number_of_thousands_of_digits_ends_what_is_read_and_other_files_are_read(
+    call: Callable[..., Any], tmp_path: Path
+) -> None:
+    text = json.dumps(two_records())
+    (tmp_path / "long.json").write_text(text.replace('"prompt_idx": 3', f'"prompt_idx": {"9" * 5000}'))
+    (tmp_path / "good.json").write_text(text)
+    answer = call("import-json", tmp_path / "long.json", tmp_path / "good.json", "--out", tmp_path / "out")
+    assert answer.code == 1
+    assert "a number has too many digits" in answer.err
+    assert "good.json: pair good" in answer.out
+
+
 @pytest.mark.parametrize(
     "how", [{"sort_keys": True}, {"indent": None, "separators": (",", ":")}, {"ensure_ascii": False}]
 )
