@@ -28,7 +28,7 @@ from analysis.errors import QueryError
 )
 @click.option("--axis", type=click.Choice(["layer", "token"]), default="layer", show_default=True,
               help="Statistics per layer or per token.")  # fmt: skip
-@click.option("--top-n", type=click.IntRange(1), default=5, show_default=True, help="Hotspots per prompt.")
+@click.option("--top-n", type=click.IntRange(1, 100_000), default=5, show_default=True, help="Hotspots per prompt.")
 @click.option(
     "--token-id",
     "token_ids",

@@ -5,9 +5,11 @@ A difference is base - sft: the logit in base_run minus that in sft_run.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from analysis.errors import QueryError
 from analysis.grids import check_tracked
 from analysis.metrics import find_metric, logit_metric
 from analysis.select import Filters, check_filters, one_cell_set
@@ -20,6 +22,12 @@ MIN_LOGIT = 0.5  # a smaller change of a logit is not worth a line of a report
 _GROUP = ", ".join(GROUP)
 
 
+def check_size(name: str, value: float) -> None:
+    """Raise a QueryError for what is no number that a change can be as large as."""
+    if not math.isfinite(value):
+        raise QueryError(f"{name} {value} is no size")
+
+
 def changes_sql(
     filters: Filters,
     token_ids: Sequence[int] = (),
@@ -30,8 +38,11 @@ def changes_sql(
     """The cells where a tracked token's logit changed by min_logit or more and the states by min_norm_diff or more.
 
     Columns: pair, capture, prompt_idx, variant, label (comparison), layer, position, token_id, name, norm_diff, logit_diff;
-    the largest |logit_diff| first. per_prompt: at most so many for each prompt and comparison.
+    the largest |logit_diff| first. per_prompt: at most so many for each prompt and comparison. Raises QueryError for a size that
+    is no number.
     """
+    check_size("the least change of a logit", min_logit)
+    check_size("the least change of a state", min_norm_diff)
     where, values = filters.where("comparison")
     chosen = f"AND t.token_id IN ({', '.join(str(int(i)) for i in token_ids)})" if token_ids else ""
     few = (

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from analysis.grids import check_tracked
-from analysis.logits import MIN_LOGIT, changes_sql, membership_sql
+from analysis.logits import MIN_LOGIT, changes_sql, check_size, membership_sql
 from analysis.metrics import DEFAULT_METRIC, Metric, RecordType, find_metric, logit_metric
 from analysis.select import EVERYTHING, Filters, check_filters, labels
 from analysis.summaries import (
@@ -102,6 +102,7 @@ def ask(
 
     metrics: names; by default norm_diff for pairwise, norm for runs. min_logit: a logit change counts from this size on.
     """
+    check_size("--min-logit", min_logit)
     names = list(dict.fromkeys(metrics)) or [DEFAULT_METRIC[record_type]]
     found = tuple(find_metric(record_type, name) for name in names)
     check_filters(con, filters, found[0])

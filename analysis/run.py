@@ -120,7 +120,7 @@ def write_catalog(out: str, file: str | None = None, include_partial: bool = Fal
                 con.execute(comment_sql(macro))
             con.commit()
         os.replace(tmp, path)
-    except (OSError, duckdb.IOException) as error:
+    except (OSError, duckdb.Error) as error:  # of a path with a question mark DuckDB makes a wrong one for its log
         raise StoreError(f"cannot write the catalog '{path}': {str(error).splitlines()[0]}") from error
     finally:
         tmp.unlink(missing_ok=True)

@@ -67,7 +67,8 @@ def check_filters(con: duckdb.DuckDBPyConnection, filters: Filters, metric: Metr
             continue
         before, so_far = so_far, replace(so_far, **{field: value})  # type: ignore[arg-type]
         where, values = so_far.where("''")
-        if not con.execute(f"SELECT 1 FROM prompts {where} LIMIT 1", values).fetchall():
+        too_large = isinstance(value, int) and abs(value) >= 1 << 31  # DuckDB cannot even compare with one of 44 digits
+        if too_large or not con.execute(f"SELECT 1 FROM prompts {where} LIMIT 1", values).fetchall():
             column = "prompt_idx" if field == "prompt" else field
             where, values = before.where("''")
             known = con.execute(f"SELECT DISTINCT {column} FROM prompts {where} ORDER BY 1", values).fetchall()

@@ -234,6 +234,8 @@ def test_a_metric_of_passes_alone_shows_a_pass(synthetic: Any, call: Callable[..
         (("--positions", "x:y"), "is not A:B"),
         (("-o", "grid.txt"), "must end in .csv, .json, .parquet, .png"),
         (("--metric", "kl"), "no metric 'kl'"),
+        (("--prompt", "9" * 44), "There are 0 to 1."),
+        (("--prompt", "-" + "9" * 44), "There are 0 to 1."),
     ],
 )
 def test_a_wrong_call_exits_with_2(synthetic: Any, call: Callable[..., Any], args: tuple[str, ...], said: str) -> None:

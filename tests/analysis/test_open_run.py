@@ -144,6 +144,11 @@ def test_a_catalog_that_cannot_be_written_is_an_error(tmp_path: Path, call: Call
     answer = call("catalog", tmp_path / "out", "-o", tmp_path / "no" / "such" / "c.duckdb")
     assert answer.code == 1
     assert "cannot write the catalog" in answer.err
+    write_capture(tmp_path / "run?x", alpha())  # DuckDB takes what follows a question mark for options
+    answer = call("catalog", tmp_path / "run?x")
+    assert (answer.code, "cannot write the catalog" in answer.err) == (1, True)
+    assert [p.name for p in (tmp_path / "run?x").iterdir()] == ["captures"]
+    assert call("catalog", tmp_path / "run?x", "-o", tmp_path / "c.duckdb").code == 0
 
 
 def test_the_arrow_table_of_rows_without_values_is_typed(synthetic: Any) -> None:

@@ -227,6 +227,10 @@ def test_more_prompts_than_one_step_holds_are_all_reported(tmp_path: Path, monke
             "logit changes are of comparisons",
         ),
         (("--axis", "head"), "Invalid value for '--axis'"),
+        (("--top-n", "1000000"), "Invalid value for '--top-n'"),
+        (("--min-logit", "nan"), "--min-logit nan is no size"),
+        (("--min-logit", "1e999", "--token-id", "7"), "--min-logit inf is no size"),
+        (("--prompt", "9" * 44), "There are 0 to 1."),
         (("--pair", "delta"), "no pair 'delta'"),
     ],
 )
