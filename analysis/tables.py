@@ -11,6 +11,7 @@ import os
 import shutil
 import sys
 import uuid
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -102,9 +103,9 @@ def fit(text: str, columns: int) -> str:
     """The text cut to so many terminal columns, with an ellipsis where it was longer."""
     if width(text) <= columns:
         return text
-    while text and width(text) > columns - 1:
-        text = text[:-1]
-    return text + "…"
+    # sought by halves: a letter less at a time takes a minute where a prompt of 64,000 is cut to a line
+    fitting = bisect_right(range(len(text)), columns - 1, key=lambda n: width(text[:n])) - 1
+    return text[: max(fitting, 0)] + "…"
 
 
 def plain_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], *, indent: str = "") -> Iterator[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import io
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from analysis.grid import Grid
 from analysis.grids import build_stack
 from analysis.metrics import find_metric
 from analysis.select import Filters
+from analysis.tables import fit
 
 
 @pytest.fixture
@@ -107,6 +109,19 @@ def test_token_labels_show_spaces_and_controls_and_keep_their_width() -> None:
     assert token_label("\x1b[2J") == "\\x1b…"
     assert cell_len(token_label("界界界")) <= 5
     assert token_label("") == ""
+
+
+@pytest.mark.parametrize(
+    "letters", ["界", "é", "ab界", "e\u0301", "👍🏽", "☁\ufe0f", "👨\u200d👩\u200d👧", "🇩🇪", "\u200b"]
+)
+def test_a_text_is_cut_to_the_longest_start_that_fits_however_long_it_is(letters: str) -> None:
+    for columns in range(8):
+        text = letters * 5
+        longest = max((text[:n] for n in range(len(text)) if cell_len(text[:n]) < columns), key=len, default="")
+        assert fit(text, columns) == (text if cell_len(text) <= columns else longest + "…")
+    begun = time.perf_counter()
+    assert cell_len(fit(letters * 64_000, 80)) <= 80
+    assert time.perf_counter() - begun < 5  # s; some hundredths are usual
 
 
 def test_the_scale_is_around_zero_where_there_are_negative_numbers() -> None:
