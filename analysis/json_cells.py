@@ -123,7 +123,8 @@ def _id(text: str) -> int | None:
 
 
 def _topk_cell(ids: Sequence[int] | None, values: Sequence[float] | None) -> dict[str, Any]:
-    return {"indices": list(ids or ()), "values": short(values or ())}
+    # of what is no finite number JSON knows null alone
+    return {"indices": list(ids or ()), "values": [v if v - v == 0 else None for v in short(values or ())]}
 
 
 def run_cell(

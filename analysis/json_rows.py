@@ -67,7 +67,7 @@ class Names:
     def tracked(self, logits: list[float] | None) -> dict[int, float]:
         """Logits by slot as logits by token id; those that are no number are left out."""
         pairs = zip(self.tracked_ids, logits or (), strict=False)
-        return {i: v for i, v in pairs if v is not None and not math.isnan(v)}
+        return {i: v for i, v in pairs if v is not None and math.isfinite(v)}
 
     def record_header(self, prompt: dict[str, Any], tokens: list[str], single: str | None) -> dict[str, Any]:
         """The keys of a record that is made here, in the format's order."""
@@ -179,7 +179,7 @@ def _rows(
                 elif ours == -1 or ours == names.last - 1:
                     continue
             for name, value in row.items():
-                if isinstance(value, float) and math.isnan(value):
+                if isinstance(value, float) and not math.isfinite(value):  # JSON has no word for it
                     row[name] = None
             yield layer, position, ours, row
 

@@ -180,6 +180,25 @@ def test_a_capture_goes_out_and_comes_back(call: Callable[..., Any], tmp_path: P
     assert len(here) == 4 * 2 * 8
 
 
+def test_what_is_no_finite_number_goes_out_as_null_or_not_at_all(call: Callable[..., Any], tmp_path: Path) -> None:
+    made = alpha()
+    for odd, layer in ((np.inf, 1), (-np.inf, 3)):
+        run, pair = made.cells[0, "identity", "BB"], made.cells[0, "identity", "BB-SS"]
+        for cells, columns in ((run, ("norm", "norm_delta", "entropy")), (pair, ("norm_diff", "kl_divergence"))):
+            for column in columns:
+                cells[column][layer, 2] = odd
+        run["logits"][layer, 2, 0] = run["tracked_logits"][layer, 2, 0] = pair["increased"][layer, 2, 1] = odd
+    write_capture(tmp_path / "out", made)
+    assert call("export-json", tmp_path / "out", "-o", tmp_path / "a.json").code == 0
+    records = json.loads((tmp_path / "a.json").read_text(encoding="utf-8"), parse_constant=pytest.fail)
+    for layer in "01":
+        cell = records[0]["runs"][0]["layers"][layer]["2"]
+        assert (cell["norm"], cell["entropy"], cell["top_k_logits"]["values"][0]) == (None, None, None)
+        assert list(cell["tracked_token_logits"]) == ["9"]
+        both = next(p for p in records[0]["pairwise"] if p["name"] == "BB-SS")["layers"][layer]["2"]
+        assert (both["norm_diff"], both["kl_div"], both["norm_base"], both["top_k_increased"]["values"][1]) == (None,) * 4  # fmt: skip
+
+
 def test_one_comparison_goes_out_in_the_older_format(call: Callable[..., Any], tmp_path: Path) -> None:
     write_capture(tmp_path / "out", alpha())
     answer = call("export-json", tmp_path / "out", "--prompt", 1, "--single", "BS-SB", "-o", tmp_path / "a.json")
