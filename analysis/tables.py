@@ -201,7 +201,7 @@ def copy_query(con: duckdb.DuckDBPyConnection, sql: str, values: list[Any], file
 def export_rows(rows: list[dict[str, Any]], destination: str | Path, *others: str) -> Path:
     """Write rows at hand to a .csv, .json (one object a line) or .parquet file, whole or not at all.
 
-    A column is in the order of its first row. `others` are further endings that the caller knows, for the error.
+    A column is in the order of its first row, and one of doubles where no row has a value of it. `others` are further endings that the caller knows, for the error.
     """
     import duckdb
     import pyarrow as pa
@@ -211,6 +211,8 @@ def export_rows(rows: list[dict[str, Any]], destination: str | Path, *others: st
     names = list(dict.fromkeys(k for row in rows for k in row))
     if not names:
         raise QueryError(f"there are no rows to write to '{destination}'")
+    columns = {k: pa.array([row.get(k) for row in rows]) for k in names}
+    typed = {k: c.cast(pa.float64()) if pa.types.is_null(c.type) else c for k, c in columns.items()}
     with duckdb.connect() as con:
-        con.register("_rows", pa.table({k: [row.get(k) for row in rows] for k in names}))
+        con.register("_rows", pa.table(typed))
         return copy_query(con, "SELECT * FROM _rows", [], str(destination))

@@ -220,6 +220,15 @@ def test_the_verb_writes_csv_json_and_parquet_with_the_same_rows(
     assert [float(r["norm_delta"]) if r["norm_delta"] else None for r in rows] == [r["norm_delta"] for r in expected]
 
 
+def test_a_grid_without_a_number_has_a_column_of_doubles_in_parquet_too(tmp_path: Path) -> None:
+    write_capture(tmp_path / "out", make_capture("p", "c", ("BB", "SS"), 1, {(0, "identity"): ["x"]}, set(), 0))
+    grid = build_residual_grid(open_run(str(tmp_path / "out")), "kl_divergence")
+    assert np.isnan(grid.values).all()
+    table = parquet.read_table(grid.save(tmp_path / "g.parquet"))
+    assert str(table.schema.field("kl_divergence").type) == "double"
+    assert table["kl_divergence"].null_count == len(table) == 3
+
+
 def test_a_metric_of_passes_alone_shows_a_pass(synthetic: Any, call: Callable[..., Any]) -> None:
     assert call("grid", synthetic.out, "--metric", "entropy").out.startswith("entropy of BB, pair alpha, prompt 0")
     assert call("grid", synthetic.out, "--run", "SB").out.startswith("norm of SB, pair alpha")
