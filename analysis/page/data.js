@@ -73,7 +73,13 @@ const EFFECTS = {
 };
 const FOUR = ["BB", "BS", "SB", "SS"];
 const hasFour = (pair) => FOUR.every((run) => pair.runs.includes(run));
-const viewKind = (view) => view in EFFECTS ? "effect" : view.includes("-") ? "comparison" : "run";
+// Comparison -> its two passes. An imported pass may have a hyphen in its own name, so both sides must be passes.
+function sidesOf(name, runs) {
+  const cuts = [...name.matchAll(/-/g)].map(({ index }) => [name.slice(0, index), name.slice(index + 1)]);
+  return cuts.find((two) => two.every((run) => runs.includes(run))) ?? cuts[0];
+}
+const SIDES = new Map(INDEX.pairs.flatMap((pair) => pair.comparisons.map((name) => [name, sidesOf(name, pair.runs)])));
+const viewKind = (view) => view in EFFECTS ? "effect" : SIDES.has(view) ? "comparison" : "run";
 const viewName = (view) => view in EFFECTS ? { embeddings: "effect of embeddings", blocks: "effect of blocks",
   interaction: "interaction of embeddings and blocks" }[view] : view;
 
@@ -102,7 +108,7 @@ function valuesOf(data, view, metric) {
     return combine(data.n, runs.map((run) => data.get(`${run} ${metric}`)),
       (a, b, c, d) => weights[runs[0]] * a + weights[runs[1]] * b + weights[runs[2]] * c + weights[runs[3]] * d);
   }
-  const [base, sft] = view.split("-");
+  const [base, sft] = SIDES.get(view) ?? [view];
   if (kind === "comparison") {
     if (metric === "norm_diff_relative")
       return combine(data.n, [data.get(`${view} norm_diff`), data.get(`${base} norm`)], (d, n) => n ? d / n : NaN);
@@ -115,7 +121,7 @@ function valuesOf(data, view, metric) {
 // What batching alone moves, per layer, in the larger of a comparison's two passes; null where it was not measured.
 function noiseFloor(data, view, metric) {
   if (viewKind(view) !== "comparison") return null;
-  const [a, b] = view.split("-").map((run) => data.pair.noise?.[run]?.[metric]);
+  const [a, b] = SIDES.get(view).map((run) => data.pair.noise?.[run]?.[metric]);
   // the lists have all layers from -1, the sheet those that the config kept
   return a && b ? data.sheet.layers.map((layer) => Math.max(a[layer + 1] ?? 0, b[layer + 1] ?? 0)) : null;
 }
@@ -130,7 +136,7 @@ async function listsOf(data, view, cell) {
     for (let i = cell * k; ids && i < (cell + 1) * k; i++) if (ids[i] !== 0xffffffff) rows.push([ids[i], values[i]]);
     return rows;
   };
-  const [base, sft] = view.split("-");
+  const [base, sft] = SIDES.get(view) ?? [view];
   const lists = sft ? [[`rose, ${base} to ${sft}`, list(view, "up")], [`fell, ${base} to ${sft}`, list(view, "down")],
     [`${base} predicts`, list(base, "top")], [`${sft} predicts`, list(sft, "top")]] : [[`${base} predicts`, list(base, "top")]];
   return lists.filter(([, rows]) => rows.length);

@@ -35,7 +35,7 @@ async function drawCell(s) {
     if (values) add(metric.label || metric.name, metric.type === "bool" && values[i] >= 0 ? ["no", "yes"][values[i]] : values[i], metric.unit.replace(/^1$/, ""), metric.name === s.metric);
   }
   if (kind === "comparison")
-    for (const run of s.view.split("-"))
+    for (const run of SIDES.get(s.view))
       for (const name of ["norm", "entropy"])
         if (data.get(`${run} ${name}`)) add(`${name} of ${run}`, data.get(`${run} ${name}`)[i], name === "norm" ? "residual" : "nats");
   if (kind === "effect")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import socket
 import threading
 from dataclasses import dataclass
@@ -12,10 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 from browser import Browser, browser  # noqa: F401  (a fixture)
+from seed_files import record, write
 from synthetic import PASSES, alpha, beta, keep_layers, make_capture, write_capture
 
 from analysis import build_residual_grid, open_run
 from analysis.html_page import write_page
+from analysis.json_import import import_json
 
 EVIL = "</script><script>window.hacked = 1</script>"
 TOKENS = ["<s>", EVIL, ' "it\'s"', "<!--", "<img src=x onerror=window.hacked=1>", "\n", " &amp;", " end"]
@@ -371,6 +374,26 @@ def test_cells_without_a_number_and_the_masks_are_told(made: Made, browser: Brow
     browser.open(f"{made.address}#pair=alpha&mask=1")
     assert browser.execute_script("return S.spots.every((h) => h.column > 0)")
     assert "without first and special tokens" in browser.text("#spots-scope")
+
+
+def test_an_imported_pass_with_a_hyphen_in_its_name_is_a_pass(tmp_path: Path, browser: Browser) -> None:  # noqa: F811
+    names = {"SB": "my-pass", "SS": "x-y"}
+    said = record(random.Random(1), 0, ["a", "b"])
+    for run in said["runs"]:
+        run["name"] = names.get(run["name"], run["name"])
+    for both in said["pairwise"]:
+        both |= {side: names.get(both[side], both[side]) for side in ("base_run", "sft_run")}
+    import_json(str(write(tmp_path / "f.json", [said])), str(tmp_path / "out"), pair="p")
+    con = open_run(str(tmp_path / "out"))
+    page = write_page(con, tmp_path / "page.html").path
+    for view, kind, metric in (("my-pass", "run", "norm"), ("x-y", "run", "entropy"), ("my-pass-x-y", "comparison", "norm_diff_relative"), ("BB-my-pass", "comparison", "entropy_delta")):  # fmt: skip
+        browser.open(f"file://{page}#show={view}&metric={metric}&cell=0.1")
+        assert browser.execute_script("return [S.view, viewKind(S.view), S.metric]") == [view, kind, metric]
+        there = [value for _, _, value in con.execute(browser.execute_script("return SQL.grid(S)")).fetchall()]
+        np.testing.assert_allclose(browser.execute_script("return [...S.values]"), there, rtol=2e-3)
+        card = browser.wait("return document.querySelector('#cell .lists ol') && byId('cell').innerText")
+        assert ("norm of my-pass" in card) is (kind == "comparison")
+    assert browser.logs()[0] == []
 
 
 def test_a_layer_of_equal_numbers_has_no_hotspot_by_z(tmp_path: Path, browser: Browser) -> None:  # noqa: F811
