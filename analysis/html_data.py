@@ -189,8 +189,16 @@ def read_sheet(con: duckdb.DuckDBPyConnection, pair: PairData, prompt: Prompt) -
 def read_lists(con: duckdb.DuckDBPyConnection, pair: PairData, sheet: Sheet, k: int) -> None:
     """Add the first k of each top-k list to a sheet: ids and logits of passes, ids and shifts of comparisons."""
     key = [pair.name, pair.capture, sheet.index["prompt"], sheet.index["variant"]]
+    longest = con.execute(
+        f"SELECT max(len(ids)) FROM (SELECT ids FROM runs_topk WHERE {_CELL} UNION ALL SELECT increased_ids FROM pairwise_topk "
+        f"WHERE {_CELL} UNION ALL SELECT decreased_ids FROM pairwise_topk WHERE {_CELL})",
+        key * 3,
+    ).fetchall()[0][0]
+    k = min(k, longest or 0)  # each place is a column of its own
     layers = np.array(sheet.index["layers"])
     shape = (len(layers), len(sheet.index["tokens"]), k)
+    if not k:
+        return
     packer = Packer()
     used: list[Any] = [np.zeros(0, np.int64)]
     for table, label_sql, labels, lists in (

@@ -93,11 +93,18 @@ def test_no_page_is_larger_than_asked_whatever_its_tokens(tmp_path: Path, token:
     write_capture(tmp_path / "out", make_capture("p", "c", ("BB", "SS"), 1, tokens, {1}, 0))
     con = open_run(str(tmp_path / "out"))
     whole = write_page(con, tmp_path / "all.html", top_k=top_k)
-    sizes = [write_page(con, tmp_path / "page.html", top_k=top_k, max_mb=(whole.bytes - less) / 1e6) for less in range(1, 6000, 700)]  # fmt: skip
-    assert all(done.bytes <= whole.bytes - less for done, less in zip(sizes, range(1, 6000, 700), strict=True))
+    sizes = [write_page(con, tmp_path / "page.html", top_k=top_k, max_mb=(whole.bytes - less) / 1e6) for less in range(1, 6000, 2500)]  # fmt: skip
+    assert all(done.bytes <= whole.bytes - less for done, less in zip(sizes, range(1, 6000, 2500), strict=True))
     # a little is allowed for around each of its eight blocks
     room = write_page(con, tmp_path / "page.html", top_k=top_k, max_mb=(whole.bytes + 8 * 150) / 1e6)
     assert (room.prompts, room.lists) == (4, 4 if top_k else 0)
+
+
+def test_lists_are_as_long_as_the_longest_there_is(con: Any, tmp_path: Path) -> None:
+    done = [write_page(con, tmp_path / f"{k}.html", top_k=k) for k in (3, 200)]
+    assert done[0].lists == done[1].lists == 4
+    same = [re.sub('"made":"[^"]*"', "", d.path.read_text()) for d in done]
+    assert same[0] == same[1]
 
 
 def test_entries_prompts_and_the_largest_prompts_are_chosen(con: Any, tmp_path: Path) -> None:
