@@ -47,7 +47,12 @@ def asking(out: str, include_partial: bool, lenient: bool, *, sandbox: bool = Fa
 
     con = open_run(out, include_partial, lenient=lenient, left_out=left_out, sandbox=sandbox)
     with naming_damage(open_run_dir(out), include_partial):
-        yield con
+        try:
+            yield con
+        except RuntimeError as error:
+            if "Query interrupted" in str(error):  # DuckDB's word for a Ctrl-C that came while it computed
+                raise KeyboardInterrupt from error
+            raise
 
 
 def filter_options(command: Callable[..., Any]) -> Callable[..., Any]:

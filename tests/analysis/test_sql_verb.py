@@ -5,9 +5,13 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +20,7 @@ import duckdb
 import pytest
 from synthetic import alpha, write_capture
 
+from analysis.cli import asking
 from analysis.views import VIEWS
 
 COUNT = "SELECT pair, count(*) AS n FROM runs GROUP BY pair ORDER BY pair"
@@ -147,6 +152,17 @@ def test_ctrl_c_stops_a_long_query_and_no_file_is_blamed(tmp_path: Path, query: 
     command = [sys.executable, "-c", script, "sql", str(tmp_path / "out"), query]
     done = subprocess.run(command, capture_output=True, text=True, timeout=40)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "pairscope: stopped\n")
+
+
+def test_ctrl_c_while_any_verb_asks_is_a_ctrl_c(synthetic: Any) -> None:
+    def ask_and_interrupt() -> None:
+        with asking(str(synthetic.out), False, False) as con:
+            threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+            con.execute("SELECT sum(range * range % 7) FROM range(50000000)").fetchall()
+            time.sleep(60)  # where it was quicker than that
+
+    with pytest.raises(KeyboardInterrupt):
+        ask_and_interrupt()
 
 
 def test_two_queries_or_none_are_refused(synthetic: Any, call: Callable[..., Any]) -> None:
