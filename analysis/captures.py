@@ -37,7 +37,14 @@ _WHERE = {
 
 def captures_table(run: RunDir, captures: list[CaptureDir]) -> pyarrow.Table:
     """One row per capture, columns of views.CAPTURES. A capture.json that is missing or broken leaves nulls."""
-    return _table(CAPTURES, [_capture_row(run, c) for c in captures])
+    rows = [_capture_row(run, c) for c in captures]
+    newest = {row["pair"]: row["capture"] for row in sorted(rows, key=_age)}
+    return _table(CAPTURES, [row | {"newest": newest[row["pair"]] == row["capture"]} for row in rows])
+
+
+def _age(row: dict[str, Any]) -> tuple[bool, float, str]:
+    """What orders the captures of a pair, the newest last: one that is not complete comes before all that are."""
+    return row["complete"], row["written"].timestamp() if row.get("written") else 0.0, row["capture"]
 
 
 def manifest_table(run: RunDir) -> pyarrow.Table:

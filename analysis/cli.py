@@ -36,16 +36,29 @@ def lenient_option(command: Callable[..., Any]) -> Callable[..., Any]:
     )(command)
 
 
+def all_captures_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    return click.option(
+        "--all-captures",
+        is_flag=True,
+        help="Also the older captures of a pair that was captured more than once; without it, the newest alone.",
+    )(command)
+
+
 @contextmanager
-def asking(out: str, include_partial: bool, lenient: bool, *, sandbox: bool = False) -> Iterator[Any]:
-    """The connection of a verb; what is left out is said on stderr, and a file that turns out damaged is named."""
+def asking(
+    out: str, include_partial: bool, lenient: bool, *, sandbox: bool = False, all_captures: bool = True
+) -> Iterator[Any]:
+    """The connection of a verb; what is left out is said on stderr, and a file that turns out damaged is named.
+
+    all_captures: for verbs that tell the captures of a pair apart by themselves.
+    """
     from analysis.damage import naming_damage
     from analysis.run import open_run, open_run_dir
 
     def left_out(why: str) -> None:
         click.echo(f"left out: {escape(why)}", err=True)
 
-    con = open_run(out, include_partial, lenient=lenient, left_out=left_out, sandbox=sandbox)
+    con = open_run(out, include_partial, lenient=lenient, left_out=left_out, sandbox=sandbox, all_captures=all_captures)
     with naming_damage(open_run_dir(out), include_partial):
         try:
             yield con
@@ -81,10 +94,11 @@ def status(ctx: click.Context, out: str, every_attempt: bool, memory: bool, as_j
     Exit code 1 if the last attempt at some entry failed.
     """
     from analysis.run import open_run_dir
-    from analysis.status import failed, memory_lines, status_rows, table_lines
+    from analysis.status import captured_again, failed, memory_lines, status_rows, table_lines
     from analysis.tables import json_line, terminal_width
 
-    rows = status_rows(open_run_dir(out), every_attempt)
+    run = open_run_dir(out)
+    rows = status_rows(run, every_attempt)
     if not rows:
         raise QueryError(
             f"'{out}' holds no attempt and no capture yet; 'pairscope sweep CONFIG --out {out}' makes some"
@@ -97,6 +111,8 @@ def status(ctx: click.Context, out: str, every_attempt: bool, memory: bool, as_j
             click.echo(line)
     else:
         for line in table_lines(rows, terminal_width() if sys.stdout.isatty() else None):
+            click.echo(line)
+        for line in captured_again(run):
             click.echo(line)
     if names := failed(rows):
         click.echo(f"failed: {', '.join(escape(n) for n in names)}", err=True)
@@ -116,6 +132,7 @@ def status(ctx: click.Context, out: str, every_attempt: bool, memory: bool, as_j
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a row.")
 @click.option("--csv", "as_csv", is_flag=True, help="CSV with a header.")
 @click.option("--any-file", is_flag=True, help="Let the query read files outside OUT too.")
+@all_captures_option
 @partial_option
 @lenient_option
 def sql(
@@ -124,23 +141,27 @@ def sql(
     as_json: bool,
     as_csv: bool,
     any_file: bool,
+    all_captures: bool,
     include_partial: bool,
     lenient: bool,
 ) -> None:
     """Ask the run directory OUT in SQL (DuckDB's). QUERY - reads it from stdin; without one, views and macros are listed.
 
     The answer is a table: whole when piped, its first rows on a terminal. Nothing can be written, and no file outside OUT
-    can be read.
+    can be read. Of a pair that was captured more than once the tables hold the newest capture.
     """
-    from analysis.query import print_answer, print_views
+    from analysis.query import captures_note, print_answer, print_views
 
     if as_json and as_csv:
         raise click.UsageError("--json and --csv exclude each other")
-    with asking(out, include_partial, lenient, sandbox=not any_file) as con:
+    with asking(out, include_partial, lenient, sandbox=not any_file, all_captures=all_captures) as con:
         if query is None:
             print_views(out, as_json, as_csv)
-        else:
-            print_answer(con, sys.stdin.read() if query == "-" else query, as_json, as_csv)
+            return
+        query = sys.stdin.read() if query == "-" else query
+        print_answer(con, query, as_json, as_csv)
+        for line in captures_note(con, query, all_captures):
+            click.echo(line, err=True)
 
 
 @click.command(
@@ -150,8 +171,9 @@ def sql(
 )  # fmt: skip
 @click.argument("out")
 @click.option("-o", "--output", metavar="FILE", help="Default: OUT/catalog.duckdb.")
+@all_captures_option
 @partial_option
-def catalog(out: str, output: str | None, include_partial: bool) -> None:
+def catalog(out: str, output: str | None, all_captures: bool, include_partial: bool) -> None:
     """Write a .duckdb file of views and macros over the run directory OUT, for any DuckDB client.
 
     It holds no data and knows the captures that are complete now: write it again when more are. Where OUT was moved, say
@@ -159,4 +181,4 @@ def catalog(out: str, output: str | None, include_partial: bool) -> None:
     """
     from analysis.run import write_catalog
 
-    click.echo(write_catalog(out, output, include_partial))
+    click.echo(write_catalog(out, output, include_partial, all_captures=all_captures))

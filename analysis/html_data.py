@@ -67,7 +67,7 @@ def choose_pairs(con: duckdb.DuckDBPyConnection, entries: tuple[str, ...] = ()) 
     """The newest capture of each pair, or of those named; QueryError for one that is not there."""
     rows = con.execute(
         f"SELECT pair, capture, json, {', '.join(FACTS)} FROM captures WHERE (pair, capture) IN (SELECT (pair, capture) FROM "
-        "prompts) ORDER BY pair, written DESC NULLS LAST, capture"
+        "prompts) ORDER BY pair, newest DESC, written DESC NULLS LAST, capture"
     ).fetchall()
     newest: dict[str, tuple[Any, ...]] = {}
     for row in rows:

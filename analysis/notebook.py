@@ -53,7 +53,7 @@ def grid_html(grid: Grid) -> str:
 
 def run_html(run: Run) -> str:
     """The captures of a run directory as a table."""
-    names = ("pair", "capture", "base_model", "sft_model", "n_layers", "n_prompts", "n_tokens", "dtype")
+    names = ("pair", "capture", "newest", "base_model", "sft_model", "n_layers", "n_prompts", "n_tokens", "dtype")
     rows = run._con.execute(f"SELECT {', '.join(names)} FROM captures ORDER BY pair, written").fetchall()
     head = "".join(f"<th>{n}</th>" for n in names)
     body = "".join(

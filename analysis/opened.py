@@ -27,24 +27,37 @@ if TYPE_CHECKING:
 
 
 def open(  # it is analysis.open
-    out: str, *, include_partial: bool = False, lenient: bool = False, any_file: bool = False
+    out: str,
+    *,
+    include_partial: bool = False,
+    lenient: bool = False,
+    any_file: bool = False,
+    all_captures: bool = False,
 ) -> Run:
     """Open the run directory `out` (a path or a URI) to ask it; nothing in it can be changed.
 
     lenient: leave out what is damaged or of another schema version, and say so in `Run.left_out`. any_file: let SQL read
-    files outside `out` too. Raises QueryError, StoreError.
+    files outside `out` too. all_captures: not the newest capture of each pair alone; group by capture then. Raises
+    QueryError, StoreError.
     """
-    return Run(str(out), include_partial=include_partial, lenient=lenient, any_file=any_file)
+    return Run(str(out), include_partial=include_partial, lenient=lenient, any_file=any_file, all_captures=all_captures)
 
 
 class Run:
     """An open run directory, asked by SQL that only reads. left_out: what `lenient` left out, a sentence each."""
 
-    def __init__(self, out: str, *, include_partial: bool, lenient: bool, any_file: bool) -> None:
+    def __init__(
+        self, out: str, *, include_partial: bool, lenient: bool, any_file: bool, all_captures: bool = False
+    ) -> None:
         self.out = out
         self.left_out: list[str] = []
         self._con: duckdb.DuckDBPyConnection = open_run(
-            out, include_partial, lenient=lenient, left_out=self.left_out.append, sandbox=not any_file
+            out,
+            include_partial,
+            lenient=lenient,
+            left_out=self.left_out.append,
+            sandbox=not any_file,
+            all_captures=all_captures,
         )
 
     @property

@@ -176,6 +176,27 @@ def print_answer(con: duckdb.DuckDBPyConnection, query: str, as_json: bool, as_c
         show_table(columns, list(rows))
 
 
+def captures_note(con: duckdb.DuckDBPyConnection, query: str, all_captures: bool) -> Iterator[str]:
+    """Lines on the pairs that were captured more than once, where the query asks a table that this matters to."""
+    (tree,) = con.cursor().execute("SELECT json_serialize_sql(?)", [query]).fetchall()[0]
+    asked = {name.lower() for name in re.findall(r'"(?:table|function)_name":"([^"]*)"', tree)}
+    if not asked & ({*BY_VIEW, *(m.name for m in MACROS if m.is_table)} - {"captures", "manifest"}):
+        return
+    rows = con.execute(
+        "SELECT pair, count(*), count(*) FILTER (? OR newest OR NOT complete) FROM captures GROUP BY pair "
+        "HAVING count(*) > 1 ORDER BY pair",
+        [all_captures],
+    ).fetchall()
+    if several := [f"'{pair}' ({shown})" for pair, _, shown in rows if shown > 1]:
+        yield f"note: several captures in the tables, of pair {_some(several)}: group by capture too, or choose one"
+    if older := [f"'{pair}' ({n})" for pair, n, shown in rows if shown < n]:
+        yield f"note: the newest of several captures, of pair {_some(older)}; --all-captures adds the others"
+
+
+def _some(names: list[str]) -> str:
+    return escape(", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else ""))
+
+
 def print_views(out: str, as_json: bool, as_csv: bool) -> None:
     """List the views with their columns and docs."""
     rows = [

@@ -44,7 +44,7 @@ def overview_lines(con: duckdb.DuckDBPyConnection, question: Question) -> Iterat
         return
     yield f"  largest |{metric.name}| of all"
     rows = [{**h, metric.label: h["label"]} for h in top_rows(con, metric, question.top_n, question.filters)]
-    yield from table_lines(rows, ("pair", "prompt_idx", metric.label, "layer", "position", "token", "value"))
+    yield from table_lines(rows, (*keys[:-1], "prompt_idx", metric.label, "layer", "position", "token", "value"))
     yield ""
 
 

@@ -52,11 +52,14 @@ def open_run(
     lenient: bool = False,
     left_out: Callable[[str], Any] | None = None,
     sandbox: bool = False,
+    all_captures: bool = False,
 ) -> duckdb.DuckDBPyConnection:
     """An in-memory DuckDB connection with the views and macros over the run directory `out`.
 
     out: a path or a URI that pyarrow.fs opens. Only complete captures are seen; `include_partial` adds the others, for
     which `captures.complete` is false. The views see the captures that are complete now, not those that finish later.
+    Of a pair that was captured more than once, with other prompts or settings, the views hold the newest capture alone, or
+    a mean would be one over things that have nothing in common; `all_captures` adds the older ones. `captures` has all.
 
     lenient: leave out captures of another schema version and files that are damaged (every byte is compared with the
     checksums) and call `left_out` with a sentence for each. sandbox: no file outside `out` can be reached, and nothing set.
@@ -72,7 +75,9 @@ def open_run(
     con.execute(f"SET temp_directory = {quote(spill_directory())}")
     con.execute("SET enable_progress_bar = false")  # it would stand among the rows on stdout
     con.execute("SET parquet_metadata_cache = true")  # half of a grid's time is reading footers
-    create_views(con, run, include_partial, lenient=lenient, left_out=left_out or (lambda why: None))
+    create_views(
+        con, run, include_partial, lenient=lenient, left_out=left_out or (lambda why: None), all_captures=all_captures
+    )
     if sandbox:
         # what a name of a file is compared with is the pattern itself, and each file that it matches
         reachable = [quote(root) for root in dict.fromkeys((run.root, as_pattern(run.root)))] if run.is_local else []
@@ -88,11 +93,13 @@ def spill_directory() -> str:
     return f"{tempfile.gettempdir()}/pairscope-{os.getpid()}"
 
 
-def write_catalog(out: str, file: str | None = None, include_partial: bool = False) -> Path:
+def write_catalog(
+    out: str, file: str | None = None, include_partial: bool = False, *, all_captures: bool = False
+) -> Path:
     """Write a .duckdb file of views and macros over `out`, docs included, that any DuckDB client can open.
 
     file: default OUT/catalog.duckdb; a run directory in a store has no default. An existing file is replaced at once. Like
-    open_run it is a picture of now. It holds paths below one directory; where that was moved, the client says
+    open_run it is a picture of now, of each pair's newest capture or of all. It holds paths below one directory; where that was moved, the client says
     SET VARIABLE run_directory = '...', or the catalog is written again: it holds no data.
 
     Raises QueryError where DuckDB's own reader of a store is missing, StoreError where the file cannot be written.
@@ -112,7 +119,7 @@ def write_catalog(out: str, file: str | None = None, include_partial: bool = Fal
             con.begin()  # one write to disk, not one for each comment
             con.execute(f"CREATE MACRO run_directory() AS coalesce(getvariable('run_directory'), {quote(root)})")
             con.execute(rf"CREATE MACRO {_PATTERN} AS regexp_replace(run_directory(), '([\[*?])', '[\1]', 'g')")
-            create_views(con, run, include_partial, relocatable=True)
+            create_views(con, run, include_partial, relocatable=True, all_captures=all_captures)
             for view in VIEWS:
                 for statement in comments_sql(view):
                     con.execute(statement)
@@ -149,10 +156,12 @@ def create_views(
     lenient: bool = False,
     left_out: Callable[[str], Any] = lambda why: None,
     relocatable: bool = False,
+    all_captures: bool = False,
 ) -> None:
     """Create the two small tables, the views over stored tables, those built on them, and the macros.
 
-    relocatable: files are named below the pattern of run_directory(); the macros of both must be there.
+    relocatable: files are named below the pattern of run_directory(); the macros of both must be there. all_captures: not the
+    newest of a pair alone.
     """
     import duckdb
 
@@ -160,10 +169,14 @@ def create_views(
     captures = list(run.captures(include_partial, refused))
     for why in (refused or {}).values():
         left_out(why)
-    for view, table in ((CAPTURES, captures_table(run, captures)), (MANIFEST_VIEW, manifest_table(run))):
+    known = captures_table(run, captures)
+    for view, table in ((CAPTURES, known), (MANIFEST_VIEW, manifest_table(run))):
         con.register("_arrow", table)
         con.execute(f"CREATE TABLE {view.name} AS SELECT * FROM _arrow")
         con.unregister("_arrow")
+    if not all_captures:
+        newest = known.column("newest").to_pylist()
+        captures = [c for c, new in zip(captures, newest, strict=True) if new or c.marker.get("partial")]
     for view in STORED_VIEWS:
         files = []
         for capture in captures:

@@ -75,6 +75,10 @@ def check_filters(con: duckdb.DuckDBPyConnection, filters: Filters, metric: Metr
             there = near(value, [k for (k,) in known])
             if field == "prompt" and known:
                 there = f"There are {known[0][0]} to {known[-1][0]}."
+            if field == "capture":
+                where, values = so_far.where("''")
+                if con.execute(f"SELECT 1 FROM captures {where} LIMIT 1", values).fetchall():
+                    there = "It is an older one of its pair: open the run with all_captures=True."
             raise QueryError(f"no {field} '{value}' here. {there}")
     if filters.label is not None and filters.label not in (known_labels := labels(con, so_far, metric)):
         raise QueryError(f"no {metric.label} '{filters.label}' here. {near(filters.label, known_labels)}")
@@ -110,7 +114,7 @@ def one_cell_set(con: duckdb.DuckDBPyConnection, filters: Filters, metric: Metri
     rows = con.execute(
         f"SELECT pair, capture, prompt_idx, variant FROM prompts JOIN captures USING (pair, capture) {where} "
         "QUALIFY row_number() OVER (PARTITION BY pair, capture ORDER BY prompt_idx, variant <> 'identity', variant) = 1 "
-        "ORDER BY pair, written DESC NULLS LAST, capture",
+        "ORDER BY pair, newest DESC, written DESC NULLS LAST, capture",
         values,
     ).fetchall()
     default = filters.label or ("BB" if metric.record_type == "runs" else "BB-SS")

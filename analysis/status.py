@@ -83,6 +83,16 @@ def _cut_short(run: RunDir, capture: CaptureDir) -> str | None:
     return f"cut short: {why}" + (f"; prompt {', '.join(names)} is not whole" if names else "")
 
 
+def captured_again(run: RunDir) -> Iterator[str]:
+    """A line for each pair that has several complete captures: it was captured with other prompts or settings before."""
+    for pair in run.directories(f"{run.root}/captures"):
+        there = run.directories(pair.path)
+        complete = len(there) > 1 and sum(run.marker(info.path) is not None for info in there)
+        if complete > 1:
+            name = escape(pair.base_name.removeprefix("pair="))
+            yield f"({name}: {complete} captures, with other prompts or settings; sql asks the newest, see its table captures)"
+
+
 def failed(rows: list[dict[str, Any]]) -> list[str]:
     """The entries whose last row says `failed`."""
     last = {row["entry"]: row["state"] for row in rows}

@@ -220,6 +220,11 @@ CAPTURES = View(
         PAIR,
         CAPTURE,
         Column("complete", "bool", "false only under --include-partial, for a capture without a valid marker"),
+        Column(
+            "newest",
+            "bool",
+            "true for the pair's newest: the one in the other tables unless all captures are asked for",
+        ),
         Column("written", "timestamp", "when the marker was written, UTC", "", True),
         Column("base_model", "string", "hub id or directory of the base checkpoint", "", True),
         Column("sft_model", "string", "hub id or directory of the fine-tuned checkpoint", "", True),

@@ -1,7 +1,8 @@
--- capture.json keeps one list per pass and metric, from layer -1 up.
+-- capture.json keeps one list per pass and metric, from layer -1 up. Only of captures that the other tables hold.
 WITH passes AS (
   SELECT pair, capture, json, unnest(json_keys(json, '$.noise_floor.by_run_and_layer')) AS run
   FROM captures
+  WHERE (pair, capture) IN (SELECT (pair, capture) FROM prompts)
 ), lists AS (
   SELECT
     pair, capture, run,

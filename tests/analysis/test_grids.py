@@ -115,9 +115,11 @@ def test_of_two_captures_of_a_pair_the_newer_is_taken_or_the_one_asked_for(tmp_p
     new.capture = "ffff"
     for capture, time in ((old, 1_000_000), (new, 2_000_000)):
         os.utime(write_capture(tmp_path, capture) / "_COMPLETE", (time, time))
-    con = open_run(str(tmp_path))
+    con = open_run(str(tmp_path), all_captures=True)
     assert build_residual_grid(con).capture == "ffff"
     assert build_residual_grid(con, capture=ALPHA[:4]).capture == ALPHA
+    with pytest.raises(QueryError, match=r"no capture '0012' here\. It is an older one .* all_captures=True"):
+        build_residual_grid(open_run(str(tmp_path)), capture=ALPHA[:4])
 
 
 @pytest.mark.parametrize(

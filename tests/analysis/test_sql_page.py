@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
-from synthetic import PASSES, alpha, beta, write_attempt, write_capture
+from synthetic import PASSES, alpha, beta, make_capture, write_attempt, write_capture
 
 import analysis
 from analysis.macros import NAMES
@@ -54,3 +56,30 @@ def test_every_macro_that_is_asked_by_name_is_shown() -> None:
     for name in NAMES:
         if name not in ("latest", "cells_source", "cells", "run_grid"):
             assert f"{name}(" in shown, name
+
+
+def rounded(table: Any) -> list[dict[str, Any]]:
+    """Rows with nine digits: sums are made in any order."""
+    return [{k: float(f"{v:.9g}") if isinstance(v, float) else v for k, v in row.items()} for row in table.to_pylist()]
+
+
+def test_an_older_capture_of_the_pair_changes_no_answer(run: Any, tmp_path: Path) -> None:
+    """Other prompts, swept into the same directory before."""
+    out = tmp_path / "out"
+    shutil.copytree(run.out, out)  # with the times of the markers
+    older = make_capture(
+        "pydoc", "fffe", PASSES, 2, {(0, "identity"): ["<s>", "x"], (7, "other"): ["y"]}, set(range(-1, 3)), 9
+    )
+    path = write_capture(out, older)
+    said = json.loads((path / "capture.json").read_text())
+    noise = json.loads(next(out.glob(f"captures/*/capture={alpha().capture}/capture.json")).read_text())["noise_floor"]
+    (path / "capture.json").write_text(json.dumps(said | {"noise_floor": noise}))
+    os.utime(path / "_COMPLETE", (1_000_000, 1_000_000))
+    with analysis.open(str(out)) as both, analysis.open(str(out), all_captures=True) as every:
+        assert both.arrow("SELECT 1 FROM captures WHERE pair = 'pydoc'").num_rows == 2
+        differ = []
+        for number, title, _, query in QUESTIONS[2:]:  # the first two ask which captures and attempts there are
+            expected = rounded(run.arrow(query))
+            assert rounded(both.arrow(query)) == expected, f"{number}. {title}"
+            differ += [number] if rounded(every.arrow(query)) != expected else []
+    assert len(differ) > 20, "with all captures the older one is seen"

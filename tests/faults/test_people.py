@@ -275,9 +275,16 @@ def test_a_config_changed_between_two_runs_makes_a_capture_beside_the_first_and_
     asked = here("status", out, "--all").stdout
     assert all(i in asked for i in ids), asked  # which settings an attempt was of
     counted = here(
-        "sql", out, "--csv", "SELECT capture, count(DISTINCT prompt_idx) FROM prompts GROUP BY ALL ORDER BY 2"
+        "sql",
+        out,
+        "--csv",
+        "--all-captures",
+        "SELECT capture, count(DISTINCT prompt_idx) FROM prompts GROUP BY ALL ORDER BY 2",
     )
     assert counted.stdout.splitlines()[1:] == [f"{ids[0]},1", f"{ids[1]},2"]
+    newest = here("sql", out, "--csv", "SELECT DISTINCT capture FROM pairwise")
+    assert newest.stdout.splitlines()[1:] == [ids[1]]
+    assert "the newest of several captures" in newest.stderr
     unclear = here("grid", out, "--metric", "norm_diff")
     assert f"capture {ids[1]}, the newest of 2 of this pair" in unclear.stdout
     told(
