@@ -40,7 +40,7 @@ look:
 	$(BIN)/pairscope report $(OUT) --pair $(PAIR) --prompt 0 --comparison BB-BS --metric norm_diff --top-n 5
 	@echo
 	$(BIN)/pairscope grid $(OUT) --pair $(PAIR) --prompt 0 --comparison BB-SS --metric kl_div
-	@printf '\nNext:\n  source .venv/bin/activate\n  pairscope sql $(OUT) "SELECT layer, avg(kl_divergence) AS kl FROM pairwise GROUP BY layer ORDER BY layer"\n  pairscope catalog $(OUT)      # a .duckdb file for any client\n  pairscope --help\n  then your own pair: README.md, "Your own pair"\n'
+	@printf '\nNext:\n  source .venv/bin/activate\n  pairscope sql $(OUT) "SELECT pair, layer, avg(kl_divergence) AS kl FROM pairwise WHERE comparison = '\''BB-SS'\'' GROUP BY ALL ORDER BY ALL"\n  pairscope catalog $(OUT)      # a .duckdb file for any client\n  pairscope --help\n  then your own pair: README.md, "Your own pair"\n'
 
 FAST := pytest -m "not slow and not gpu" -n 3 --dist loadfile
 

@@ -73,7 +73,7 @@ def cli() -> None:
     Start here:
       pairscope sweep configs/demo.yaml --out out/demo
       pairscope status out/demo
-      pairscope sql out/demo "SELECT layer, avg(kl_divergence) FROM pairwise GROUP BY layer ORDER BY layer"
+      pairscope sql out/demo "SELECT pair, layer, avg(kl_divergence) AS kl FROM pairwise WHERE comparison = 'BB-SS' GROUP BY ALL ORDER BY ALL"
     """
 
 

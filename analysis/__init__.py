@@ -2,7 +2,7 @@
 
 import analysis
 run = analysis.open("out/demo")
-run.pairwise.aggregate("layer, avg(kl_divergence) AS kl").order("layer")     # a lazy DuckDB relation
+run.pairwise.filter("comparison = 'BB-SS'").aggregate("pair, layer, avg(kl_divergence) AS kl")     # a lazy DuckDB relation
 run.arrow("FROM hotspots('kl_divergence', 10)")                              # a pyarrow.Table
 run.grid("kl_divergence", comparison="BB-SS", prompt=0).values               # a numpy array, layers x tokens
 """

@@ -122,7 +122,7 @@ def status(ctx: click.Context, out: str, every_attempt: bool, memory: bool, as_j
 @click.command(
     context_settings=HELP,
     epilog=example(
-        'pairscope sql out/demo "SELECT layer, avg(kl_divergence) FROM pairwise GROUP BY layer ORDER BY layer"',
+        "pairscope sql out/demo \"SELECT pair, layer, avg(kl_divergence) AS kl FROM pairwise WHERE comparison = 'BB-SS' GROUP BY ALL ORDER BY ALL\"",
         "pairscope sql out/demo",
         "pairscope sql out/demo --csv - < query.sql > rows.csv",
     ),

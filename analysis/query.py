@@ -227,5 +227,5 @@ def print_views(out: str, as_json: bool, as_csv: bool) -> None:
             click.echo(f"      {line}")
     click.echo()
     click.echo(
-        f'Ask: pairscope sql {out} "SELECT layer, avg(kl_divergence) FROM pairwise GROUP BY layer ORDER BY layer"'
+        f"Ask: pairscope sql {out} \"SELECT pair, layer, avg(kl_divergence) AS kl FROM pairwise WHERE comparison = 'BB-SS' GROUP BY ALL ORDER BY ALL\""
     )

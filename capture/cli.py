@@ -29,6 +29,7 @@ def capture(config: str | None, pair: str | None, out: str | None, force: bool, 
     Without CONFIG, DEV_MODE chooses configs/dev_config.yaml or configs/prod_config.yaml. Exit code: 0 complete, 1 failed,
     2 the call or the config is wrong, 130 after Ctrl-C.
     """
+    from capture.ask_next import commands
     from capture.attempt import check_output, complete_line, run_entry
     from capture.config import load_config
     from capture.layout import RunDir
@@ -48,7 +49,7 @@ def capture(config: str | None, pair: str | None, out: str | None, force: bool, 
             tell(
                 f"{entry.name}: {complete_line(row, len(entry.prompt_variants))}, {run.capture_path(entry.name, row['capture'])}"
             )
-            tell(f"\nnext:\n  pairscope report {run.out}\n  pairscope grid {run.out} --metric kl_divergence")
+            tell("\n  ".join(["\nnext:", *commands(run.out, [entry])[:2]]))
     elif outcome.state == "interrupted":
         click.echo(f"pairscope: {entry.name} interrupted; type the same again to start over", err=True)
         sys.exit(stop.exit_code)

@@ -161,6 +161,7 @@ def _print_json(items: list[Item] | tuple[Item, ...]) -> None:
 
 
 def _print_summary(summary: Summary, config: str | None) -> None:
+    from capture.ask_next import commands
     from capture.show import tell
 
     n = len(summary.items)
@@ -187,11 +188,8 @@ def _print_summary(summary: Summary, config: str | None) -> None:
     if summary.complete and on_a_cluster() and "://" not in summary.out:
         tell(f"  at home: pairscope collect ray_cluster.yaml --out {summary.out.lstrip('~/')}")
     elif summary.complete:
-        tell(f"  pairscope report {summary.out}")
-        tell(f"  pairscope grid {summary.out} --metric kl_divergence")
-        tell(
-            f'  pairscope sql {summary.out} "SELECT pair, layer, avg(kl_divergence) FROM pairwise GROUP BY ALL ORDER BY ALL"'
-        )
+        for line in commands(summary.out, [i.entry for i in summary.items if i.entry and i.state != "failed"]):
+            tell(f"  {line}")
 
 
 def _error(item: Item) -> str:

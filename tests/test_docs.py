@@ -49,6 +49,25 @@ def test_a_command_shown_exists_with_its_options(file, line):
             assert word.split("=")[0] in options, f"{file}: {line}"
 
 
+def test_no_shown_query_takes_one_mean_over_several_comparisons():
+    shown = [
+        pairscope.cli.get_help(pairscope.click.Context(pairscope.cli)),
+        (ROOT / "Makefile").read_text(),
+        *(t.read_text() for t in TEXTS),
+    ]
+    shown += [(ROOT / "analysis/query.py").read_text(), (ROOT / "analysis/cli.py").read_text()]
+    queries = [
+        q
+        for text in shown
+        for q in re.findall(r"SELECT[^;\"`]*?avg\(kl_divergence\)[^;\"`]*", text)
+        if "FROM pairwise" in q
+    ]
+    assert len(queries) >= 8
+    for query in queries:
+        assert re.search(r"comparison = .{0,3}'BB-SS|GROUP BY (\w+, )*comparison", query), query
+        assert re.search(r"pair = |SELECT pair|GROUP BY (\w+, )*pair|prompt_idx = ", query), query
+
+
 def test_every_verb_says_what_it_does_and_shows_an_example():
     for verb in pairscope.VERBS:
         command = pairscope.cli.get_command(None, verb)

@@ -58,6 +58,7 @@ def test_a_capture_leaves_row_log_and_a_line_with_its_place(tmp_path: Path, engi
     assert result.exit_code == 0
     assert "a: complete in 0 s: 3 prompts, 1,234 tokens, resident on cpu" in result.stdout
     assert f"{tmp_path}/out/captures/pair=a/capture=1f" in result.stdout
+    assert f"next:\n  pairscope report {tmp_path}/out\n  pairscope grid {tmp_path}/out --metric kl_div" in result.stdout
     assert f"pairscope report {tmp_path / 'out'}" in result.stdout
     assert "a: layers, layer 1/4, 250 tokens/s, 3 s left" in result.stderr
     (row,) = RunDir(str(tmp_path / "out")).manifest_rows()

@@ -122,7 +122,10 @@ def test_a_table_with_captures_on_a_cpu_says_what_their_peak_is_of(config: Path,
 
 
 def test_nothing_left_to_do_says_so(config: Path, asked: dict[str, Any]) -> None:
-    assert "nothing left to do: 1 of 1 complete in OUT" in call(config).stdout
+    said = call(config).stdout
+    assert "nothing left to do: 1 of 1 complete in OUT" in said
+    assert "  pairscope grid OUT --metric kl_divergence\n" in said
+    assert "FROM pairwise WHERE comparison = 'BB-SS' GROUP BY ALL" in said
 
 
 def test_json_gives_one_object_an_entry_and_nothing_else(config: Path, asked: dict[str, Any]) -> None:
