@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from analysis.errors import QueryError, near
+from analysis.errors import QueryError, near_label
 from capture.printable import escape
 
 
@@ -190,7 +190,7 @@ class GridStack:
         for grid in self.grids:
             if grid.label == label:
                 return grid
-        raise QueryError(f"no '{label}' in this stack. {near(label, self.labels)}")
+        raise QueryError(f"no '{label}' in this stack. {near_label(label, self.labels)}")
 
     def __iter__(self) -> Iterator[Grid]:
         return iter(self.grids)

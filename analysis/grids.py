@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from analysis.errors import QueryError, near
+from analysis.errors import QueryError, near, near_label
 from analysis.grid import Grid, GridStack, stack
 from analysis.metrics import Metric, RecordType, find_metric, logit_metric
 from analysis.select import EVERYTHING, Filters, labels, one_cell_set
@@ -109,7 +109,7 @@ def build_stack(
     known = labels(con, chosen, metric)
     for name in names:
         if name not in known:
-            raise QueryError(f"no {metric.label} '{name}' here. {near(name, known)}")
+            raise QueryError(f"no {metric.label} '{name}' here. {near_label(name, known)}")
     one = Filters(chosen.pair, chosen.capture, chosen.prompt, chosen.variant)
     return stack(tuple(build_grid(con, metric, one.with_label(name)) for name in names or known))
 

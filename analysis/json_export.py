@@ -14,7 +14,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from analysis.errors import QueryError, near
+from analysis.errors import QueryError, near_label
 from analysis.json_cells import PAIR_NUMBERS, RUN_NUMBERS, pair_cell, run_cell, with_rest
 from analysis.json_file import HERE
 from analysis.json_import import sides_of
@@ -44,7 +44,7 @@ def export_json(
     """
     names = Names.of(con, pair, capture)
     if single and single not in names.comparisons:
-        raise QueryError(f"no comparison '{single}' here. {near(single, names.comparisons)}")
+        raise QueryError(f"no comparison '{single}' here. {near_label(single, names.comparisons)}")
     prompts = _prompts(con, pair, capture, filters)
     path = Path(file).expanduser().absolute()
     tmp = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")

@@ -152,7 +152,8 @@ def explain(error: Exception, query: str = "") -> str:
         homes = [view.name for view in VIEWS if name in {c.name for c in view.columns}]
         if homes:
             return f"{message}\n'{name}' is a column of: {', '.join(homes)}."
-        return f"{message}\n{near(name, sorted({c.name for view in VIEWS for c in view.columns}))}"
+        asked = [view for view in VIEWS if re.search(rf"\b{view.name}\b", query, re.IGNORECASE)]
+        return f"{message}\n{near(name, sorted({c.name for view in asked or VIEWS for c in view.columns}))}"
     if "disabled by configuration" in message:
         return f"{message}\nOnly files of the run directory can be read; --any-file allows others."
     if (found := re.search(r"Table with name (\S+) does not exist", message)) and "Did you mean" not in message:

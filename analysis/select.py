@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from analysis.errors import QueryError, near
+from analysis.errors import QueryError, near, near_label
 
 if TYPE_CHECKING:
     import duckdb
@@ -81,7 +81,7 @@ def check_filters(con: duckdb.DuckDBPyConnection, filters: Filters, metric: Metr
                     there = "It is an older one of its pair: open the run with all_captures=True."
             raise QueryError(f"no {field} '{value}' here. {there}")
     if filters.label is not None and filters.label not in (known_labels := labels(con, so_far, metric)):
-        raise QueryError(f"no {metric.label} '{filters.label}' here. {near(filters.label, known_labels)}")
+        raise QueryError(f"no {metric.label} '{filters.label}' here. {near_label(filters.label, known_labels)}")
 
 
 def labels(con: duckdb.DuckDBPyConnection, filters: Filters, metric: Metric) -> list[str]:
