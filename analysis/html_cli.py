@@ -8,6 +8,7 @@ import sys
 import click
 
 from analysis.cli import HELP, asking, example, lenient_option, partial_option
+from capture.printable import escape
 
 
 class ListsNames(click.Command):
@@ -81,10 +82,14 @@ def html(
     of = "" if done.prompts == done.total else f" of {done.total}"
     pairs = "1 pair" if done.pairs == 1 else f"{done.pairs} pairs"
     click.echo(f"wrote {done.path}: {done.bytes / 1e6:.1f} MB, {pairs}, prompts {done.prompts}{of}", err=True)
-    if top_k and done.lists < done.prompts:
+    for name, parts in done.not_there.items():
+        click.echo(f"  pair '{escape(name)}' has no prompt {', '.join(parts)}", err=True)
+    if done.lists_cut:
         click.echo(
             f"  token lists of {done.lists} prompts only; --max-mb makes room, a smaller --top-k takes less", err=True
         )
+    if top_k and done.no_lists:
+        click.echo(f"  no token lists of {escape(', '.join(done.no_lists))}: captured without them", err=True)
     if done.texts_missing:
         click.echo(
             f"  tokens of the lists show as ids for {', '.join(done.texts_missing)}: this capture has no texts of them",

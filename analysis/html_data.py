@@ -49,6 +49,7 @@ class PairData:
     stored: dict[int, str]
     prompts: list[Prompt]
     total: int
+    has_lists: bool = True  # top-k lists, which a lens makes
     runs: list[str] = field(default_factory=list)
     comparisons: list[str] = field(default_factory=list)
 
@@ -100,6 +101,10 @@ def _pair(con: duckdb.DuckDBPyConnection, row: tuple[Any, ...]) -> PairData:
         stored=dict(stored),
         prompts=[Prompt(*p) for p in prompts],
         total=len(prompts),
+        has_lists=any(
+            con.execute(f"SELECT 1 FROM {table} {here} LIMIT 1", key).fetchall()
+            for table in ("runs_topk", "pairwise_topk")
+        ),
     )
     first = [*key, data.prompts[0].prompt_idx, data.prompts[0].variant]
     for labels, column, view in ((data.runs, "run", "runs"), (data.comparisons, "comparison", "pairwise")):
@@ -119,12 +124,15 @@ def parse_prompts(text: str) -> list[tuple[int, int]]:
     return ranges
 
 
-def keep_prompts(pair: PairData, ranges: list[tuple[int, int]]) -> None:
-    """Keep those prompts only; QueryError where a pair has none of them."""
+def keep_prompts(pair: PairData, ranges: list[tuple[int, int]]) -> list[str]:
+    """Keep those prompts only; QueryError where a pair has none of them. Returns the parts of the list that it has none of."""
     last = pair.prompts[-1].prompt_idx
+    known = {p.prompt_idx for p in pair.prompts}
     pair.prompts = [p for p in pair.prompts if any(a <= p.prompt_idx < b for a, b in ranges)]
     if not pair.prompts:
         raise QueryError(f"pair '{pair.name}' has none of these prompts. There are 0 to {last}.")
+    missing = [(a, b) for a, b in ranges if not any(a <= i < b for i in known)]
+    return [f"{a}" if b == a + 1 else f"{a}:{b}" for a, b in missing]
 
 
 def keep_top_prompts(con: duckdb.DuckDBPyConnection, pair: PairData, n: int) -> None:

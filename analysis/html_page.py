@@ -44,7 +44,8 @@ _FRAME = 150  # bytes around a block and its names
 
 @dataclass(frozen=True)
 class Written:
-    """What was written. prompts: in the page; total: in the captures; lists: prompts with top-k lists."""
+    """What was written. prompts: in the page; total: in the captures; lists: prompts with top-k lists; no_lists: pairs whose
+    captures have none; not_there: by pair, what of the list of prompts another pair alone has."""
 
     path: Path
     bytes: int
@@ -53,6 +54,9 @@ class Written:
     total: int
     lists: int
     texts_missing: tuple[str, ...]
+    no_lists: tuple[str, ...]
+    lists_cut: bool  # some did not fit
+    not_there: dict[str, list[str]]
 
 
 def write_page(
@@ -77,9 +81,13 @@ def write_page(
     if path.is_dir():
         raise StoreError(f"cannot write the page '{path}': it is a directory")
     pairs = choose_pairs(con, entries)
+    not_there: dict[str, list[str]] = {}
     for pair in pairs:
         if prompts is not None:
-            keep_prompts(pair, parse_prompts(prompts))
+            not_there[pair.name] = keep_prompts(pair, parse_prompts(prompts))
+    if nowhere := [part for part in next(iter(not_there.values()), []) if all(part in m for m in not_there.values())]:
+        raise QueryError(f"--prompts: no prompt {', '.join(nowhere)} here")
+    for pair in pairs:
         if top_prompts is not None:
             keep_top_prompts(con, pair, top_prompts)
     spectra = [read_spectrum(con, pair) for pair in pairs]
@@ -94,9 +102,11 @@ def write_page(
     known = _read_all_lists(con, pairs, sheets, top_k, room, progress) if top_k else nothing
     text = page(sheets, known)
     _write(path, text)
+    cut = top_k > 0 and any(s.lists is None for p, mine in zip(pairs, sheets, strict=True) if p.has_lists for s in mine)
     missing = tuple(p.name for p, mine in zip(pairs, sheets, strict=True) if not _all_spelled(p, mine))
     return Written(path, path.stat().st_size, len(pairs), sum(map(len, sheets)), sum(p.total for p in pairs),
-                   sum(s.lists is not None for mine in sheets for s in mine), missing)  # fmt: skip
+                   sum(s.lists is not None for mine in sheets for s in mine), missing,
+                   tuple(p.name for p in pairs if not p.has_lists), cut, {k: v for k, v in not_there.items() if v})  # fmt: skip
 
 
 def _all_spelled(pair: PairData, sheets: list[Sheet]) -> bool:
@@ -173,6 +183,7 @@ def _pair_index(
         "runs": pair.runs,
         "comparisons": pair.comparisons,
         "prompts_total": pair.total,
+        "has_lists": pair.has_lists,
         "texts": known,
         "spectrum": spectrum[0] | {"block": f"s{number}"} if spectrum else None,
         "sheets": [sheet.index for sheet in sheets],

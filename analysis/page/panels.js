@@ -51,7 +51,7 @@ async function drawCell(s) {
     el("table", {}, el("tbody", {}, ...rows)),
     floor ? el("p", { class: "hint" }, "No more than batching alone moves: below the noise floor.") : null,
     el("div", { class: "lists" }, ...listNodes),
-    !lists && kind !== "effect" ? el("p", { class: "hint" }, "The token lists of this prompt are not in this page (--max-mb, --top-k).") : null,
+    !lists && kind !== "effect" ? el("p", { class: "hint" }, s.pair.has_lists ? "The token lists of this prompt are not in this page (--max-mb, --top-k)." : "This capture has no token lists.") : null,
     next !== undefined && listNodes.length ? el("p", { class: "hint" }, "Next in the prompt: ", el("span", { class: "token" }, showToken(next))) : null].filter(Boolean));
   showSql("cell-sql", kind === "effect" ? SQL.grid(s) : SQL.lists(s, data.sheet.layers[cell.row], cell.column));
 }

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from synthetic import make_capture, write_capture
+from synthetic import alpha, beta, make_capture, write_capture
 
 from analysis import QueryError, open_run
 from analysis.html_data import parse_prompts
@@ -152,12 +152,37 @@ def test_the_verb_says_what_it_wrote_and_what_it_left_out(
     assert index_of(file)["pairs"][2]["facts"]["complete"] is False
 
 
+def test_a_prompt_that_one_of_the_pairs_lacks_is_named(
+    synthetic: Any, call: Callable[..., Any], tmp_path: Path
+) -> None:
+    done = call("html", synthetic.out, "-o", tmp_path / "page.html", "--prompts", "0,1")
+    assert "  pair 'beta' has no prompt 1" in done.err.splitlines()
+    assert "pair 'alpha'" not in done.err
+
+
+def test_a_capture_without_token_lists_is_not_told_to_make_room(call: Callable[..., Any], tmp_path: Path) -> None:
+    path = write_capture(tmp_path / "out", alpha())
+    marker = json.loads((path / "_COMPLETE").read_text())
+    marker["files"] = [f for f in marker["files"] if "topk" not in f["name"]]
+    (path / "_COMPLETE").write_text(json.dumps(marker))
+    write_capture(tmp_path / "out", beta())
+    file = tmp_path / "page.html"
+    said = call("html", tmp_path / "out", "-o", file).err
+    assert "no token lists of alpha: captured without them" in said
+    assert "--max-mb" not in said
+    assert [pair["has_lists"] for pair in index_of(file)["pairs"]] == [False, True]
+    size = (file.stat().st_size - 400) / 1e6
+    assert "--max-mb makes room" in call("html", tmp_path / "out", "-o", file, "--max-mb", size).err
+    assert "has_lists ?" in file.read_text()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (("--entries", "alhpa"), r"no pair 'alhpa' here. Did you mean 'alpha'\?"),
         (("--entries", "gamma"), "no pair 'gamma' here"),  # partial
         (("--prompts", "7:9"), "pair 'alpha' has none of these prompts. There are 0 to 1."),
+        (("--prompts", "0,99,7:9"), "--prompts: no prompt 99, 7:9 here"),
         (("--prompts", "x"), "--prompts 'x' is not a list of prompt indices"),
     ],
 )
