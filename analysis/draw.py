@@ -12,6 +12,7 @@ import numpy as np
 
 from analysis.errors import QueryError
 from analysis.grid import Grid, GridStack
+from analysis.metrics import of_lens
 from analysis.tables import fit, width
 from capture.errors import StoreError
 from capture.printable import escape
@@ -97,8 +98,9 @@ def draw(grid: Grid, columns: int = 80) -> Text:
             text.append(" ")
             text.append(short_number(float(value)).rjust(CELL), style)
         text.append("\n")
-    for line in _notes(grid, n):
-        text.append(fit(line, columns) + "\n", "dim")
+    for note in _notes(grid, n):
+        for line in textwrap.wrap(note, columns, subsequent_indent="  "):
+            text.append(line + "\n", "dim")
     text.rstrip()
     return text
 
@@ -109,7 +111,10 @@ def _notes(grid: Grid, shown: int) -> list[str]:
     after_norm = "" if last is None or last not in grid.layers else f"; {last}: after the final norm"
     notes = [f"layer -1: what enters block 0; {blocks}: after each block{after_norm}"]
     if not np.isfinite(grid.values).any():
-        notes.append("no cell has a number: was the lens on, and is the token's layer among lens.layers?")
+        lens = (
+            ": was the lens on, and is the layer among lens.layers? --metric norm_diff, or norm of a pass, needs none"
+        )
+        notes.append("no cell has a number" + (lens if of_lens(grid.metric, grid.unit) else ""))
     if shown < len(grid.tokens):
         first, stop = int(grid.positions[0]), int(grid.positions[shown - 1]) + 1
         notes.append(

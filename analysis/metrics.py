@@ -34,6 +34,11 @@ class Metric:
     token_id: int | None = None
 
 
+def of_lens(name: str, unit: str) -> bool:
+    """Whether a metric comes from the lens: without one, or at a layer that it does not read, no cell has a number."""
+    return unit in ("nats", "logit") or name == "top1_agree"
+
+
 def _metric(record_type: RecordType, view: str, column: Column) -> Metric:
     label = "run" if record_type == "runs" else "comparison"
     return Metric(column.name, record_type, view, f"{column.name}::DOUBLE", label, column.unit, column.doc)

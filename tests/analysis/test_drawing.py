@@ -67,6 +67,13 @@ def test_no_line_is_wider_than_the_terminal_and_the_rest_is_announced(grid: Grid
     assert lines[1].split()[-1] == str(n - 1)
 
 
+def test_notes_are_wrapped_and_not_cut(grid: Grid) -> None:
+    nothing = replace(wide(grid, 40), values=np.full((4, 40), np.nan), metric="kl_divergence", unit="nats")
+    said = " ".join(draw(nothing, 60).plain.split("\n", 3)[3].split())
+    assert "--metric norm_diff, or norm of a pass, needs none" in said
+    assert "next: --positions 9:; all: -o FILE" in said
+
+
 def test_colours_show_only_where_the_terminal_has_them(grid: Grid) -> None:
     for terminal, expected in ((True, True), (False, False)):
         console = Console(
