@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from analysis.errors import QueryError
 from analysis.grids import check_tracked
 from analysis.logits import MIN_LOGIT, changes_sql, check_size, membership_sql
 from analysis.metrics import DEFAULT_METRIC, Metric, RecordType, find_metric, logit_metric
@@ -106,6 +107,8 @@ def ask(
     names = list(dict.fromkeys(metrics)) or [DEFAULT_METRIC[record_type]]
     found = tuple(find_metric(record_type, name) for name in names)
     check_filters(con, filters, found[0])
+    if record_type == "pairwise" and not labels(con, filters, found[0]):
+        raise QueryError("no comparison in what is asked for, passes alone: --record-type runs is of them")
     ids = tuple(dict.fromkeys(int(i) for i in token_ids))
     logits = tuple(logit_metric(record_type, i, logit_source) for i in ids)
     for i in ids:

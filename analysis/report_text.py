@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from analysis.metrics import of_lens
 from analysis.report import MetricPart, Question, Section
 from analysis.summaries import Axis, box_sql, cells_sql, fetch_rows, top_rows
 from analysis.tables import fit, plain_table
@@ -31,7 +32,7 @@ def overview_lines(con: duckdb.DuckDBPyConnection, question: Question) -> Iterat
     unit = f" [{metric.unit}]" if metric.unit not in ("", "1") else ""
     yield f"{metric.name}{unit}: {metric.doc}"
     if not boxes:
-        yield "  no cell has a number (was the lens on?)"
+        yield f"  no cell has a number{_why_none(metric.name, metric.unit)}"
         yield ""
         return
     several = len({(b["pair"], b["capture"]) for b in boxes}) > len({b["pair"] for b in boxes})
@@ -46,6 +47,10 @@ def overview_lines(con: duckdb.DuckDBPyConnection, question: Question) -> Iterat
     rows = [{**h, metric.label: h["label"]} for h in top_rows(con, metric, question.top_n, question.filters)]
     yield from table_lines(rows, (*keys[:-1], "prompt_idx", metric.label, "layer", "position", "token", "value"))
     yield ""
+
+
+def _why_none(metric: str, unit: str) -> str:
+    return " (was the lens on?)" if of_lens(metric, unit) else ""
 
 
 def _quoted(token: str | None) -> str | None:
@@ -92,7 +97,7 @@ def _part_lines(part: MetricPart, axis: Axis) -> Iterator[str]:
     unit = f" [{part.unit}]" if part.unit not in ("", "1") else ""
     yield ""
     if not part.statistics:
-        yield f"  {part.metric}: no cell has a number (was the lens on?)"
+        yield f"  {part.metric}: no cell has a number{_why_none(part.metric, part.unit)}"
         return
     yield f"  {part.metric}{unit} by {axis}"
     keys = ("layer",) if axis == "layer" else ("position", "token")

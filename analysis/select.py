@@ -86,7 +86,10 @@ def check_filters(con: duckdb.DuckDBPyConnection, filters: Filters, metric: Metr
 
 def labels(con: duckdb.DuckDBPyConnection, filters: Filters, metric: Metric) -> list[str]:
     """The comparisons or passes that the filters leave, by name."""
-    view = "runs" if metric.record_type == "runs" else "pairwise"
+    return _labels(con, filters, "runs" if metric.record_type == "runs" else "pairwise", metric.label)
+
+
+def _labels(con: duckdb.DuckDBPyConnection, filters: Filters, view: str, column: str) -> list[str]:
     where, values = replace(filters, label=None).where("''")
     # One prompt of each capture tells: all prompts of a capture have the same ones. Equalities alone let DuckDB skip row
     # groups, which a join with prompts would not.
@@ -94,7 +97,7 @@ def labels(con: duckdb.DuckDBPyConnection, filters: Filters, metric: Metric) -> 
     found: set[str] = set()
     for key in firsts:
         rows = con.execute(
-            f"SELECT DISTINCT {metric.label} FROM {view} WHERE pair = ? AND capture = ? AND prompt_idx = ?", list(key)
+            f"SELECT DISTINCT {column} FROM {view} WHERE pair = ? AND capture = ? AND prompt_idx = ?", list(key)
         ).fetchall()
         found |= {name for (name,) in rows}
     return sorted(found)
@@ -129,4 +132,10 @@ def one_cell_set(con: duckdb.DuckDBPyConnection, filters: Filters, metric: Metri
         ).fetchall()
         there = ", ".join(f"{capture} of pair '{pair}'" for pair, capture in others) or "none"
         raise QueryError(f"no capture of these tracks token {metric.token_id}; of all captures: {there}")
+    if metric.record_type == "pairwise" and (
+        passes := [run for row in rows for run in _labels(con, Filters(*row), "runs", "run")]
+    ):
+        raise QueryError(
+            f"pair '{rows[0][0]}' has no comparison, passes alone: --run {passes[0]} shows one (in Python run='{passes[0]}')"
+        )
     raise QueryError(f"pair '{rows[0][0]}' has no {metric.label} in '{metric.record_type}'")

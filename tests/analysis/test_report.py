@@ -367,3 +367,33 @@ def _agrees(section: dict[str, Any], values: dict[str, tuple[float, ...]]) -> No
         spots = sorted(((v, *place) for v, place in zip(six, places, strict=True)), key=lambda s: -abs(s[0]))[:5]
         found = [(h["value"], h["layer"], h["position"], h["token"]) for h in parts[metric]["hotspots"]]
         assert found == spots, metric
+
+
+@pytest.fixture
+def one_pass(tmp_path: Path) -> Path:
+    write_capture(tmp_path, make_capture("p", "c", ("SS",), 1, {(0, "identity"): ["x", "y"]}, {0, 1}, 0))
+    return tmp_path
+
+
+def test_of_passes_alone_the_verbs_say_how_to_see_them(one_pass: Path, call: Callable[..., Any]) -> None:
+    answer = call("report", one_pass)
+    assert (answer.code, answer.err) == (
+        2, "no comparison in what is asked for, passes alone: --record-type runs is of them",
+    )  # fmt: skip
+    assert call("report", one_pass, "--record-type", "runs").code == 0
+    answer = call("grid", one_pass)
+    assert (answer.code, answer.err) == (
+        2,
+        "pair 'p' has no comparison, passes alone: --run SS shows one (in Python run='SS')",
+    )
+    assert call("grid", one_pass, "--run", "SS").code == 0
+
+
+def test_only_a_metric_of_the_lens_asks_for_the_lens(tmp_path: Path, call: Callable[..., Any]) -> None:
+    made = make_capture("p", "c", ("BB", "SS"), 1, {(0, "identity"): ["x", "y"]}, set(), 0)
+    made.cells[0, "identity", "BB-SS"]["norm_diff"][:] = np.inf
+    write_capture(tmp_path, made)
+    for metric, asks in (("norm_diff", False), ("kl_div", True), ("entropy_delta", True)):
+        said = call("report", tmp_path, "--metric", metric).out
+        assert ("was the lens on?" in said) is asks, metric
+        assert "no cell has a number" in said, metric
