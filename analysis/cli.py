@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -50,7 +52,8 @@ def asking(
 ) -> Iterator[Any]:
     """The connection of a verb; what is left out is said on stderr, and a file that turns out damaged is named.
 
-    all_captures: for verbs that tell the captures of a pair apart by themselves.
+    all_captures: for verbs that tell the captures of a pair apart by themselves. A verb that is told to end removes what it
+    has half written, as after Ctrl-C.
     """
     from analysis.damage import naming_damage
     from analysis.run import open_run, open_run_dir
@@ -59,13 +62,34 @@ def asking(
         click.echo(f"left out: {escape(why)}", err=True)
 
     con = open_run(out, include_partial, lenient=lenient, left_out=left_out, sandbox=sandbox, all_captures=all_captures)
-    with naming_damage(open_run_dir(out), include_partial):
-        try:
-            yield con
-        except RuntimeError as error:
-            if "Query interrupted" in str(error):  # DuckDB's word for a Ctrl-C that came while it computed
-                raise KeyboardInterrupt from error
+    with naming_damage(open_run_dir(out), include_partial), _ending_in_order():
+        yield con
+
+
+@contextmanager
+def _ending_in_order() -> Iterator[None]:
+    """SIGTERM raises here, so that temporary files are removed on the way out; within a query DuckDB makes an error of its
+    own of that, and of Ctrl-C."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    told: list[int] = []
+
+    def end(number: int, frame: object) -> None:
+        told.append(number)
+        sys.exit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    except RuntimeError as error:
+        if str(error) != "Query interrupted":
             raise
+        if told:
+            sys.exit(128 + told[0])
+        raise KeyboardInterrupt from error
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def filter_options(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -114,9 +114,10 @@ def export_json(
             )
         if several:
             target.mkdir(parents=True, exist_ok=True)
-        for name, one in found:
+        for i, (name, one) in enumerate(found):
+            what = f"{name} ({i + 1} of {len(found)})" if several else name
             file = target / f"{name}-{one}.json" if several else target
-            path = write(con, name, one, file, filters=filters, single=single, told=_progress(name, "records", 1))
+            path = write(con, name, one, file, filters=filters, single=single, told=_progress(what, "records", 1))
             click.echo(f"wrote {path}", err=True)
 
 

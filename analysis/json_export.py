@@ -18,12 +18,15 @@ from analysis.errors import QueryError, near_label
 from analysis.json_cells import PAIR_NUMBERS, RUN_NUMBERS, pair_cell, run_cell, with_rest
 from analysis.json_file import HERE
 from analysis.json_import import sides_of
-from analysis.json_rows import Names, pair_rows, rests, run_rows
+from analysis.json_rows import Names, hold, pair_rows, rests, run_rows
 from analysis.select import EVERYTHING, Filters
 from capture.errors import StoreError
 
 if TYPE_CHECKING:
     import duckdb
+
+
+_TOKENS = 512  # of the prompts whose rows are read at once
 
 
 def export_json(
@@ -48,15 +51,19 @@ def export_json(
     prompts = _prompts(con, pair, capture, filters)
     path = Path(file).expanduser().absolute()
     tmp = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    done = 0
     try:
         # half of a surrogate pair, which UTF-8 cannot hold, stands in a string, and there its escape means the same
-        with tmp.open("w", encoding="utf-8", errors="backslashreplace") as stream:
+        with tmp.open("w", encoding="utf-8", errors="backslashreplace") as stream, con.cursor() as work:
             stream.write("[")
-            for i, prompt in enumerate(prompts):
-                stream.write(",\n" if i else "\n")
-                for text in _record(con, names, prompt, single):
-                    stream.write(text)
-                told(i + 1, len(prompts))
+            for some in _batches(prompts):
+                hold(work, names, [prompt["prompt_idx"] for prompt in some])
+                for prompt in some:
+                    stream.write(",\n" if done else "\n")
+                    for text in _record(work, names, prompt, single):
+                        stream.write(text)
+                    done += 1
+                    told(done, len(prompts))
             stream.write("\n]\n")
         os.replace(tmp, path)
     except OSError as error:
@@ -66,12 +73,24 @@ def export_json(
     return path
 
 
+def _batches(prompts: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    """The prompts in their order, few enough at a time that their cells take some tens of megabytes."""
+    some: list[dict[str, Any]] = []
+    for prompt in prompts:
+        if some and sum(p["n_tokens"] for p in (*some, prompt)) > _TOKENS:
+            yield some
+            some = []
+        some.append(prompt)
+    if some:
+        yield some
+
+
 def _prompts(con: duckdb.DuckDBPyConnection, pair: str, capture: str, filters: Filters) -> list[dict[str, Any]]:
     where, values = Filters(pair, capture, filters.prompt, filters.variant).where("''")
     rows = con.execute(
-        f"SELECT prompt_idx, variant, text FROM prompts {where} ORDER BY prompt_idx, variant", values
+        f"SELECT prompt_idx, variant, text, n_tokens FROM prompts {where} ORDER BY prompt_idx, variant", values
     ).fetchall()
-    found = [{"prompt_idx": p, "variant": v, "text": t} for p, v, t in rows]
+    found = [{"prompt_idx": p, "variant": v, "text": t, "n_tokens": n} for p, v, t, n in rows]
     order = {
         (p, v): json.loads(text)["number"]
         for p, v, text in con.execute(

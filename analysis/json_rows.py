@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from analysis.json_file import HERE
 from analysis.json_import import unique
+from analysis.views import quote
 
 if TYPE_CHECKING:
     import duckdb
@@ -152,6 +153,44 @@ def rests(con: duckdb.DuckDBPyConnection, key: list[Any]) -> Rests:
     return Rests(ordered, cells, _run_names(ordered))
 
 
+def hold(con: duckdb.DuckDBPyConnection, names: Names, prompts: list[int]) -> None:
+    """Read the cells of some prompts, joined, into temporary tables of this connection: run_cells and pair_cells.
+
+    run_cells: norm, norm_delta, cosine_prev (a distance), entropy, tracked, ids, logits. pair_cells: norm_diff, cosine_sim (a
+    distance), kl_div, those of both passes after base_ and sft_, and the top-k lists. A record has ten parts: to join for each
+    of them took nearly all of an export's time. tokens and imported stand before the views of their names.
+    """
+    some = ", ".join(str(int(p)) for p in sorted(set(prompts)))
+    here = f"pair = {quote(names.pair)} AND capture = {quote(names.capture)} AND prompt_idx IN ({some})"
+
+    def table(name: str, sql: str) -> None:
+        con.execute(f"CREATE OR REPLACE TEMP TABLE {name} AS {sql}")
+
+    for name in ("tokens", "imported", "runs"):
+        table(name, f"SELECT * FROM main.{name} WHERE {here}")
+    cell = "prompt_idx, variant, run, layer, position"
+    table(
+        "run_cells",
+        f"SELECT {', '.join(f'r.{c}' for c in cell.split(', '))}, {_side(names)}, k.ids, k.logits\nFROM runs AS r\n"
+        f"LEFT JOIN (SELECT {cell}, ids, logits FROM main.runs_topk WHERE {here}) AS k USING ({cell})\n{_before(names)}",
+    )
+    cell = "prompt_idx, variant, base_run, sft_run, layer, position"
+    lists = "increased_ids, increased, decreased_ids, decreased"
+    own = [f"p.{column} AS {name}" for name, column in _PAIR_COLUMNS.items()]
+    sides = [f"{side[0]}.{name} AS {side}_{name}" for side in ("base", "sft") for name in (*_RUN_COLUMNS, "tracked")]
+    joins = "".join(
+        f"LEFT JOIN run_cells AS {side[0]} ON {side[0]}.prompt_idx = p.prompt_idx AND {side[0]}.variant = p.variant "
+        f"AND {side[0]}.run = p.{side}_run AND {side[0]}.layer = p.layer AND {side[0]}.position = p.position\n"
+        for side in ("base", "sft")
+    )
+    table(
+        "pair_cells",
+        f"SELECT {', '.join(f'p.{c}' for c in cell.split(', '))}, {', '.join([*own, *sides])}, {lists}\n"
+        f"FROM (SELECT * FROM main.pairwise WHERE {here}) AS p\n"
+        f"LEFT JOIN (SELECT {cell}, {lists} FROM main.pairwise_topk WHERE {here}) AS k USING ({cell})\n{joins}",
+    )
+
+
 def _run_names(headers: dict[str, str]) -> dict[str, str]:
     """The names that an import gave to passes: their own, or made unique."""
     names: dict[str, str] = {}
@@ -165,8 +204,11 @@ def _run_names(headers: dict[str, str]) -> dict[str, str]:
 def _rows(
     con: duckdb.DuckDBPyConnection, names: Names, sql: str, values: list[Any]
 ) -> Iterator[tuple[int, int, int, dict[str, Any]]]:
-    """Rows with their layer as the format numbers it, position, our layer, and the columns; layers without place are left out."""
-    cursor = con.cursor().execute(sql, values)
+    """Rows with their layer as the format numbers it, position, our layer, and the columns; layers without place are left out.
+
+    They are to be taken to their end before the connection is asked again: what it holds no other cursor sees.
+    """
+    cursor = con.execute(sql, values)
     columns = [d[0] for d in cursor.description]
     while chunk := cursor.fetchmany(_CHUNK):
         for values_ in chunk:
@@ -184,59 +226,45 @@ def _rows(
             yield layer, position, ours, row
 
 
-def _side(names: Names, alias: str, prefix: str) -> str:
+def _side(names: Names) -> str:
     """The columns of a pass. At the last layer of our own captures the format's layer before is block L-2's output."""
     picked = []
     for name, column in _RUN_COLUMNS.items():
-        sql = f"{alias}.{column}"
+        sql = f"r.{column}"
         if not names.imported and names.last is not None and name == "norm_delta":
-            sql = (
-                f"CASE WHEN {alias}.layer = {names.last} THEN {alias}.norm::DOUBLE - {alias}_before.norm ELSE {sql} END"
-            )
+            sql = f"CASE WHEN r.layer = {names.last} THEN r.norm::DOUBLE - before.norm ELSE {sql} END"
         if not names.imported and names.last is not None and name == "cosine_prev":
-            sql = f"CASE WHEN {alias}.layer <> {names.last} THEN {sql} END"
-        picked.append(f"{sql} AS {prefix}{name}")
-    return ", ".join([*picked, f"{alias}.tracked_logits AS {prefix}tracked"])
+            sql = f"CASE WHEN r.layer <> {names.last} THEN {sql} END"
+        picked.append(f"{sql} AS {name}")
+    return ", ".join([*picked, "r.tracked_logits AS tracked"])
 
 
-def _before(names: Names, alias: str) -> str:
+def _before(names: Names) -> str:
     if names.imported or names.last is None:
         return ""
     return (
-        f"LEFT JOIN (SELECT run, layer, position, norm FROM runs WHERE {_CELL}) AS {alias}_before ON {alias}.layer = "
-        f"{names.last} AND {alias}_before.layer = {names.last - 2} AND {alias}_before.run = {alias}.run "
-        f"AND {alias}_before.position = {alias}.position\n"
+        f"LEFT JOIN runs AS before ON r.layer = {names.last} AND before.layer = {names.last - 2} AND before.run = r.run "
+        "AND before.prompt_idx = r.prompt_idx AND before.variant = r.variant AND before.position = r.position\n"
     )
 
 
 def run_rows(
     con: duckdb.DuckDBPyConnection, names: Names, key: list[Any], run: str
 ) -> Iterator[tuple[int, int, int, dict[str, Any]]]:
-    """The cells of a pass: columns norm, norm_delta, cosine_prev (a distance), entropy, tracked, ids, logits."""
-    before = _before(names, "r")
+    """The cells of a pass of one prompt that `hold` has read."""
     sql = (
-        f"SELECT r.layer, r.position, {_side(names, 'r', '')}, k.ids, k.logits\n"
-        f"FROM (SELECT * FROM runs WHERE {_CELL} AND run = ?) AS r\n"
-        f"LEFT JOIN (SELECT * FROM runs_topk WHERE {_CELL} AND run = ?) AS k USING (layer, position)\n{before}"
-        "ORDER BY r.layer, r.position"
+        "SELECT * EXCLUDE (prompt_idx, variant, run) FROM run_cells WHERE prompt_idx = ? AND variant = ? AND run = ? "
+        "ORDER BY layer, position"
     )
-    return _rows(con, names, sql, [*key, run, *key, run, *(key if before else [])])
+    return _rows(con, names, sql, [*key[2:], run])
 
 
 def pair_rows(
     con: duckdb.DuckDBPyConnection, names: Names, key: list[Any], base: str, sft: str
 ) -> Iterator[tuple[int, int, int, dict[str, Any]]]:
-    """The cells of a comparison: norm_diff, cosine_sim (a distance), kl_div, both passes' columns, and the top-k lists."""
-    before = _before(names, "b") + _before(names, "s")
-    own = ", ".join(f"p.{column} AS {name}" for name, column in _PAIR_COLUMNS.items())
+    """The cells of a comparison of one prompt that `hold` has read."""
     sql = (
-        f"SELECT p.layer, p.position, {own}, {_side(names, 'b', 'base_')}, {_side(names, 's', 'sft_')},\n"
-        "  k.increased_ids, k.increased, k.decreased_ids, k.decreased\n"
-        f"FROM (SELECT * FROM pairwise WHERE {_CELL} AND base_run = ? AND sft_run = ?) AS p\n"
-        f"LEFT JOIN (SELECT * FROM pairwise_topk WHERE {_CELL} AND base_run = ? AND sft_run = ?) AS k USING (layer, position)\n"
-        f"LEFT JOIN (SELECT * FROM runs WHERE {_CELL} AND run = ?) AS b ON b.layer = p.layer AND b.position = p.position\n"
-        f"LEFT JOIN (SELECT * FROM runs WHERE {_CELL} AND run = ?) AS s ON s.layer = p.layer AND s.position = p.position\n"
-        f"{before}ORDER BY p.layer, p.position"
+        "SELECT * EXCLUDE (prompt_idx, variant, base_run, sft_run) FROM pair_cells WHERE prompt_idx = ? AND variant = ? "
+        "AND base_run = ? AND sft_run = ? ORDER BY layer, position"
     )
-    extra = [*key, *key] if before else []
-    return _rows(con, names, sql, [*key, base, sft, *key, base, sft, *key, base, *key, sft, *extra])
+    return _rows(con, names, sql, [*key[2:], base, sft])
