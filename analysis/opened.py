@@ -76,7 +76,8 @@ class Run:
         return [*super().__dir__(), *BY_VIEW]
 
     def sql(self, query: str) -> duckdb.DuckDBPyRelation:
-        """One query that only reads, as a lazy relation: .df(), .pl(), .arrow(), .show() run it. Raises QueryError."""
+        """One query that only reads, as a lazy relation: .arrow(), .show(), .df() (needs pandas), .pl() (needs polars)
+        run it. Raises QueryError."""
         import duckdb
 
         check_query(self._con, query)
