@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Literal
 
 from analysis.errors import QueryError, near
@@ -71,6 +72,8 @@ LOGIT_SOURCES = ("base", "sft", "diff")
 
 def logit_metric(record_type: RecordType, token_id: int, source: str = "diff") -> Metric:
     """The lens logit of one tracked token: of a pass, or of a comparison's base side, sft side or their difference."""
+    if not isinstance(token_id, Integral):
+        raise QueryError(f"token_id={token_id!r} is no id of a token, such as 7")
     if source not in LOGIT_SOURCES:
         raise QueryError(f"no logit source '{source}'. {near(source, LOGIT_SOURCES)}")
     if record_type == "runs":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 from analysis.errors import QueryError, near, near_label
@@ -26,6 +27,17 @@ class Filters:
     variant: str | None = None
     label: str | None = None
     between: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        """Raise QueryError for a value of another type, which DuckDB would complain of in its own words."""
+        if self.prompt is not None:
+            if not isinstance(self.prompt, Integral):
+                raise QueryError(f"prompt={self.prompt!r} is no index of a prompt, such as 0")
+            object.__setattr__(self, "prompt", int(self.prompt))  # DuckDB takes no numpy.int64
+        for name in ("pair", "capture", "variant", "label"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, str):
+                raise QueryError(f"{'comparison or run' if name == 'label' else name}={value!r} is no name")
 
     def where(self, label: str) -> tuple[str, list[Any]]:
         """A WHERE clause (or nothing) and its parameters; `label` is the metric's label expression."""

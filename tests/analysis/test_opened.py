@@ -226,3 +226,20 @@ def test_a_store_that_is_not_local_answers_the_same_in_its_sandbox(
         assert np.array_equal(remote.grid("norm_diff").values, run.grid("norm_diff").values)
         with pytest.raises(QueryError, match="Only files of the run directory"):
             remote.arrow("FROM read_text('/etc/hostname')")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"prompt": "x"}, "prompt='x' is no index of a prompt"),
+        ({"prompt": 1.5}, "prompt=1.5 is no index of a prompt"),
+        ({"pair": 3}, "pair=3 is no name"),
+        ({"comparison": 3}, "comparison or run=3 is no name"),
+        ({"token_id": "z", "metric": None}, "token_id='z' is no id of a token"),
+    ],
+)
+def test_an_argument_of_another_type_is_a_wrong_question(synthetic: Any, wrong: dict[str, Any], says: str) -> None:
+    with analysis.open(str(synthetic.out)) as run:
+        assert run.grid("norm_diff", pair="alpha", prompt=np.int64(1)).prompt_idx == 1
+        with pytest.raises(QueryError, match=says):
+            run.grid(**({"metric": "norm_diff"} | wrong))
