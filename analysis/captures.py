@@ -72,11 +72,20 @@ def _capture_row(run: RunDir, capture: CaptureDir) -> dict[str, Any]:
         return row
     row["json"] = text
     row |= {column: _dig(said, place) for column, place in _WHERE.items()}
+    row["twin_layer"] = _twin_layer(said)
     if isinstance(seconds := said.get("seconds"), Mapping):
         row["seconds"] = float(
             sum(v for v in seconds.values() if isinstance(v, float) or (isinstance(v, int) and abs(v) < 1 << 53))
         )
     return row
+
+
+def _twin_layer(said: Mapping[str, Any]) -> int | None:
+    """Layer L, if the lens read it and L-1 through the final norm: both are then one distribution."""
+    last, layers = said.get("n_layers"), _dig(said, "lens.layers")
+    if type(last) is not int or not isinstance(layers, list) or _dig(said, "lens.norm") != "final":
+        return None
+    return last if last in layers and last - 1 in layers else None
 
 
 def _dig(said: Any, path: str) -> Any:

@@ -61,11 +61,11 @@ def _cells(question: Question) -> tuple[str, list[Any]]:
     ), values
 
 
-def _union(question: Question, one: Any, order: str, *, tokens: bool) -> tuple[str, list[Any]]:
+def _union(question: Question, one: Any, order: str, *, tokens: bool, twins: bool = True) -> tuple[str, list[Any]]:
     """One query per metric, under each other; `tokens` adds the token's text by position."""
     parts, values = [], []
     for i, metric in enumerate((*question.metrics, *question.logits)):
-        cells, more = cells_sql(metric, question.filters)
+        cells, more = cells_sql(metric, question.filters, twins=twins)
         parts.append(f"SELECT {i} AS place, {quote(_column(question, metric))} AS metric, * FROM (\n{one(cells)}\n)")
         values += more
     texts = (
@@ -81,7 +81,7 @@ def _union(question: Question, one: Any, order: str, *, tokens: bool) -> tuple[s
 
 def _hotspots(question: Question) -> tuple[str, list[Any]]:
     order = "abs(value) DESC, layer, position"
-    return _union(question, lambda cells: prompt_hotspots_sql(cells, question.top_n), order, tokens=True)
+    return _union(question, lambda cells: prompt_hotspots_sql(cells, question.top_n), order, tokens=True, twins=False)
 
 
 def _statistics(question: Question) -> tuple[str, list[Any]]:

@@ -162,6 +162,7 @@ class _Parts:
         for metric in self.metrics:
             cells, values = cells_sql(metric, filters)
             self.statistics.append(_by_key(fetch_rows(con, statistics_sql(cells, question.axis), values)))
+            cells, values = cells_sql(metric, filters, twins=False)
             self.hotspots.append(_by_key(fetch_rows(con, prompt_hotspots_sql(cells, question.top_n), values)))
         self.correlations: list[tuple[str, dict[tuple[Any, ...], float | None]]] = []
         for other in question.metrics[1:]:

@@ -1,7 +1,8 @@
 """Statistics and hotspots of whole run directories, in SQL: what the report is made of.
 
 Everywhere: cells without a finite value are left out, standard deviations are those of a population, quantiles interpolate
-linearly between neighbours, and a hotspot is a cell of large absolute value.
+linearly between neighbours, and a hotspot is a cell of large absolute value. Where the lens says the same at the last two
+layers (captures.twin_layer), the hotspots of its metrics have one of them.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from analysis.metrics import Metric, RecordType, find_metric
+from analysis.metrics import Metric, RecordType, find_metric, of_lens
 from analysis.metrics import metrics as known_metrics
 from analysis.select import EVERYTHING, Filters, check_filters
 
@@ -23,9 +24,9 @@ _GROUP = ", ".join(GROUP)
 
 
 def cells_sql(
-    metric: Metric, filters: Filters, second: Metric | None = None, *, finite: bool = True
+    metric: Metric, filters: Filters, second: Metric | None = None, *, finite: bool = True, twins: bool = True
 ) -> tuple[str, list[Any]]:
-    """A SELECT of all cells (with a finite value), and its parameters.
+    """A SELECT of all cells (with a finite value), and its parameters. twins=False: for hotspots, one of two equal layers.
 
     Columns: pair, capture, prompt_idx, variant, label (comparison or pass), layer, position, value, and value2 where a
     second metric is given; both come from one scan.
@@ -40,6 +41,10 @@ def cells_sql(
     ]
     if finite:
         lines.append(f"AND isfinite({metric.sql})")
+    if not twins and of_lens(metric.name, metric.unit):  # what the lens says at L is what it says at L-1
+        lines.append(
+            "AND (pair, capture, layer) NOT IN (SELECT (pair, capture, twin_layer) FROM captures WHERE twin_layer IS NOT NULL)"
+        )
     return "\n".join(lines), values
 
 
@@ -97,7 +102,7 @@ def fetch_rows(con: duckdb.DuckDBPyConnection, sql: str, values: list[Any] | Non
 
 def top_rows(con: duckdb.DuckDBPyConnection, metric: Metric, top_n: int, filters: Filters) -> list[dict[str, Any]]:
     """The top_n cells with their tokens: the rows of top_metric_hotspots, the label under `label`."""
-    cells, values = cells_sql(metric, filters)
+    cells, values = cells_sql(metric, filters, twins=False)
     sql = (
         f"SELECT h.*, token\nFROM (\n{hotspots_sql(cells, top_n)}\n) AS h\n"
         "LEFT JOIN tokens USING (pair, capture, prompt_idx, variant, position)\n"

@@ -240,6 +240,13 @@ CAPTURES = View(
             True,
         ),
         Column("lens_norm", "string", "lens.norm of the config: final or none", "", True),
+        Column(
+            "twin_layer",
+            "int64",
+            "L where the lens says the same of it as of L-1, which it reads through the final norm; null where it does not",
+            "",
+            True,
+        ),
         Column("mode", "string", "resident or streamed", "", True),
         Column("device", "string", "device of the run", "", True),
         Column("gpu", "string", "its name", "", True),

@@ -3,7 +3,8 @@
 -- two passes (or the pass, and null): to group by them is twice as fast as by the label, which is put together row by row.
 -- skip_first leaves out the first so many positions, skip_special the tokenizer's special tokens: their states are often
 -- hundreds of times larger than those of words, and would be all that one sees.
-CREATE OR REPLACE MACRO cells(metric, record := 'pairwise', skip_first := 0, skip_special := false) AS TABLE
+-- twins := false leaves out layer L of what the lens says where that is the same as at L-1 (captures.twin_layer).
+CREATE OR REPLACE MACRO cells(metric, record := 'pairwise', skip_first := 0, skip_special := false, twins := true) AS TABLE
 SELECT *
 FROM query(
   'SELECT pair, capture, prompt_idx, variant, '
@@ -15,5 +16,12 @@ FROM query(
   || CASE WHEN skip_special
        THEN ' AND (pair, capture, prompt_idx, variant, position) NOT IN'
          || ' (SELECT (pair, capture, prompt_idx, variant, position) FROM tokens WHERE is_special)'
+       ELSE '' END
+  || CASE WHEN NOT twins AND metric IN (
+       'kl_divergence', 'kl_reverse', 'kl_div', 'top1_agree', 'entropy', 'entropy_base', 'entropy_sft', 'entropy_delta',
+       'next_token_logprob'
+     )
+       THEN ' AND (pair, capture, layer) NOT IN'
+         || ' (SELECT (pair, capture, twin_layer) FROM captures WHERE twin_layer IS NOT NULL)'
        ELSE '' END
 );

@@ -1,14 +1,14 @@
 -- The n cells that stand out most within their layer: by |z|, z = (value - mean) / std over all cells of the same pair,
 -- capture, label and layer (all prompts, variants and tokens that the masks leave); std is that of a population.
--- A layer whose cells are all equal has no z and no hotspot.
+-- A layer whose cells are all equal has no z and no hotspot; where the lens says the same at L and at L-1, L has none.
 CREATE OR REPLACE MACRO hotspots_z(metric, n := 20, record := 'pairwise', skip_first := 0, skip_special := false) AS TABLE
 WITH layers AS (
   SELECT pair, capture, base_run, sft_run, layer, avg(value) AS mean, stddev_pop(value) AS std
-  FROM cells(metric, record := record, skip_first := skip_first, skip_special := skip_special)
+  FROM cells(metric, record := record, skip_first := skip_first, skip_special := skip_special, twins := false)
   GROUP BY pair, capture, base_run, sft_run, layer
 ), ranked AS (
   SELECT c.* EXCLUDE label, (c.value - l.mean) / l.std AS z
-  FROM cells(metric, record := record, skip_first := skip_first, skip_special := skip_special) AS c
+  FROM cells(metric, record := record, skip_first := skip_first, skip_special := skip_special, twins := false) AS c
   JOIN layers AS l
     ON l.pair = c.pair AND l.capture = c.capture AND l.base_run = c.base_run
     AND l.sft_run IS NOT DISTINCT FROM c.sft_run AND l.layer = c.layer

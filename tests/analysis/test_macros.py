@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -234,3 +236,67 @@ def test_without_a_measured_floor_nothing_is_below_it(con: Any) -> None:
     grid = build_residual_grid(con, "norm_diff")
     assert grid.floor is None
     assert not grid.below_floor.any()
+
+
+def twins(out: Path) -> None:
+    """A capture whose lens says the same at L-1 and L, with its largest values there."""
+    import json
+
+    made = alpha()
+    for (_, _, label), cells in made.cells.items():
+        for name in ("kl_divergence", "norm_diff") if "-" in label else ("entropy",):
+            cells[name][2] += 100
+            cells[name][3] = cells[name][2]
+    path = write_capture(out, made) / "capture.json"
+    said = json.loads(path.read_text())
+    path.write_text(json.dumps(said | {"lens": {"norm": "final", "layers": [-1, 0, 1, 2]}}))
+
+
+@pytest.mark.parametrize("macro", ["hotspots", "hotspots_z"])
+def test_of_two_layers_of_which_the_lens_says_the_same_one_is_a_hotspot(tmp_path: Path, macro: str) -> None:
+    twins(tmp_path)
+    con = open_run(str(tmp_path))
+    assert con.execute("SELECT twin_layer FROM captures").fetchall() == [(2,)]
+    asked = "SELECT DISTINCT layer FROM {}('{}', 30{}) ORDER BY layer"
+    for metric, record in (("kl_divergence", ""), ("entropy", ", record := 'runs'")):
+        layers = [layer for (layer,) in con.execute(asked.format(macro, metric, record)).fetchall()]
+        assert 1 in layers
+        assert 2 not in layers
+    assert 2 in [layer for (layer,) in con.execute(asked.format(macro, "norm_diff", "")).fetchall()], (
+        "a state is another"
+    )
+    assert (2,) in con.execute("SELECT DISTINCT layer FROM layer_profile('kl_divergence')").fetchall()
+
+
+def test_a_report_has_one_of_two_equal_layers_among_the_largest_cells(tmp_path: Path, call: Callable[..., Any]) -> None:
+    twins(tmp_path / "out")
+    for metric, expected in (("kl_divergence", {1}), ("norm_diff", {1, 2})):
+        file = tmp_path / "hotspots.csv"
+        asked = ("report", tmp_path / "out", "--metric", metric, "--top-n", 3)
+        (part,) = call(*asked, "--json").rows[0]["metrics"]
+        assert {row["layer"] for row in part["hotspots"]} == expected
+        assert {row["layer"] for row in part["statistics"]} == {-1, 0, 1, 2}
+        overview = call(*asked).out.split("of all\n")[1].splitlines()[1:4]
+        assert {int(line.split()[3]) for line in overview} == expected
+        assert call(*asked, "--export", file, "--export-rows", "hotspots").code == 0
+        with file.open(newline="") as stream:
+            assert {int(row["layer"]) for row in csv.DictReader(stream)} == expected
+
+
+@pytest.mark.parametrize("layers", [[-1, 0, 2], [-1, 0, 1], None])
+def test_without_a_twin_the_last_layer_stays(tmp_path: Path, layers: list[int] | None) -> None:
+    from analysis.captures import _twin_layer
+
+    assert _twin_layer({"n_layers": 2, "lens": {"norm": "final", "layers": layers}}) is None
+    assert _twin_layer({"n_layers": 2, "lens": {"norm": "none", "layers": [-1, 0, 1, 2]}}) is None
+
+
+def test_the_macro_and_the_report_know_the_same_metrics_of_the_lens() -> None:
+    import re
+
+    from analysis.metrics import of_lens
+
+    (statement,) = (m.statement for m in MACROS if m.name == "cells")
+    listed = set(re.findall(r"'(\w+)'", statement.split("metric IN (")[1].split(")")[0]))
+    known = [m for record in ("runs", "pairwise") for m in metrics(record).values()]
+    assert listed == {m.name for m in known if of_lens(m.name, m.unit)}
