@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 _CELL = "pair = ? AND capture = ? AND prompt_idx = ? AND variant = ?"
 _SINGULAR = 64  # singular values of a layer that the page shows
-FACTS = ("base_model", "base_revision", "sft_model", "sft_revision", "tokenizer", "dtype", "lens_norm", "mode", "device",
+FACTS = ("base_model", "base_revision", "sft_model", "sft_revision", "tokenizer", "dtype", "lens_norm", "twin_layer", "mode", "device",
          "gpu", "n_layers", "n_prompts", "n_tokens", "seconds", "written", "complete")  # fmt: skip
 
 

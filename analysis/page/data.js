@@ -182,14 +182,19 @@ function makeProfile(many, view, metric, first) {
   return out;
 }
 
+// The row of a sheet that hotspots of a metric leave out: where the lens says the same at the last two layers, the last; else -1.
+const ofLens = (metric) => ["nats", "logit"].includes(metric?.unit) || metric?.name === "top1_agree";
+const twinLayer = (pair, view, metric) => ofLens(metricsOf(pair, view).find((m) => m.name === metric)) ? pair.facts.twin_layer ?? null : null;
+const twinRow = (data, view, metric) => data.sheet.layers.indexOf(twinLayer(data.pair, view, metric));
+
 // The n cells of largest magnitude, or of largest |z| within their layer, over some sheets.
 function hotspots(many, view, metric, first, order, n) {
   const { mean, std } = profile(many, view, metric, first), best = []; // falling
   for (const data of many) {
-    const values = valuesOf(data, view, metric), left = maskOf(data.sheet, first);
+    const values = valuesOf(data, view, metric), left = maskOf(data.sheet, first), twin = twinRow(data, view, metric);
     for (let i = 0; values && i < data.n; i++) {
       const row = Math.floor(i / data.columns), column = i % data.columns, value = values[i];
-      if (left.has(column) || !Number.isFinite(value)) continue;
+      if (row === twin || left.has(column) || !Number.isFinite(value)) continue;
       const z = std[row] > 0 ? (value - mean[row]) / std[row] : 0, key = Math.abs(order === "z" ? z : value);
       if (!(key > 0) || (best.length === n && key <= best[n - 1].key)) continue;
       const at = best.findIndex((other) => other.key < key);

@@ -34,6 +34,11 @@ const SQL = {
   scope: (s) => s.scope === "prompt" ? SQL.prompt(s) : `${SQL.where(s)} AND variant = ${q(s.sheet.variant)}` +
     (s.pair.sheets.length < s.pair.prompts_total ? `\n  AND prompt_idx IN (${sheetsOf(s).map((x) => x.prompt).join(", ")})` : ""),
 
+  noTwin(s) {
+    const twin = twinLayer(s.pair, s.view, s.metric);
+    return twin === null ? "" : `\n  AND layer <> ${Number(twin)}`; // the lens says the same there as one layer before
+  },
+
   grid(s) {
     const plain = { ...s, mask: false };
     return `SELECT layer, position, value\nFROM ${SQL.source(plain)}\nWHERE ${SQL.prompt(s)}\n  AND label = ${q(s.view)}\nORDER BY layer, position`;
@@ -42,7 +47,7 @@ const SQL = {
 FROM ${SQL.source(s)}\nWHERE ${SQL.scope(s)}\n  AND label = ${q(s.view)}\nGROUP BY layer ORDER BY layer`,
   hotspots: (s, n) => `SELECT prompt_idx, layer, position, value,
   (value - avg(value) OVER same) / nullif(stddev_pop(value) OVER same, 0) AS z
-FROM ${SQL.source(s)}\nWHERE ${SQL.scope(s)}\n  AND label = ${q(s.view)}
+FROM ${SQL.source(s)}\nWHERE ${SQL.scope(s)}\n  AND label = ${q(s.view)}${SQL.noTwin(s)}
 WINDOW same AS (PARTITION BY layer)\nORDER BY abs(${s.order === "z" ? "z" : "value"}) DESC NULLS LAST LIMIT ${n}`,
   byToken: (s, layer) => `SELECT position, value\nFROM ${SQL.source({ ...s, mask: false })}\nWHERE ${SQL.prompt(s)}
   AND label = ${q(s.view)} AND layer = ${layer}\nORDER BY position`,

@@ -36,7 +36,9 @@ def made(tmp_path_factory: pytest.TempPathFactory, browser: Browser) -> Made:  #
     write_capture(out, alpha())
     write_capture(out, beta())
     tokens = {(0, "identity"): TOKENS, (1, "identity"): [f" w{i}" for i in range(120)]}
-    write_capture(out, make_capture("it's", "feedfeedfeedfeed", PASSES, 3, tokens, {-1, 0, 1, 2, 3}, 5))
+    path = write_capture(out, make_capture("it's", "feedfeedfeedfeed", PASSES, 3, tokens, {-1, 0, 1, 2, 3}, 5))
+    said = json.loads((path / "capture.json").read_text())
+    (path / "capture.json").write_text(json.dumps(said | {"lens": {"norm": "final", "layers": [-1, 0, 1, 2, 3]}}))
     con = open_run(str(out))
     done = write_page(con, out.parent / "page.html")
     return Made(f"file://{done.path}", con)
@@ -108,9 +110,19 @@ def test_every_number_of_every_grid_is_what_its_sql_says(made: Made, browser: Br
         np.testing.assert_allclose(values, there, rtol=6e-4 if halved else 1e-6, atol=1e-6 * np.abs(there).max(initial=0), err_msg=sql)  # fmt: skip
 
 
+def test_of_two_layers_of_which_the_lens_says_the_same_one_is_a_hotspot(made: Made, browser: Browser) -> None:  # noqa: F811
+    for metric, both in (("kl_divergence", False), ("norm_diff", True)):
+        browser.open(f"{made.address}#pair=it%27s&show=BB-SS&metric={metric}&scope=all")
+        layers = browser.execute_script(
+            "return hotspots([S.data], S.view, S.metric, null, 'size', 500).map((h) => h.data.sheet.layers[h.row])"
+        )
+        assert (3 in layers) is both, metric
+        assert 2 in layers
+
+
 @pytest.mark.parametrize("link", ["pair=alpha&show=BB-SS", "pair=alpha&show=SB&metric=entropy&scope=all", "pair=it%27s&show=blocks&metric=norm&mask=1",
                                   "pair=alpha&show=BB-SB&metric=norm_diff&mask=1&scope=all&order=z", "pair=alpha&metric=logit+7&mask=1", "pair=alpha&metric=norm_diff&mask=1&first=2",
-                                  "pair=alpha&metric=logit+7&mask=1&first=3&scope=all"])  # fmt: skip
+                                  "pair=alpha&metric=logit+7&mask=1&first=3&scope=all", "pair=it%27s&show=BB-SS&metric=kl_divergence&scope=all"])  # fmt: skip
 def test_hotspots_profile_marginals_and_the_2x2_are_what_their_sql_says(
     made: Made,
     browser: Browser,  # noqa: F811
