@@ -154,7 +154,7 @@ def test_the_logit_of_a_token_is_of_a_capture_that_tracks_it(tmp_path: Path, cal
     old.tracked = (TRACKED[0], (11, "maybe", "maybe"))
     for taken, time in ((first, 1_000_000), (old, 2_000_000), (new, 3_000_000)):
         os.utime(write_capture(tmp_path, taken) / "_COMPLETE", (time, time))
-    con = open_run(str(tmp_path))
+    con = open_run(str(tmp_path), all_captures=True)
     for options in ({}, {"pair": "b"}, {"capture": "c2"}, {"prompt": 1}):
         grid = build_logit_grid(con, 11, "base", **options)
         assert (grid.pair, grid.capture) == ("b", "c2")
@@ -170,7 +170,7 @@ def test_the_logit_of_a_token_is_of_a_capture_that_tracks_it(tmp_path: Path, cal
     first.tracked, first.capture = ((12, "other", "other"),), "c4"
     write_capture(tmp_path, first)
     with pytest.raises(QueryError, match="no capture of these tracks token 12; of all captures: c4 of pair 'a'"):
-        build_logit_grid(open_run(str(tmp_path)), 12, prompt=1)
+        build_logit_grid(open_run(str(tmp_path), all_captures=True), 12, prompt=1)
 
 
 def test_an_empty_run_directory_says_so(tmp_path: Path) -> None:
