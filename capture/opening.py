@@ -71,6 +71,12 @@ def open_model(
         raise UnsupportedModelError(f"{type(model).__name__} has no input embedding or no unembedding")
     if whole:
         _check_ends(model, where)
+    hidden, width = model.config.get_text_config().hidden_size, model.get_output_embeddings().weight.shape[-1]
+    if width != hidden:  # OPT-350M
+        raise UnsupportedModelError(
+            f"{where}: its unembedding takes states of {width} numbers, and its layers have {hidden}; their states cannot be read "
+            "through it"
+        )
     return model, record
 
 

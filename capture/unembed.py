@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from capture.checkpoint import StreamedModel
-from capture.errors import SelfCheckError
+from capture.errors import SelfCheckError, UnsupportedModelError
+from capture.ledger import is_out_of_memory
 from capture.sublayer import HeadRows
 
 log = logging.getLogger(__name__)
@@ -44,24 +45,44 @@ class _Stand(nn.Module):
 
 
 @contextmanager
-def _stubbed(model: StreamedModel, hidden: _Hidden, head: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Let the base model answer `hidden`, and `head` stand in the unembedding's place.
+def _stubbed(model: StreamedModel, hidden: _Hidden, head: Callable[[Tensor], Tensor]) -> Iterator[list[bool]]:
+    """Let the base model answer `hidden`, and `head` stand in the unembedding's place. Yields a list that is empty until the base
+    model was asked.
 
     The base model's forward is shadowed and not the module exchanged: the next layer is being loaded into it meanwhile.
     """
-    base, unembedding = model.base, model.head
+    unembedding = model.head
+    asked: list[bool] = []
+
+    def answer(*_: Any, **__: Any) -> _Hidden:
+        asked.append(True)
+        return hidden
+
     if model.head_place is None:  # a walk through a thousand modules takes as long as a small product
         name = next(n for n, m in model.model.named_modules() if m is unembedding)
         owner, _, leaf = name.rpartition(".")
         model.head_place = model.model.get_submodule(owner), leaf
     parent, leaf = model.head_place
-    base.forward = lambda *_, **__: hidden
+    bases = _bases(model)
+    for base in bases:
+        base.forward = answer
     parent._modules[leaf] = _Stand(head, hidden[0].dtype)
     try:
-        yield
+        yield asked
     finally:
         parent._modules[leaf] = unembedding
-        del base.forward
+        for base in bases:
+            del base.forward
+
+
+def _bases(model: StreamedModel) -> list[nn.Module]:
+    """The base model, and the modules in it on the way to its layers: OPT's own forward asks its decoder past the base model."""
+    found, inside = [], model.base
+    names = model.layers_name.removeprefix(f"{model.model.base_model_prefix}.").split(".")
+    for name in names[:-1]:
+        found.append(inside)
+        inside = inside.get_submodule(name)
+    return [m for m in (*found, inside) if m is not model.model]
 
 
 @contextmanager
@@ -268,8 +289,17 @@ def head_copies(model: StreamedModel) -> bool:
 
 
 def _through(model: StreamedModel, rows_RD: Tensor, head: Callable[[Tensor], Tensor]) -> Tensor:
-    with _stubbed(model, _Hidden((rows_RD[None],)), head):
-        logits: Tensor = model.model(inputs_embeds=rows_RD[None], use_cache=False).logits[0]
+    """Raises UnsupportedModelError where the model's own forward does not ask its base model, which stands for the state."""
+    unasked = f"{type(model.model).__name__} does not call its base model; its logits cannot be made from a state"
+    with _stubbed(model, _Hidden((rows_RD[None],)), head) as asked:
+        try:
+            logits: Tensor = model.model(inputs_embeds=rows_RD[None], use_cache=False).logits[0]
+        except Exception as error:
+            if asked or is_out_of_memory(error):
+                raise
+            raise UnsupportedModelError(unasked) from error
+    if not asked:
+        raise UnsupportedModelError(unasked)
     return logits
 
 

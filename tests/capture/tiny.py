@@ -125,10 +125,16 @@ _SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "mamba": ("mamba", {"state_size": 8, "num_attention_heads": None, "num_key_value_heads": None}),  # it has neither
+    "opt": (
+        "opt",
+        {"num_key_value_heads": None, "intermediate_size": None, "ffn_dim": 80, "word_embed_proj_dim": HIDDEN},
+    ),
 }
 
+# Whose heads or layers are called in ways of their own.
+OTHERS = ("opt",)
 # The fourteen that a capture must be exact on in every way; phi3_longrope and mamba, which has no attention, are beside them.
-ARCHS = tuple(arch for arch in _SHAPES if arch not in ("phi3_longrope", "mamba"))
+ARCHS = tuple(arch for arch in _SHAPES if arch not in ("phi3_longrope", "mamba", *OTHERS))
 
 # Own words, of unequal length; all but the shortest are longer than the sliding window.
 PROMPTS = (
@@ -259,6 +265,8 @@ def _untouched(model: PreTrainedModel, same_embeddings: bool, frozen_layers: Col
     """Prefixes of the names of tensors that base and sft share."""
     names = {module: name for name, module in model.named_modules()}
     prefixes = [f"{names[model.get_input_embeddings()]}."] if same_embeddings else []
+    if not frozen_layers:
+        return tuple(prefixes)
     layers = model.transformer.h if hasattr(model, "transformer") else model.base_model.layers
     return tuple(prefixes + [f"{names[layers[i]]}." for i in frozen_layers])
 

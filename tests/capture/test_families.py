@@ -1,0 +1,91 @@
+"""Families whose heads or layers are called in ways of their own: what a capture reads of them is what plain transformers says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+from test_capture import captured, entry_of
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
+
+from capture.config import Batching
+from capture.errors import UnsupportedModelError
+
+
+@torch.no_grad()
+def plain(directory: Path, ids: list[int]) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Norms [T] of the states at layers -1 .. L-2 and L, and float64 log-probabilities [T, V], by the model's own forward."""
+    transformers_logging.disable_progress_bar()
+    model = AutoModelForCausalLM.from_pretrained(directory).eval()
+    out = model(input_ids=torch.tensor([ids]), use_cache=False, output_hidden_states=True)
+    return [s[0].double().norm(dim=-1) for s in out.hidden_states], out.logits[0].double().log_softmax(-1)
+
+
+def agrees(paths: Any, result: Any) -> None:
+    """Norms and divergences of BB and SS, in every prompt."""
+    runs, pairwise = (pq.read_table(f"{result.path}/{t}.parquet").to_pandas() for t in ("runs", "pairwise"))
+    for i, ids in enumerate(tiny.encode(tiny.PROMPTS)):
+        (base, p), (sft, q) = (plain(directory, ids) for directory in (paths.base, paths.sft))
+        for run, states in (("BB", base), ("SS", sft)):
+            rows = runs[(runs.prompt_idx == i) & (runs.run == run)].sort_values(["layer", "position"])
+            last = len(states) - 1
+            for layer, want in zip([*range(-1, last - 1), last], states, strict=True):
+                assert rows[rows.layer == layer].norm.to_numpy() == pytest.approx(want.numpy(), rel=1e-5), (run, layer)
+        rows = pairwise[(pairwise.prompt_idx == i) & (pairwise.base_run == "BB") & (pairwise.sft_run == "SS")]
+        got = rows[rows.layer == last].sort_values("position").kl_divergence.to_numpy()
+        want = (q.exp() * (q - p)).sum(-1).numpy()
+        assert np.all(np.abs(got - want) <= 2e-3 * np.maximum(want, 1e-5))
+
+
+@pytest.mark.parametrize("arch", tiny.OTHERS)
+@pytest.mark.parametrize("mode", ["resident", "streamed-2"])
+def test_what_is_read_is_what_the_model_says(arch: str, mode: str, pairs: Any, tmp_path: Path) -> None:
+    padded = Batching(padding="left") if mode == "streamed-2" else Batching()
+    result, document = captured(entry_of(pairs(arch), mode=mode, batching=padded), tmp_path)
+    agrees(pairs(arch), result)
+    assert document["self_checks"]["base_replay"] == "bitwise"
+
+
+def test_a_pickled_opt_has_the_lens_of_its_own_forward(tmp_path: Path) -> None:
+    paths = tiny.make_pair("opt", tmp_path / "pair")
+    for directory in (paths.base, paths.sft):
+        torch.save(load_file(directory / "model.safetensors"), directory / "pytorch_model.bin")
+        (directory / "model.safetensors").unlink()
+    result, _ = captured(entry_of(paths, allow_pickle=True), tmp_path / "out")
+    agrees(paths, result)
+
+
+@pytest.mark.parametrize("pickled", [False, True])
+def test_a_model_that_does_not_ask_its_base_model_is_refused(
+    pickled: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.models.llama import modeling_llama
+
+    paths = tiny.make_pair("llama", tmp_path / "pair", num_hidden_layers=2)
+    if pickled:
+        for directory in (paths.base, paths.sft):
+            torch.save(load_file(directory / "model.safetensors"), directory / "pytorch_model.bin")
+            (directory / "model.safetensors").unlink()
+    own = modeling_llama.LlamaModel.forward
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        found = own(self.model, *args, **kwargs)
+        return modeling_llama.CausalLMOutputWithPast(logits=self.lm_head(found[0]))
+
+    monkeypatch.setattr(modeling_llama.LlamaForCausalLM, "forward", forward)
+    with pytest.raises(UnsupportedModelError, match="LlamaForCausalLM does not call its base model"):
+        captured(entry_of(paths, allow_pickle=True, mode="auto" if pickled else "streamed"), tmp_path / "out")
+
+
+@pytest.mark.parametrize("mode", ["resident", "streamed"])
+def test_an_unembedding_of_another_width_than_the_layers_is_refused(mode: str, tmp_path: Path) -> None:
+    paths = tiny.make_pair("opt", tmp_path / "pair", word_embed_proj_dim=24, do_layer_norm_before=False)
+    with pytest.raises(UnsupportedModelError, match="takes states of 24 numbers, and its layers have 48"):
+        captured(entry_of(paths, mode=mode), tmp_path / "out")
