@@ -72,7 +72,8 @@ its parents up to the one with a `pyproject.toml`, and in the current directory.
 
 Weights are safetensors. Pickled weights need `allow_pickle: true`, code that comes with a checkpoint needs
 `trust_remote_code: true` in `model_kwargs` (or `tokenizer_kwargs`). An adapter that lies beside the weights is left out, with a
-warning: merge it into them first (PEFT's `merge_and_unload`).
+warning: merge it into them first (PEFT's `merge_and_unload`). Keys of `*_kwargs` that have other files read (`variant`, `subfolder`,
+`gguf_file`, `key_mapping` and their like) are errors: a capture's id would not stand for them.
 
 Checkpoints stored in FP8 with a scale for each block, as DeepSeek-V3's are, need no key: they are read layer by layer and
 multiplied out, and are bfloat16 in memory (or `dtype`; float32 is the product unrounded).

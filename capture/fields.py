@@ -26,6 +26,20 @@ OWN_KEYS = {
     "device_map": "device",
     "revision": "base_revision and sft_revision",
 }
+# kwargs that have other files read than those that are checked and named in a capture's id.
+MODEL_FILES = frozenset(
+    {
+        "variant",
+        "subfolder",
+        "gguf_file",
+        "transformers_weights",
+        "state_dict",
+        "key_mapping",
+        "use_safetensors",
+        "config",
+    }
+)
+TOKENIZER_FILES = frozenset({"subfolder", "config"})  # and all that end in _file
 
 
 def near(name: str, known: Iterable[str]) -> str:
@@ -57,9 +71,24 @@ def _check_model_kwargs(value: dict[str, Any]) -> dict[str, Any]:
     for key in value:
         if key in OWN_KEYS:
             raise ValueError(f"'{key}' does not go here; use the key {OWN_KEYS[key]}")
+        if key in MODEL_FILES:
+            raise ValueError(
+                f"'{key}' does not go here: it has other files read than those that are checked and that a capture's id stands "
+                "for; save the model to a directory of its own, as config.json and model.safetensors"
+            )
         if key.startswith("adapter_"):
             raise ValueError(
                 f"'{key}' does not go here: adapters are left out; merge it into its base model and save that"
+            )
+    return value
+
+
+def _check_tokenizer_kwargs(value: dict[str, Any]) -> dict[str, Any]:
+    for key in value:
+        if key in TOKENIZER_FILES or key.endswith("_file"):
+            raise ValueError(
+                f"'{key}' does not go here: it has other files read than those that a capture's id stands for; put the "
+                "tokenizer's files into a directory of their own, and name that as tokenizer"
             )
     return value
 
@@ -70,6 +99,7 @@ Dtype = Annotated[str, AfterValidator(_check_dtype)]
 Device = Annotated[str, AfterValidator(_check_device)]
 Kwargs = dict[str, JsonValue]
 ModelKwargs = Annotated[dict[str, JsonValue], AfterValidator(_check_model_kwargs)]
+TokenizerKwargs = Annotated[dict[str, JsonValue], AfterValidator(_check_tokenizer_kwargs)]
 Text = Annotated[str, Field(min_length=1)]
 
 

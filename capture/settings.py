@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from capture.fields import Device, Dtype, Frozen, Int, Kwargs, ModelKwargs, Number, Text, near, unique
+from capture.fields import Device, Dtype, Frozen, Int, Kwargs, ModelKwargs, Number, Text, TokenizerKwargs, near, unique
 from capture.passes import EmbeddingVariant, MultiPass
 from capture.variants import OPTIONS, VARIANTS, option_error
 
@@ -105,7 +105,7 @@ class AllowedPair(Frozen):
     )
     dtype: Dtype | None = Field(default=None, description="dtype to use instead of the config's")
     tokenizer: Text | None = Field(default=None, description="tokenizer to use instead of the config's")
-    tokenizer_kwargs: Kwargs | None = Field(default=None, description="tokenizer_kwargs to use instead")
+    tokenizer_kwargs: TokenizerKwargs | None = Field(default=None, description="tokenizer_kwargs to use instead")
     model_kwargs: ModelKwargs | None = Field(default=None, description="model_kwargs to use instead")
     notes: str | None = Field(default=None, description="for people")
 
@@ -153,7 +153,9 @@ class SweepEntry(Frozen):
         description="the one tokenizer of both models; when left out the block's where the block names no pair of its "
         "own, else the sft model's",
     )
-    tokenizer_kwargs: Kwargs | None = Field(default=None, description="passed to AutoTokenizer.from_pretrained")
+    tokenizer_kwargs: TokenizerKwargs | None = Field(
+        default=None, description="passed to AutoTokenizer.from_pretrained"
+    )
     model_kwargs: ModelKwargs | None = Field(default=None, description="passed to AutoModelForCausalLM.from_pretrained")
     base_revision: Text | None = Field(default=None, description="branch, tag or commit of the base model")
     sft_revision: Text | None = Field(default=None, description="branch, tag or commit of the sft model")
@@ -188,7 +190,7 @@ class Settings(Frozen):
     base_revision: Text | None = Field(default=None, description="branch, tag or commit of the base model")
     sft_revision: Text | None = Field(default=None, description="branch, tag or commit of the sft model")
     tokenizer: Text | None = Field(default=None, description="the one tokenizer of both; the sft model's when left out")
-    tokenizer_kwargs: Kwargs = Field(default={}, description="passed to AutoTokenizer.from_pretrained")
+    tokenizer_kwargs: TokenizerKwargs = Field(default={}, description="passed to AutoTokenizer.from_pretrained")
     model_kwargs: ModelKwargs = Field(default={}, description="passed to AutoModelForCausalLM.from_pretrained")
     device: Device | None = Field(
         default=None, description="cpu, cuda or cuda:<index>; null takes CUDA where there is one, else the CPU"

@@ -159,6 +159,21 @@ def test_a_wrong_value_says_what_was_expected(tmp_path: Path, block: str, expect
     assert expected in message(tmp_path, block)
 
 
+@pytest.mark.parametrize(
+    ("kwargs", "key"),
+    [(k, v) for k, vs in {
+        "model_kwargs": ("variant", "subfolder", "gguf_file", "transformers_weights", "state_dict", "key_mapping", "use_safetensors",
+                         "config"),
+        "tokenizer_kwargs": ("subfolder", "gguf_file", "tokenizer_file", "vocab_file", "config"),
+    }.items() for v in vs],
+)  # fmt: skip
+def test_kwargs_that_have_other_files_read_are_errors(tmp_path: Path, kwargs: str, key: str) -> None:
+    expected = f"residual_compare.{kwargs}: '{key}' does not go here: it has other files read"
+    assert expected in message(tmp_path, f"{kwargs}: {{{key}: x}}")
+    entry = f"{{name: a, base_model: x, sft_model: y, {kwargs}: {{{key}: x}}}}"
+    assert f"'{key}' does not go here" in message(tmp_path, f"model_sweep: [{entry}]")
+
+
 def test_two_entries_of_one_name_are_an_error(tmp_path: Path) -> None:
     pair = "{name: a, base_model: x, sft_model: y}"
     assert "two entries named 'a'" in message(tmp_path, f"model_sweep: [{pair}, {pair}]")
