@@ -7,6 +7,7 @@ waits for comes first, whatever the window. A unit's memory becomes the tensors'
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import deque
 from collections.abc import Iterable, Sequence
@@ -17,6 +18,8 @@ from torch import Tensor
 
 from capture.ranges import CONNECTIONS, Ranges, RemoteFile, Stopped
 from capture.spool import Spool
+
+log = logging.getLogger(__name__)
 
 UNIT = 16 << 20  # bytes of small tensors that are fetched together
 GAP = 64 << 10  # bytes between two tensors that are rather fetched than left out
@@ -186,11 +189,13 @@ class Fetcher:
 
     def _next(self) -> tuple[Unit, int, int] | None:
         """A part to ask for; None where there is none, or no room."""
-        if self._queue and (self._queue[0].wanted or not self._begun):
+        while self._queue and (self._queue[0].wanted or not self._begun):
             unit = self._queue[0]
-            if unit.wanted or not self.held or self.held + unit.nbytes <= self.window:
-                self._queue.popleft()
-                self._begin(unit)
+            if not unit.wanted and self.held and self.held + unit.nbytes > self.window:
+                break
+            self._queue.popleft()
+            if self._begin(unit):
+                break
         if not self._begun:
             return None
         unit = self._begun[0]
@@ -199,8 +204,16 @@ class Fetcher:
             self._begun.popleft()
         return unit, start, stop
 
-    def _begin(self, unit: Unit) -> None:
-        unit.buffer = torch.empty(unit.nbytes + unit.start % ALIGN, dtype=torch.uint8, pin_memory=self.pin)
+    def _begin(self, unit: Unit) -> bool:
+        """Whether there is memory for it; where there is none, who waits for the unit is told, and who comes later has it tried again."""
+        try:
+            unit.buffer = self._memory(unit.nbytes + unit.start % ALIGN)
+        except Exception as error:
+            unit.error = error
+            for span in unit.left:
+                self._units.pop(span, None)
+            self._changed.notify_all()
+            return False
         unit.parts = deque((a, min(a + PART, unit.stop)) for a in range(unit.start, unit.stop, PART))
         unit.open = len(unit.parts)
         self.held += unit.nbytes
@@ -209,6 +222,16 @@ class Fetcher:
             self._begun.appendleft(unit)
         else:
             self._begun.append(unit)
+        return True
+
+    def _memory(self, nbytes: int) -> Tensor:
+        """Pinned where it shall be and can be: the system may have less of that than memory."""
+        if self.pin:
+            try:
+                return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+            except RuntimeError as error:
+                log.info("fetched bytes are not in pinned memory: %s", str(error).splitlines()[0])
+        return torch.empty(nbytes, dtype=torch.uint8)
 
     def _fetch(self, unit: Unit, start: int, stop: int) -> None:
         view = memoryview(unit.view(start, stop).numpy())  # type: ignore[arg-type]
