@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from capture import identity as module
+from capture import run
 from capture.config import Batching, Comparison, Entry, Lens, LocalRun, Output, Pass
 from capture.files import ModelFiles
 from capture.identity import IN_ID, NOT_IN_ID, capture_id, tokenizer_hash
@@ -182,3 +183,22 @@ def test_a_tokenizer_s_hash_is_of_the_files_that_make_ids(tmp_path: Path) -> Non
     (tmp_path / "merges.txt").write_text("y")
     seen.add(tokenizer_hash(str(tmp_path)))
     assert len(seen) == 7
+
+
+def test_of_one_repository_the_tokenizer_is_the_sft_revision_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def tokenizer(name: str, revision: str | None, **_: Any) -> str:
+        asked.append((name, revision))
+        return str(tmp_path)
+
+    monkeypatch.setattr(run, "resolve_model", lambda *_, **__: FILES)
+    monkeypatch.setattr(run, "resolve_tokenizer", tokenizer)
+    one = {"base_model": "org/m", "sft_model": "org/m", "base_revision": "step1", "sft_revision": "step2"}
+    for change in (
+        {"tokenizer": "org/m"},
+        {"tokenizer": "org/m", "tokenizer_kwargs": {"revision": "v3"}},
+        {"tokenizer": "x/y"},
+    ):
+        run.resolve(ENTRY.model_copy(update=one | change), download=False)
+    assert asked == [("org/m", "step2"), ("org/m", "v3"), ("x/y", None)]
