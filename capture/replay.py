@@ -10,7 +10,7 @@ Shapes: B batch rows, T tokens, D hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,7 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from capture.checkpoint import StreamedModel
-from capture.errors import UnsupportedModelError
+from capture.errors import PairscopeError, UnsupportedModelError
+from capture.ledger import is_out_of_memory
+
+Call = tuple[int, Tensor, tuple[Any, ...], dict[str, Any]]  # of a layer: its number, the residual, its other arguments
 
 
 @dataclass
@@ -32,18 +35,17 @@ class Recording:
 
 
 @contextmanager
-def stubbed(layers: nn.ModuleList, recording: list[Any]) -> Iterator[None]:
-    """Replace each layer's forward by one that records its arguments and returns the residual unchanged."""
+def stubbed(layers: nn.ModuleList, recording: list[Call], answer: Callable[[Tensor], Any]) -> Iterator[None]:
+    """Replace each layer's forward by one that records its arguments and returns the residual unchanged, as `answer` gives it."""
 
     def stub(index: int) -> Any:
-        def forward(*args: Any, **kwargs: Any) -> Tensor:
+        def forward(*args: Any, **kwargs: Any) -> Any:
             if args:
                 hidden, rest = args[0], args[1:]
             else:
                 hidden, rest = kwargs.pop("hidden_states"), ()
             recording.append((index, hidden, rest, kwargs))
-            result: Tensor = hidden
-            return result
+            return answer(hidden)
 
         return forward
 
@@ -94,12 +96,8 @@ def record(
     Needs the group `rest` loaded (learned positions, projections, final norm). Raises UnsupportedModelError where the
     residual is not [B, T, D], where layers run in another order, or where the tail is not a chain of modules.
     """
-    recorded: list[tuple[int, Tensor, tuple[Any, ...], dict[str, Any]]] = []
-    tail: list[nn.Module] = []
-    kwargs: dict[str, Any] = {} if positions_BT is None else {"position_ids": positions_BT}
     name = type(streamed.model).__name__
-    with stubbed(streamed.layers, recorded), tail_modules(streamed.base, streamed.layers, recorded, tail):
-        output = streamed.base(inputs_embeds=embeds_BTD, attention_mask=mask_BT, use_cache=False, **kwargs)
+    recorded, tail, output = _dry_run(streamed, embeds_BTD, mask_BT, positions_BT)
     if [r[0] for r in recorded] != list(range(streamed.n_layers)):
         raise UnsupportedModelError(f"{name} does not call its {streamed.n_layers} layers once each, in order")
     entry = recorded[0][1]
@@ -116,6 +114,39 @@ def record(
             f"{name}: what follows the last layer ({[type(m).__name__ for m in tail]}) is not a plain chain of modules"
         )
     return Recording(entry, [(rest, kw) for _, _, rest, kw in recorded], tail)
+
+
+def _dry_run(
+    streamed: StreamedModel, embeds_BTD: Tensor, mask_BT: Tensor | None, positions_BT: Tensor | None
+) -> tuple[list[Call], list[nn.Module], Any]:
+    """The calls of all layers, the modules behind them, and what the base model gives.
+
+    Layers return the residual, or a tuple that it is the first of (Bloom, Falcon, GPT-J): which of both a model takes it for is
+    tried. A model that wants more of a layer hands on what its next layers need, and no recording has that.
+    Raises UnsupportedModelError where it runs with neither.
+    """
+    kwargs: dict[str, Any] = {} if positions_BT is None else {"position_ids": positions_BT}
+    first: Exception | None = None
+    for answer in (lambda hidden: hidden, lambda hidden: (hidden,)):
+        recorded: list[Call] = []
+        tail: list[nn.Module] = []
+        try:
+            with (
+                stubbed(streamed.layers, recorded, answer),
+                tail_modules(streamed.base, streamed.layers, recorded, tail),
+            ):
+                output = streamed.base(inputs_embeds=embeds_BTD, attention_mask=mask_BT, use_cache=False, **kwargs)
+            # a model that takes the first of a tuple takes the first row of a tensor
+            if (shapes := {tuple(r[1].shape) for r in recorded}) and len(shapes) > 1:
+                raise ValueError(f"residuals of shapes {sorted(shapes)}")
+            return recorded, tail, output
+        except Exception as error:  # of any kind: it is the model's own code
+            if is_out_of_memory(error) or isinstance(error, PairscopeError):
+                raise
+            first = first or error
+    raise UnsupportedModelError(
+        f"{type(streamed.model).__name__} cannot be walked layer by layer: {type(first).__name__}: {' '.join(str(first).split())[:300]}"
+    ) from first
 
 
 @torch.no_grad()

@@ -14,9 +14,11 @@ from safetensors.torch import load_file
 from test_capture import captured, entry_of
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
+from walked import open_pair
 
 from capture.config import Batching
 from capture.errors import UnsupportedModelError
+from capture.replay import record
 
 
 @torch.no_grad()
@@ -51,6 +53,27 @@ def test_what_is_read_is_what_the_model_says(arch: str, mode: str, pairs: Any, t
     result, document = captured(entry_of(pairs(arch), mode=mode, batching=padded), tmp_path)
     agrees(pairs(arch), result)
     assert document["self_checks"]["base_replay"] == "bitwise"
+
+
+@pytest.mark.parametrize("arch", tiny.UNWALKABLE)
+def test_a_model_whose_layers_hand_on_more_than_the_residual_is_refused(arch: str, pairs: Any, tmp_path: Path) -> None:
+    for prompts in (tiny.PROMPTS, tiny.PROMPTS[:1]):  # two rows of a batch look like a tuple of two
+        with pytest.raises(UnsupportedModelError, match=r"\w+ForCausalLM cannot be walked layer by layer: \w+Error: "):
+            captured(entry_of(pairs(arch), prompts=prompts), tmp_path)
+
+
+def test_a_model_that_runs_out_of_memory_when_it_is_recorded_is_not_refused(
+    pairs: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.models.llama import modeling_llama
+
+    def forward(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError
+
+    pair = open_pair(pairs("llama"))
+    monkeypatch.setattr(modeling_llama.LlamaModel, "forward", forward)
+    with pytest.raises(torch.OutOfMemoryError):
+        record(pair.models["base"], torch.zeros(1, 3, tiny.HIDDEN))
 
 
 def test_a_pickled_opt_has_the_lens_of_its_own_forward(tmp_path: Path) -> None:

@@ -129,12 +129,105 @@ _SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
         "opt",
         {"num_key_value_heads": None, "intermediate_size": None, "ffn_dim": 80, "word_embed_proj_dim": HIDDEN},
     ),
+    "bloom": ("bloom", {"num_key_value_heads": None, "intermediate_size": None}),
+    "falcon": (
+        "falcon",
+        {"num_key_value_heads": None, "intermediate_size": None, "parallel_attn": False, "alibi": False},
+    ),
+    "gptj": ("gptj", {"num_key_value_heads": None, "intermediate_size": None, "n_inner": 80, "rotary_dim": 8}),
+    "codegen": ("codegen", {"num_key_value_heads": None, "intermediate_size": None, "n_inner": 80, "rotary_dim": 8}),
+    "gpt_neo": (
+        "gpt_neo",
+        {"num_key_value_heads": None, "attention_types": [[["global", "local"], 2]], "window_size": WINDOW},
+    ),
+    "mpt": (
+        "mpt",
+        {
+            "num_key_value_heads": None,
+            "intermediate_size": None,
+            "max_position_embeddings": None,
+            "hidden_size": None,
+            "num_hidden_layers": None,
+            "num_attention_heads": None,
+            "d_model": HIDDEN,
+            "n_heads": 4,
+            "n_layers": LAYERS,
+            "max_seq_len": 256,
+            "expansion_ratio": 2,
+        },
+    ),
+    "falcon_h1": (
+        "falcon_h1",
+        {
+            "head_dim": 12,
+            "mamba_d_ssm": 48,
+            "mamba_n_heads": 4,
+            "mamba_d_head": 12,
+            "mamba_d_state": 8,
+            "mamba_n_groups": 1,
+            "mamba_chunk_size": 8,
+        },
+    ),
+    "glm_moe_dsa": (
+        "glm_moe_dsa",
+        {
+            "num_key_value_heads": 4,
+            "moe_intermediate_size": 24,
+            "n_routed_experts": 8,
+            "n_group": 4,
+            "topk_group": 2,
+            "num_experts_per_tok": 3,
+            "first_k_dense_replace": 1,
+            "q_lora_rank": 20,
+            "kv_lora_rank": 16,
+            "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 16,
+            "v_head_dim": 12,
+            "index_n_heads": 2,
+            "index_head_dim": 16,
+            "index_topk": 4,
+        },
+    ),
+    "bamba": (
+        "bamba",
+        {
+            "attn_layer_indices": [1, 3],
+            "mamba_n_heads": 4,
+            "mamba_d_head": 24,
+            "mamba_d_state": 8,
+            "mamba_n_groups": 1,
+            "mamba_chunk_size": 8,
+        },
+    ),
+    "rwkv": (
+        "rwkv",
+        {
+            "num_attention_heads": None,
+            "num_key_value_heads": None,
+            "max_position_embeddings": None,
+            "attention_hidden_size": 48,
+            "context_length": 256,
+        },
+    ),
+    "gemma4_shared": (
+        "gemma4_text",
+        {
+            "head_dim": 16,
+            "global_head_dim": 16,
+            "sliding_window": WINDOW,
+            "layer_types": _MIXED[::-1],
+            "num_kv_shared_layers": 2,
+            "hidden_size_per_layer_input": 0,
+        },
+    ),
 }
 
 # Whose heads or layers are called in ways of their own.
-OTHERS = ("opt",)
+OTHERS = ("opt", "bloom", "falcon", "gptj", "codegen", "gpt_neo", "mpt", "falcon_h1")
+# Whose layers hand each other more than the residual.
+UNWALKABLE = ("bamba", "rwkv", "glm_moe_dsa", "gemma4_shared")
 # The fourteen that a capture must be exact on in every way; phi3_longrope and mamba, which has no attention, are beside them.
-ARCHS = tuple(arch for arch in _SHAPES if arch not in ("phi3_longrope", "mamba", *OTHERS))
+ARCHS = tuple(arch for arch in _SHAPES if arch not in ("phi3_longrope", "mamba", *OTHERS, *UNWALKABLE))
 
 # Own words, of unequal length; all but the shortest are longer than the sliding window.
 PROMPTS = (
