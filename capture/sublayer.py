@@ -1,8 +1,8 @@
 """Sub-layer mode: one matrix in use, the next being read; the embedding by the rows in use, the unembedding in chunks.
 
 Each module of a layer that has matrices of its own is a *leaf*: its matrices are read just before its forward and freed
-right after, by hooks. Vectors (norms, biases, a router's corrections) are the layer's own group, and come and go as layers
-do in streamed mode. The order in which leaves are called is learned as they are called, and the next is read ahead. A batch
+right after, by hooks. Vectors (norms, biases, a router's corrections) and convolutions, whose weights Mamba's mixers take past
+their forward, are the layer's own group, and come and go as layers do in streamed mode. The order in which leaves are called is learned as they are called, and the next is read ahead. A batch
 at a time walks through a layer, so a layer's matrices are read once for every batch; everything else is as in the other
 modes, and so is every number.
 
@@ -30,12 +30,17 @@ def leaf_groups(model: StreamedModel) -> dict[tuple[Any, ...], list[str]]:
     """The names of each leaf's matrices, by group ("layer", i, leaf), in the order in which modules were registered."""
     groups: dict[tuple[Any, ...], list[str]] = {}
     for i in range(model.n_layers):
-        prefix = f"{model.layers_name}.{i}."
         for name in model.names(("layer", i)):
-            if model.meta(name).dim() >= 2:
-                leaf = name.removeprefix(prefix).rpartition(".")[0]
+            if (leaf := _leaf_of(model, i, name)) is not None:
                 groups.setdefault(("layer", i, leaf), []).append(name)
     return groups
+
+
+def _leaf_of(model: StreamedModel, i: int, name: str) -> str | None:
+    """The module of layer i whose matrix a weight is; None of one that stays with its layer."""
+    leaf = name.removeprefix(f"{model.layers_name}.{i}.").rpartition(".")[0]
+    stays = model.meta(name).dim() < 2 or isinstance(model.layers[i].get_submodule(leaf), nn.Conv1d)
+    return None if stays else leaf
 
 
 def sublayer_bytes(model: StreamedModel) -> int:
@@ -47,7 +52,7 @@ def sublayer_bytes(model: StreamedModel) -> int:
     for group, names in leaf_groups(model).items():
         leaves[group[1]].append(sum(nbytes_of(model.meta(name)) for name in names))
     vectors = [
-        sum(nbytes_of(model.meta(n)) for n in model.names(("layer", i)) if model.meta(n).dim() < 2)
+        sum(nbytes_of(model.meta(n)) for n in model.names(("layer", i)) if _leaf_of(model, i, n) is None)
         for i in range(model.n_layers)
     ]
     return max(sum(sorted(sizes)[-2:]) for sizes in leaves.values()) + 2 * max(vectors)
@@ -69,6 +74,7 @@ class SubLayer:
         groups = leaf_groups(model)
         model.split(groups)
         self.groups = set(groups)
+        self.called: set[tuple[Any, ...]] = set()
         names = list(groups)
         for one, other in itertools.pairwise(names):
             if one[1] == other[1]:
@@ -77,9 +83,12 @@ class SubLayer:
             leaf: nn.Module = model.layers[group[1]].get_submodule(group[2])
             leaf.register_forward_pre_hook(self._before(group))
             leaf.register_forward_hook(self._behind(group), always_call=True)
+        for i, layer in enumerate(model.layers):
+            layer.register_forward_hook(self._check(i))
 
     def _before(self, group: tuple[Any, ...]) -> Any:
         def hook(*_: Any) -> None:
+            self.called.add(group)
             self._learn(group)
             ahead, self.ahead = self.ahead, None
             if ahead is not None:
@@ -99,6 +108,17 @@ class SubLayer:
     def _behind(self, group: tuple[Any, ...]) -> Any:
         def hook(*_: Any) -> None:
             self.model.free(group)
+
+        return hook
+
+    def _check(self, i: int) -> Any:
+        def hook(layer: nn.Module, *_: Any) -> None:
+            """A module that was not called has no weights, and a layer that takes them past its forward computes with nothing."""
+            left = sorted(g[2] for g in self.groups - self.called if g[1] == i)
+            if left and "forward" not in layer.__dict__:  # else it only stands there to be recorded: capture/replay.py
+                raise UnsupportedModelError(
+                    f"mode sub-layer: layer {i} of the {self.model.label} model does not call its {', '.join(left)}; set another mode"
+                )
 
         return hook
 

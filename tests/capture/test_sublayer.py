@@ -28,7 +28,7 @@ def assert_same(got, want):
 
 
 @pytest.mark.parametrize("tie", [True, False])
-@pytest.mark.parametrize("arch", ["llama", "gemma2", "mixtral", "deepseek_v3", "gpt2"])
+@pytest.mark.parametrize("arch", ["llama", "gemma2", "mixtral", "deepseek_v3", "gpt2", "falcon_h1"])
 def test_states_equal_those_of_resident_mode_bitwise(arch, tie, pairs):
     paths = pairs(arch, tie=tie)
     want = walk(open_pair(paths), IDS, mode="resident")
@@ -115,3 +115,12 @@ def test_a_model_that_is_divided_among_gpus_is_refused(pairs):
     model.group = Group(0, 2)
     with pytest.raises(UnsupportedModelError, match="mode sub-layer: the base model is divided among GPUs"):
         SubLayer(model)
+
+
+def test_a_layer_that_takes_a_matrix_past_its_module_s_forward_is_refused(pairs, tmp_path):
+    """Nothing would have read the matrix: the layer would compute with what memory happens to hold."""
+    with pytest.raises(
+        UnsupportedModelError, match=r"layer 0 of the base model does not call its mixer\.dt_proj; set another mode"
+    ):
+        capture_pair(entry_of(pairs("mamba"), mode="sub-layer"), str(tmp_path))
+    assert not list(tmp_path.rglob("*.parquet"))
