@@ -212,6 +212,9 @@ class StreamedModel:
         meta = self.weights.meta
         self._recipes, all_stored = self.stored.recipes(self.model, self.load_config, meta)
         self.weights.tie(set(self._recipes))
+        for target, source in self.weights.untie_layers():
+            if source in self._recipes:
+                self._recipes.setdefault(target, self._recipes[source])
         for name, dtype in borrowed.kept_in_float32(self.load_config, list(meta)).items():
             if meta[name].dtype != dtype:  # so that its bytes are counted as it will stand
                 with torch.no_grad():

@@ -75,6 +75,19 @@ class Groups:
             self.ties[target] = source
         self.both_stored = {t for t, s in self.ties.items() if t in found and s in found}
 
+    def untie_layers(self) -> list[tuple[str, str]]:
+        """(target, source) of the weights of a layer that are another layer's (Zamba2's shared blocks), which are tied no more: each
+        layer has its own copy, because it may stand in memory when the other one does not."""
+        found = []
+        for target, source in list(self.ties.items()):
+            one, other = self._group_of(target), self._group_of(source)
+            if isinstance(one, tuple) and isinstance(other, tuple) and one != other:
+                found.append((target, source))
+                del self.ties[target]
+                self.both_stored.discard(target)
+        self._nbytes.clear()
+        return found
+
     # -- where they stand ----------------------------------------------------------------------------------------------
 
     def get(self, name: str) -> torch.Tensor:

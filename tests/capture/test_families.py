@@ -19,6 +19,8 @@ from walked import open_pair
 from capture.config import Batching
 from capture.errors import UnsupportedModelError
 from capture.replay import record
+from capture.settings import Spans
+from capture.spanwalk import SpanWalk
 
 
 @torch.no_grad()
@@ -53,6 +55,37 @@ def test_what_is_read_is_what_the_model_says(arch: str, mode: str, pairs: Any, t
     result, document = captured(entry_of(pairs(arch), mode=mode, batching=padded), tmp_path)
     agrees(pairs(arch), result)
     assert document["self_checks"]["base_replay"] == "bitwise"
+
+
+@pytest.mark.parametrize("mode", ["resident", "one-at-a-time", "streamed", "streamed-2"])
+def test_a_weight_that_layers_share_is_in_every_one_of_them(mode: str, pairs: Any, tmp_path: Path) -> None:
+    """Both as one block in two layers, and in a row, where a layer is read while the one that shares its weights computes."""
+    for kinds in (["mamba", "hybrid"] * 2, ["hybrid"] * 4):
+        paths = pairs(
+            "zamba2", layers_block_type=kinds, hybrid_layer_ids=[i for i, k in enumerate(kinds) if k == "hybrid"]
+        )
+        result, _ = captured(entry_of(paths, mode=mode), tmp_path / str(len(set(kinds))))
+        agrees(paths, result)
+        assert result.peak_memory_bytes <= result.planned_memory_bytes
+
+
+def test_a_walk_goes_on_behind_the_layer_that_holds_a_shared_weight(
+    pairs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entry = entry_of(pairs("zamba2"), mode="resident", spans=Spans(layers=1))
+    own = SpanWalk.commit
+
+    def commit(course: Any, state: Any) -> None:
+        own(course, state)
+        if state.layer == 1:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(SpanWalk, "commit", commit)
+        with pytest.raises(KeyboardInterrupt):
+            captured(entry, tmp_path)
+    result, _ = captured(entry, tmp_path)
+    agrees(pairs("zamba2"), result)
 
 
 @pytest.mark.parametrize("arch", tiny.UNWALKABLE)

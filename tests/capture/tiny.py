@@ -168,6 +168,22 @@ _SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
             "mamba_chunk_size": 8,
         },
     ),
+    "zamba2": (
+        "zamba2",
+        {
+            "num_key_value_heads": 4,
+            "layers_block_type": ["mamba", "hybrid"] * 2,
+            "num_mem_blocks": 1,
+            "mamba_d_state": 8,
+            "n_mamba_heads": 4,
+            "mamba_headdim": 24,
+            "mamba_ngroups": 1,
+            "chunk_size": 8,
+            "attention_hidden_size": 96,
+            "attention_head_dim": 24,
+            "adapter_rank": 4,
+        },
+    ),
     "glm_moe_dsa": (
         "glm_moe_dsa",
         {
@@ -224,10 +240,12 @@ _SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
 
 # Whose heads or layers are called in ways of their own.
 OTHERS = ("opt", "bloom", "falcon", "gptj", "codegen", "gpt_neo", "mpt", "falcon_h1")
+# Some of whose layers share weights.
+SHARED = ("zamba2",)
 # Whose layers hand each other more than the residual.
 UNWALKABLE = ("bamba", "rwkv", "glm_moe_dsa", "gemma4_shared")
 # The fourteen that a capture must be exact on in every way; phi3_longrope and mamba, which has no attention, are beside them.
-ARCHS = tuple(arch for arch in _SHAPES if arch not in ("phi3_longrope", "mamba", *OTHERS, *UNWALKABLE))
+ARCHS = tuple(arch for arch in _SHAPES if arch not in ("phi3_longrope", "mamba", *OTHERS, *SHARED, *UNWALKABLE))
 
 # Own words, of unequal length; all but the shortest are longer than the sliding window.
 PROMPTS = (
