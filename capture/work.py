@@ -33,7 +33,7 @@ from capture.memory import ModeChoice, Promise
 from capture.parts import Split
 from capture.peaks import Peaks
 from capture.progress import Progress
-from capture.prompts import Prompts, check_ids, load_tokenizer, token_texts, tracked_tokens
+from capture.prompts import Prompts, check_ids, count_ids, load_tokenizer, token_texts, tracked_tokens
 from capture.ranks import Ranks
 from capture.relay import Handover, Relay
 from capture.replay import run_tail
@@ -141,7 +141,8 @@ class Work:
         entry = self.entry
         self.report(Progress(entry.name, "open", message="opening both models", here=self.source is None))
         self.tokenizer = load_tokenizer(entry, self.resolved.tokenizer_dir)
-        self.tracked = tracked_tokens(entry, self.tokenizer)
+        n_ids = count_ids(self.tokenizer)
+        self.tracked = tracked_tokens(entry, self.tokenizer, n_ids)
         self._open_source()
         base = self._model("base", self.resolved.base)
         same = self.resolved.base.revision == self.resolved.sft.revision
@@ -155,7 +156,7 @@ class Work:
         self.ids = [item.ids for item in self.prompts.items]
         self.batches = make_batches(self.ids, entry.batching, self.device, probe=entry.noise_floor)
         self.layers = plan_layers(entry.layers, base.n_layers, "layers")
-        self.lens = self._lens_plan(base, sft, len(self.tokenizer))
+        self.lens = self._lens_plan(base, sft, n_ids)
         self.mode = self._choose_mode()
         self.lens.tile_bytes = self.mode.tile_bytes
         self.pair.begin(self.batches, mode=self.mode.mode, spill=self.mode.spill)

@@ -1,6 +1,7 @@
 """A whole capture against the oracle: what is in the Parquet files is what float64 says, on every architecture."""
 
 import json
+import shutil
 
 import agree
 import numpy as np
@@ -81,6 +82,25 @@ def test_without_a_lens_no_logits_are_made(pairs, loaded, tmp_path, monkeypatch)
     result, _ = captured(entry_of(pairs("llama"), lens=Lens(enabled=False)), tmp_path)
     want = expected(loaded("llama"), tiny.encode(tiny.PROMPTS), lens_layers=())
     assert agree.disagreements(want, agree.read_tables(result.path)) == []
+
+
+def test_tokens_behind_a_gap_in_the_ids_are_listed(pairs, tmp_path):
+    tokenizer = tmp_path / "tokenizer"
+    shutil.copytree(pairs("llama").tokenizer, tokenizer)
+    core = json.loads((tokenizer / "tokenizer.json").read_text())
+    core["model"]["vocab"] = {t: i + 6 * (i >= 290) for t, i in core["model"]["vocab"].items()}
+    (tokenizer / "tokenizer.json").write_text(json.dumps(core))
+    entry = entry_of(pairs("llama"), tokenizer=str(tokenizer), top_k=306, prompts=("a b c",), tracked_token_ids=())
+    result, _ = captured(entry, tmp_path)
+    listed = pq.read_table(result.path + "/runs_topk-00000.parquet")["ids"].to_pylist()
+    assert {i for ids in listed for i in ids} == set(range(306))  # the largest is 305; the model has a row more
+    words = dict(
+        zip(
+            *pq.read_table(result.path + "/vocabulary.parquet").select(["token_id", "token"]).to_pydict().values(),
+            strict=True,
+        )
+    )
+    assert words[305] == tiny.make_tokenizer().decode([299])
 
 
 def test_a_model_against_itself_differs_by_exactly_nothing(pairs, tmp_path):

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from capture.config import Entry
 from capture.errors import CheckpointError, PromptError, UnsupportedModelError
-from capture.prompts import check_ids, load_tokenizer, token_texts, tokenize, tracked_tokens
+from capture.prompts import check_ids, count_ids, load_tokenizer, token_texts, tokenize, tracked_tokens
 from capture.variants import OPTIONS, VARIANTS, make_variant
 
 
@@ -191,6 +191,14 @@ def test_tracked_tokens_are_ids_then_strings_then_the_map_each_once() -> None:
 
 def test_a_row_that_the_tokenizer_never_uses_can_be_tracked() -> None:
     assert tracked_tokens(entry("x", tracked_token_ids=(300,)), byte_tokenizer()) == [(300, "", "300")]
+
+
+def test_a_token_behind_a_gap_in_the_ids_keeps_its_name() -> None:
+    inner = Tokenizer(models.WordLevel({"[UNK]": 0, "yes": 1, "no": 7}, unk_token="[UNK]"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="[UNK]")
+    assert (len(tokenizer), count_ids(tokenizer)) == (3, 8)
+    tracked = entry("x", tracked_token_ids=(7, 5, 8))
+    assert tracked_tokens(tracked, tokenizer) == [(7, "no", "no"), (5, "", "5"), (8, "", "8")]
 
 
 def test_a_string_that_is_not_one_token_shows_what_it_tokenises_to() -> None:
