@@ -61,6 +61,7 @@ _TOKENIZER_FILES = (
     "vocab.json",
     "vocab.txt",
     "merges.txt",
+    "tekken.json",
 )
 
 
@@ -100,15 +101,17 @@ def _without_access(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in kwargs.items() if k not in _ACCESS}
 
 
-def tokenizer_hash(directory: str | Path) -> str:
-    """16 hexadecimal digits: SHA-256 over the names and contents of a tokenizer's files in a directory.
+def tokenizer_hash(directory: str | Path, *, code: bool = False) -> str:
+    """16 hexadecimal digits: SHA-256 over the names and contents of a tokenizer's files in a directory. code: of its Python files
+    too, which run where the config trusts them.
 
     A chat template in a file of its own does not count: prompts are tokenised as they are.
     """
     sha = hashlib.sha256()
     path = Path(directory)
     names = [n for n in _TOKENIZER_FILES if (path / n).is_file()]
-    names += sorted(p.name for p in path.glob("*") if p.suffix in (".model", ".tiktoken") and p.is_file())
+    suffixes = (".model", ".tiktoken", *([".py"] if code else []))
+    names += sorted(p.name for p in path.glob("*") if p.suffix in suffixes and p.is_file())
     for name in names:
         content = (path / name).read_bytes()
         sha.update(f"{name} {len(content)}\n".encode() + content)

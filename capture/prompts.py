@@ -130,7 +130,7 @@ def other_ids(entry: Entry, prompts: Prompts, owner: str, directory: str, declar
     names = {p.name for p in Path(directory).iterdir()}
     if not names & {"tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt"}:
         return None
-    if tokenizer_hash(directory) == declared:
+    if tokenizer_hash(directory, code=bool(entry.tokenizer_kwargs.get("trust_remote_code"))) == declared:
         return None
     try:
         asked = {

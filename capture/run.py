@@ -122,7 +122,7 @@ def _resolve(entry: Entry, download: bool, source: Source | None) -> Resolved:
     revision = entry.tokenizer_kwargs.get("revision", by_model.get(entry.tokenizer))
     token = entry.tokenizer_kwargs.get("token", token)
     directory = resolve_tokenizer(entry.tokenizer, revision, download=download, token=token)
-    digest = tokenizer_hash(directory)
+    digest = tokenizer_hash(directory, code=bool(entry.tokenizer_kwargs.get("trust_remote_code")))
     return Resolved(capture_id(entry, base, sft, digest), base, sft, directory, digest, source)
 
 

@@ -177,12 +177,39 @@ def test_a_tokenizer_s_hash_is_of_the_files_that_make_ids(tmp_path: Path) -> Non
     (tmp_path / "chat_template.jinja").write_text("{{ x }}")
     assert tokenizer_hash(tmp_path) == first
     seen = {first}
-    for name in ("tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt", "spiece.model"):
+    for name in (
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "vocab.json",
+        "merges.txt",
+        "spiece.model",
+        "tekken.json",
+    ):
         (tmp_path / name).write_text("x")
         seen.add(tokenizer_hash(tmp_path))
     (tmp_path / "merges.txt").write_text("y")
     seen.add(tokenizer_hash(str(tmp_path)))
-    assert len(seen) == 7
+    assert len(seen) == 8
+
+
+def test_code_of_a_tokenizer_counts_where_it_may_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tokenizer.json").write_text("{}")
+    ordinary = tokenizer_hash(tmp_path)
+    (tmp_path / "tokenization_own.py").write_text("# one")
+    assert tokenizer_hash(tmp_path) == ordinary
+    monkeypatch.setattr(run, "resolve_model", lambda *_, **__: FILES)
+    monkeypatch.setattr(run, "resolve_tokenizer", lambda *_, **__: str(tmp_path))
+
+    def ids() -> list[str]:
+        asked = ({}, {"trust_remote_code": False}, {"trust_remote_code": True})
+        entries = [ENTRY.model_copy(update={"tokenizer_kwargs": kwargs}) for kwargs in asked]
+        return [run.resolve(entry, download=False).tokenizer_hash for entry in entries]
+
+    before = ids()
+    (tmp_path / "tokenization_own.py").write_text("# two")
+    after = ids()
+    assert before[:2] == after[:2] == [ordinary] * 2
+    assert len({ordinary, before[2], after[2]}) == 3
 
 
 def test_of_one_repository_the_tokenizer_is_the_sft_revision_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
