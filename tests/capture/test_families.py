@@ -64,7 +64,8 @@ def test_a_weight_that_layers_share_is_in_every_one_of_them(mode: str, pairs: An
         paths = pairs(
             "zamba2", layers_block_type=kinds, hybrid_layer_ids=[i for i, k in enumerate(kinds) if k == "hybrid"]
         )
-        result, _ = captured(entry_of(paths, mode=mode), tmp_path / str(len(set(kinds))))
+        result, document = captured(entry_of(paths, mode=mode), tmp_path / str(len(set(kinds))))
+        assert document["self_checks"]["base_replay"] == "bitwise"
         agrees(paths, result)
         assert result.peak_memory_bytes <= result.planned_memory_bytes
 
