@@ -261,7 +261,10 @@ class Config:
         return list(dict.fromkeys([*up[: root + 1], Path.cwd()]))
 
     def _find(self, value: str) -> Path | None:
-        path = Path(value).expanduser()
+        try:
+            path = Path(value).expanduser()
+        except RuntimeError:  # ~name of nobody here
+            return None
         candidates = (Path(os.path.abspath(d / path)) for d in self.directories)
         return next((c for c in candidates if c.exists()), None)
 
@@ -281,7 +284,7 @@ class Config:
         if found and _is_path(value):
             raise ConfigError(f"{self._where(key)}: '{value}' is a file; name the directory that holds config.json")
         if _is_path(value) or not _HUB_ID.fullmatch(value):
-            looked = "" if Path(value).expanduser().is_absolute() else f" in {_join(self.directories)}"
+            looked = "" if value.startswith(("/", "~")) else f" in {_join(self.directories)}"
             kind = "" if _is_path(value) else ", and it is no hub id (owner/name) either"
             raise ConfigError(f"{self._where(key)}: no directory '{value}'{looked}{kind}")
         return value
@@ -314,7 +317,7 @@ def _is_path(value: str) -> bool:
 
 
 def _slug(model: str) -> str:
-    name = Path(model).expanduser().absolute().name if _is_path(model) else model
+    name = Path(os.path.expanduser(model)).absolute().name if _is_path(model) else model
     return re.sub(r"[^A-Za-z0-9]+", "_", name).strip("_") or "model"
 
 

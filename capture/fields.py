@@ -94,7 +94,7 @@ def _check_tokenizer_kwargs(value: dict[str, Any]) -> dict[str, Any]:
 
 
 Int = Annotated[int, BeforeValidator(_no_bool)]
-Number = Annotated[float, BeforeValidator(_no_bool)]
+Number = Annotated[float, BeforeValidator(_no_bool), Field(allow_inf_nan=False)]
 Dtype = Annotated[str, AfterValidator(_check_dtype)]
 Device = Annotated[str, AfterValidator(_check_device)]
 Kwargs = dict[str, JsonValue]

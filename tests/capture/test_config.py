@@ -153,6 +153,11 @@ def test_all_errors_come_at_once_one_a_line_in_the_file_s_order(tmp_path: Path) 
         ),
         ("base_model: a", "sft_model is missing; a pair needs base_model and sft_model"),
         ("embedding_variants: []", "embedding_variants is empty"),
+        ("device_memory_gib: .inf", "device_memory_gib: got Infinity; expected a finite number"),
+        (
+            "multi_pass: {runs: [BB, XX]}",
+            "multi_pass.runs: 'XX' is not a run; expected a block, or one of BB, BS, SB, SS",
+        ),
     ],
 )
 def test_a_wrong_value_says_what_was_expected(tmp_path: Path, block: str, expected: str) -> None:

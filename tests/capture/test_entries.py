@@ -65,6 +65,15 @@ def test_an_entry_may_have_statistics_and_a_memory_cap_of_its_own(tmp_path: Path
     assert (bare.layers, bare.lens.norm, bare.spectrum, bare.device_memory_gib) == (2, "none", True, 8)
 
 
+def test_the_home_of_nobody_is_no_directory(tmp_path: Path) -> None:
+    where = r"c\.yaml: residual_compare\.{}: no {} '~nobody_here/m'"
+    pair = "base_model: ~nobody_here/m\nsft_model: org/sft\nprompts: [x]\n"
+    with pytest.raises(ConfigError, match=where.format("base_model", "directory")):
+        load(tmp_path, pair).entries()
+    with pytest.raises(ConfigError, match=where.format("prompt_file", "file")):
+        load(tmp_path, PAIR + "prompt_file: ~nobody_here/m").entries()
+
+
 def test_the_tokenizer_of_another_pair_is_not_inherited(tmp_path: Path) -> None:
     sweep = (
         "model_sweep: [{name: a, base_model: x, sft_model: y}, {name: b, base_model: x, sft_model: y, tokenizer: t}]\n"
