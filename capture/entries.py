@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Mapping
@@ -31,6 +32,8 @@ from capture.settings import (
     SweepEntry,
     Weights,
 )
+
+log = logging.getLogger(__name__)
 
 BLOCK = "residual_compare"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -187,6 +190,17 @@ class Config:
         variants: dict[str, str] = {}
         if not block.multi_pass.enabled:
             passes, comparisons, variants = single_comparisons(block.embedding_variants)
+        lens, layers = pick("lens"), pick("layers")
+        if lens.enabled and isinstance(layers, tuple) and isinstance(lens.layers, tuple):
+            left = [layer for layer in lens.layers if layer not in layers]
+            if len(left) == len(lens.layers):
+                raise ConfigError(
+                    f"{self._where(f'{prefix}lens.layers' if sweep and sweep.lens else 'lens.layers')}: none of {list(lens.layers)} is among "
+                    f"layers, {list(layers)}; name layers of those, or set lens.enabled to false"
+                )
+            if left:
+                log.warning("%s: lens.layers names %s, which layers leaves out: they get no lens",
+                            sweep.name if sweep else self.own_name(), left)  # fmt: skip
         sft_path = self._model(sft, f"{prefix}sft_model")
         trim = block.trim_prompts
         if trim is None:
@@ -219,8 +233,8 @@ class Config:
             passes=passes,
             comparisons=comparisons,
             embedding_variants=variants,
-            lens=pick("lens"),
-            layers=pick("layers"),
+            lens=lens,
+            layers=layers,
             batching=block.batching,
             output=block.output,
             spans=pick("spans"),

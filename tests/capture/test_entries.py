@@ -74,6 +74,20 @@ def test_the_home_of_nobody_is_no_directory(tmp_path: Path) -> None:
         load(tmp_path, PAIR + "prompt_file: ~nobody_here/m").entries()
 
 
+def test_a_lens_none_of_whose_layers_is_captured_is_an_error(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(ConfigError, match=r"residual_compare\.lens\.layers: none of \[3\] is among layers, \[0, 1\]"):
+        load(tmp_path, PAIR + "layers: [0, 1]\nlens: {layers: [3]}").entries()
+    entry = "model_sweep: [{name: a, base_model: x, sft_model: y, layers: [0], lens: {layers: [3, 2]}}]"
+    with pytest.raises(
+        ConfigError, match=r"residual_compare\.model_sweep\[0\]\.lens\.layers: none of \[3, 2\] is among"
+    ):
+        load(tmp_path, "prompts: [x]\n" + entry).entries()
+    load(tmp_path, PAIR + "layers: [0, 1]\nlens: {layers: [3], enabled: false}").entries()
+    assert caplog.text == ""
+    load(tmp_path, PAIR + "layers: [0, 1]\nlens: {layers: [1, 3, -1]}").entries()
+    assert "org_base_to_org_sft: lens.layers names [3, -1], which layers leaves out: they get no lens" in caplog.text
+
+
 def test_the_tokenizer_of_another_pair_is_not_inherited(tmp_path: Path) -> None:
     sweep = (
         "model_sweep: [{name: a, base_model: x, sft_model: y}, {name: b, base_model: x, sft_model: y, tokenizer: t}]\n"
