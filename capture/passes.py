@@ -88,6 +88,9 @@ class MultiPass(Frozen):
     def _names(cls, value: Any) -> Any:
         canonical = {p.name: p for p in FOUR_PASSES}
         if isinstance(value, list):
+            for v in value:
+                if isinstance(v, str) and v not in canonical:
+                    raise ValueError(f"'{v}' is not a run; expected a block, or one of {', '.join(canonical)}")
             return [canonical.get(v, v) if isinstance(v, str) else v for v in value]
         return value
 
