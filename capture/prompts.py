@@ -89,7 +89,7 @@ def tokenize(entry: Entry, tokenizer: Any) -> Prompts:
     sources = entry.prompt_sources or tuple(f"prompt {i}" for i in range(len(entry.prompts)))
     items = []
     for i, (prompt, source) in enumerate(zip(entry.prompts, sources, strict=True)):
-        if not prompt.strip():
+        if not prompt:
             raise PromptError(f"prompt {i} ({source}) is empty; take it out, or write a prompt there")
         if (odd := _half_pair(prompt)) is not None:
             raise PromptError(
@@ -99,11 +99,16 @@ def tokenize(entry: Entry, tokenizer: Any) -> Prompts:
             text = make_variant(prompt, variant, entry.prompt_variant_options)
             try:
                 ids = tuple(tokenizer(text, add_special_tokens=entry.add_special_tokens)["input_ids"])
+                blank = not text.strip() and not tokenizer(text, add_special_tokens=False)["input_ids"]
             except (TypeError, ValueError, LookupError) as error:
                 # of what its files say; a text itself is never refused
                 raise CheckpointError(
                     f"the tokenizer '{entry.tokenizer}' does not work ({' '.join(str(error).split())[:300]}); fetch it again"
                 ) from error
+            if blank:
+                raise PromptError(
+                    f"prompt {i} ({source}), variant {variant}: only white space, of which this tokenizer makes no tokens; write a prompt there"
+                )
             if not ids:
                 raise PromptError(
                     f"prompt {i} ({source}), variant {variant}: no tokens; the text is {text[:60]!r}. Take the prompt out, or use another tokenizer"

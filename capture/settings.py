@@ -197,7 +197,7 @@ class Settings(Frozen):
     )
     dtype: Dtype = Field(default="auto", description="auto (as the checkpoint says), float32, bfloat16 or float16")
     top_k: Int = Field(default=20, ge=1, le=1000, description="length of the top-k lists")
-    prompts: tuple[str, ...] = Field(default=(), description="prompts, inline; they follow those of the file")
+    prompts: tuple[Text, ...] = Field(default=(), description="prompts, inline; they follow those of the file")
     prompt_file: Text | None = Field(
         default=None,
         description="file with a prompt a line; blank lines are skipped, white space at the ends of a line too",

@@ -153,6 +153,7 @@ def test_all_errors_come_at_once_one_a_line_in_the_file_s_order(tmp_path: Path) 
         ),
         ("base_model: a", "sft_model is missing; a pair needs base_model and sft_model"),
         ("embedding_variants: []", "embedding_variants is empty"),
+        ('prompts: [x, ""]', "prompts[1]: got ''; expected text that is not empty"),
         ("device_memory_gib: .inf", "device_memory_gib: got Infinity; expected a finite number"),
         (
             "multi_pass: {runs: [BB, XX]}",

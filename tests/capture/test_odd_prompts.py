@@ -46,6 +46,14 @@ def test_what_is_no_text_is_an_error_that_names_the_prompt(text: str) -> None:
         tokenize(entry(text), TOKENIZER)
 
 
+def test_white_space_is_a_prompt_where_it_is_tokens() -> None:
+    for text in (" ", "\n", " \t "):
+        alone = entry(text).model_copy(update={"prompt_variants": ("identity",)})
+        assert TOKENIZER.decode(tokenize(alone, TOKENIZER).items[0].ids, skip_special_tokens=True) == text
+        with pytest.raises(PromptError, match=r"prompt 0 \(prompt 0\), variant reverse_sentences: only white space"):
+            tokenize(entry(text), TOKENIZER)  # of which nothing is left
+
+
 @settings(derandomize=True, deadline=None, database=None, max_examples=60, phases=[Phase.generate])
 @given(st.text(st.characters(), max_size=40))
 def test_any_text_in_every_variant_is_tokens_or_an_error_of_ours(text: str) -> None:
