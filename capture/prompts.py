@@ -65,7 +65,7 @@ def load_tokenizer(entry: Entry, directory: str | None = None) -> Any:
 
     kwargs = {"trust_remote_code": False} | dict(entry.tokenizer_kwargs)
     try:
-        return AutoTokenizer.from_pretrained(directory or entry.tokenizer, **kwargs)
+        tokenizer = AutoTokenizer.from_pretrained(directory or entry.tokenizer, **kwargs)
     except (KeyboardInterrupt, SystemExit, MemoryError):
         raise
     except BaseException as error:  # of any kind: the library that parses it has errors, and panics, of its own
@@ -76,6 +76,11 @@ def load_tokenizer(entry: Entry, directory: str | None = None) -> Any:
                 "tokenizer_kwargs: {trust_remote_code: true}"
             ) from error
         raise CheckpointError(f"the tokenizer '{entry.tokenizer}' cannot be loaded: {reason[:500]}") from error
+    # It would warn of prompts beyond its own idea of the longest, in words that are not true here: the models' lengths are looked at.
+    known = getattr(tokenizer, "deprecation_warnings", None)
+    if isinstance(known, dict):
+        known["sequence-length-is-longer-than-the-specified-maximum"] = True
+    return tokenizer
 
 
 def tokenize(entry: Entry, tokenizer: Any) -> Prompts:

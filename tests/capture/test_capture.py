@@ -84,6 +84,17 @@ def test_without_a_lens_no_logits_are_made(pairs, loaded, tmp_path, monkeypatch)
     assert agree.disagreements(want, agree.read_tables(result.path)) == []
 
 
+def test_a_prompt_beyond_what_a_model_was_made_for_is_told_in_our_words_alone(pairs, tmp_path, caplog, capfd):
+    tokenizer = tmp_path / "tokenizer"
+    shutil.copytree(pairs("llama").tokenizer, tokenizer)
+    file = tokenizer / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"model_max_length": 8}))
+    paths = pairs("llama", max_position_embeddings=8)
+    captured(entry_of(paths, tokenizer=str(tokenizer)), tmp_path)
+    assert "tokens; the base model was made for 8" in caplog.text
+    assert "longer than the specified maximum" not in caplog.text + capfd.readouterr().err
+
+
 def test_tokens_behind_a_gap_in_the_ids_are_listed(pairs, tmp_path):
     tokenizer = tmp_path / "tokenizer"
     shutil.copytree(pairs("llama").tokenizer, tokenizer)
