@@ -93,8 +93,10 @@ def _check_tokenizer_kwargs(value: dict[str, Any]) -> dict[str, Any]:
     return value
 
 
-Int = Annotated[int, BeforeValidator(_no_bool)]
-Number = Annotated[float, BeforeValidator(_no_bool), Field(allow_inf_nan=False)]
+# strict: a text in quotes is no number, and neither "no" nor 0 is false
+Bool = Annotated[bool, Field(strict=True)]
+Int = Annotated[int, BeforeValidator(_no_bool), Field(strict=True)]
+Number = Annotated[float, BeforeValidator(_no_bool), Field(strict=True, allow_inf_nan=False)]
 Dtype = Annotated[str, AfterValidator(_check_dtype)]
 Device = Annotated[str, AfterValidator(_check_device)]
 Kwargs = dict[str, JsonValue]

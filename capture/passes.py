@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from capture.fields import Frozen, Text, unique
+from capture.fields import Bool, Frozen, Text, unique
 
 Owner = Literal["base", "sft"]
 
@@ -72,7 +72,7 @@ FOUR_PASSES = (
 class MultiPass(Frozen):
     """The passes of a capture and the comparisons between them."""
 
-    enabled: bool = Field(
+    enabled: Bool = Field(
         default=True, description="true: the passes below; false: one comparison per embedding variant"
     )
     runs: tuple[Pass, ...] = Field(

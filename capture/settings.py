@@ -9,7 +9,20 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from capture.fields import Device, Dtype, Frozen, Int, Kwargs, ModelKwargs, Number, Text, TokenizerKwargs, near, unique
+from capture.fields import (
+    Bool,
+    Device,
+    Dtype,
+    Frozen,
+    Int,
+    Kwargs,
+    ModelKwargs,
+    Number,
+    Text,
+    TokenizerKwargs,
+    near,
+    unique,
+)
 from capture.passes import EmbeddingVariant, MultiPass
 from capture.variants import OPTIONS, VARIANTS, option_error
 
@@ -41,7 +54,7 @@ Degree = Annotated[Literal["auto"] | Int, BeforeValidator(_degree)]
 class Lens(Frozen):
     """The logit lens: what is read out of a state through the unembedding."""
 
-    enabled: bool = Field(default=True, description="false skips logits, entropies, KL and top-k, and their cost")
+    enabled: Bool = Field(default=True, description="false skips logits, entropies, KL and top-k, and their cost")
     norm: Literal["final", "none"] = Field(
         default="final",
         description="final: the final norm goes before the unembedding; none: the raw state",
@@ -50,7 +63,7 @@ class Lens(Frozen):
         default="all",
         description="all; n for every n-th layer and L; or a list out of -1 (what enters block 0), 0..L-1 and L (after the final norm)",
     )
-    compile: Literal["auto"] | bool = Field(
+    compile: Literal["auto"] | Bool = Field(
         default="auto",
         description="whether statistics of states and logits in main memory run compiled, which takes a C++ compiler once, and those of "
         "logits on a GPU in Triton kernels (Triton comes with torch for CUDA; it needs a C compiler too): auto does where that can be had; true fails where it cannot; "
@@ -71,7 +84,7 @@ class Output(Frozen):
     """How tables are written."""
 
     compression_level: Int = Field(default=3, ge=1, le=22, description="zstd level; 9 gained nothing over 3")
-    topk: bool = Field(default=True, description="false leaves out the top-k tables, nine tenths of the bytes")
+    topk: Bool = Field(default=True, description="false leaves out the top-k tables, nine tenths of the bytes")
     topk_values: Literal["float32", "float16"] = Field(
         default="float32",
         description="float16: logits and shifts of the top-k lists are rounded to its 11 significant bits, which makes all tables "
@@ -113,7 +126,7 @@ class AllowedPair(Frozen):
 class LocalRun(Frozen):
     """Guards for runs on one's own GPU. Nothing falls back: a check that fails stops the run."""
 
-    enabled: bool = Field(default=False, description="true: every check below must pass before anything loads")
+    enabled: Bool = Field(default=False, description="true: every check below must pass before anything loads")
     min_vram_gb: Number = Field(
         default=0,
         ge=0,
@@ -171,10 +184,10 @@ class SweepEntry(Frozen):
     tensor_parallel: Degree | None = Field(
         default=None, description="share each layer among so many GPUs of one node, or auto"
     )
-    replicate_attention: bool | None = Field(default=None, description="every GPU of a group holds the whole attention")
+    replicate_attention: Bool | None = Field(default=None, description="every GPU of a group holds the whole attention")
     layers: Layers | None = Field(default=None, description="layers whose statistics this entry writes")
     lens: Lens | None = Field(default=None, description="the logit lens of this entry, instead of the block's")
-    spectrum: bool | None = Field(default=None, description="whether this entry writes singular values")
+    spectrum: Bool | None = Field(default=None, description="whether this entry writes singular values")
     device_memory_gib: Number | None = Field(default=None, gt=0, description="cap on device memory of this entry")
     estimated_vram_gb: Number | None = Field(
         default=None, ge=0, description="for people; the plan does its own arithmetic"
@@ -202,11 +215,11 @@ class Settings(Frozen):
         default=None,
         description="file with a prompt a line; blank lines are skipped, white space at the ends of a line too",
     )
-    trim_prompts: bool | None = Field(
+    trim_prompts: Bool | None = Field(
         default=None,
         description="trim all prompts to the shortest one's tokens; by default for a file named prod_prompts.txt",
     )
-    add_special_tokens: bool = Field(default=True, description="let the tokenizer add its own BOS and the like")
+    add_special_tokens: Bool = Field(default=True, description="let the tokenizer add its own BOS and the like")
     prompt_variants: tuple[str, ...] = Field(
         default=("identity",), description="which variants of each prompt to capture"
     )
@@ -243,7 +256,7 @@ class Settings(Frozen):
         "and kept in its cache. download: all of it is downloaded and checked first; so are, with cache, weights for tensor_parallel and "
         "quantized ones. All give the same numbers",
     )
-    fetch_ahead: bool = Field(
+    fetch_ahead: Bool = Field(
         default=True,
         description="in a sweep: once an entry's weights have come, and while it computes, the files of the entry that is likely to run "
         "there next are fetched into the hub's cache, one entry ahead; false fetches each entry's in its own turn only. Not for "
@@ -260,8 +273,8 @@ class Settings(Frozen):
     batching: Batching = Field(default=Batching(), description="how prompts are batched")
     output: Output = Field(default=Output(), description="how tables are written")
     spans: Spans = Field(default=Spans(), description="how often a walk commits what it has")
-    noise_floor: bool = Field(default=True, description="measure what batching alone changes, on one prompt")
-    spectrum: bool = Field(
+    noise_floor: Bool = Field(default=True, description="measure what batching alone changes, on one prompt")
+    spectrum: Bool = Field(
         default=False,
         description="write singular values of every comparison's token x hidden differences, layer by layer",
     )
@@ -270,7 +283,7 @@ class Settings(Frozen):
         description="share each layer among so many GPUs of one node; heads and kv heads must divide by it. auto: as few as "
         "the plan's arithmetic says the mode needs",
     )
-    replicate_attention: bool = Field(
+    replicate_attention: Bool = Field(
         default=False,
         description="under tensor_parallel every GPU holds the whole attention: the way out where heads do not divide",
     )
@@ -281,7 +294,7 @@ class Settings(Frozen):
     device_memory_gib: Number | None = Field(
         default=None, gt=0, description="cap on device memory, for shared cards and tests"
     )
-    allow_pickle: bool = Field(default=False, description="accept .bin checkpoints; they can run any code when opened")
+    allow_pickle: Bool = Field(default=False, description="accept .bin checkpoints; they can run any code when opened")
 
     @field_validator("prompt_variants")
     @classmethod

@@ -153,6 +153,11 @@ def test_all_errors_come_at_once_one_a_line_in_the_file_s_order(tmp_path: Path) 
         ),
         ("base_model: a", "sft_model is missing; a pair needs base_model and sft_model"),
         ("embedding_variants: []", "embedding_variants is empty"),
+        ('top_k: "3"', "top_k: got '3'; expected a whole number"),
+        ('gpus: "0.5"', "gpus: got '0.5'; expected a number"),
+        ('noise_floor: "no"', "noise_floor: got 'no'; expected true or false"),
+        ("spectrum: 1", "spectrum: got 1; expected true or false"),
+        ('multi_pass: {enabled: "yes"}', "multi_pass.enabled: got 'yes'; expected true or false"),
         ('prompts: [x, ""]', "prompts[1]: got ''; expected text that is not empty"),
         ("device_memory_gib: .inf", "device_memory_gib: got Infinity; expected a finite number"),
         (
