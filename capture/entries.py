@@ -91,6 +91,13 @@ class Entry(Frozen):
     allow_pickle: bool = False
     notes: str | None = None
 
+    @property
+    def tokenizer_revision(self) -> str | None:
+        """The tokenizer's own where it is set; else that of the model whose repository it lies in, of the sft model's first."""
+        by_model = {self.base_model: self.base_revision, self.sft_model: self.sft_revision}
+        found: str | None = self.tokenizer_kwargs.get("revision", by_model.get(self.tokenizer))
+        return found
+
     def as_json(self) -> dict[str, Any]:
         """The entry as JSON values for a record of the capture, secrets in *_kwargs masked."""
         data = self.model_dump(mode="json")

@@ -152,7 +152,7 @@ class Measure:
             ffn=footprint.ffn_width(config.to_dict(), self.hidden),
             heads=heads,
             kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-            head_dim=getattr(config, "head_dim", None) or self.hidden // heads,
+            head_dim=_widest_head(config) or self.hidden // heads,
             vocab=self.lens.n_vocab,
             element=self.dtype.itemsize,
             lens=bool(self.lens.layers),
@@ -249,3 +249,9 @@ def largest(batches: Sequence[Batch]) -> list[Batch]:
         for size, b in by_size.items()
         if not any(o != size and o[0] >= size[0] and o[1] >= size[1] and o[2] <= size[2] for o in by_size)
     ]
+
+
+def _widest_head(config: Any) -> int:
+    """Of all layers: those of gemma4 differ, and its config refuses to name one for all. 0 where it names none."""
+    each = getattr(config, "per_layer_config", None) or [config]
+    return max(getattr(one, "head_dim", None) or 0 for one in each)

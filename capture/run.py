@@ -117,11 +117,8 @@ def _resolve(entry: Entry, download: bool, source: Source | None) -> Resolved:
     else:
         found = {one: model(*one) for one in each}
     base, sft = (found[one] for one in names)
-    # where both are one repository, the sft model's revision counts
-    by_model = {entry.base_model: entry.base_revision, entry.sft_model: entry.sft_revision}
-    revision = entry.tokenizer_kwargs.get("revision", by_model.get(entry.tokenizer))
     token = entry.tokenizer_kwargs.get("token", token)
-    directory = resolve_tokenizer(entry.tokenizer, revision, download=download, token=token)
+    directory = resolve_tokenizer(entry.tokenizer, entry.tokenizer_revision, download=download, token=token)
     digest = tokenizer_hash(directory, code=bool(entry.tokenizer_kwargs.get("trust_remote_code")))
     return Resolved(capture_id(entry, base, sft, digest), base, sft, directory, digest, source)
 

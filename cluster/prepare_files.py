@@ -80,10 +80,8 @@ def _finish_begun(entry: Entry) -> None:
 def _tokenizer(entry: Entry) -> None:
     from capture.files import resolve_tokenizer
 
-    token = entry.model_kwargs.get("token")
-    by_model = {entry.sft_model: entry.sft_revision, entry.base_model: entry.base_revision}
-    revision = entry.tokenizer_kwargs.get("revision", by_model.get(entry.tokenizer))
-    resolve_tokenizer(entry.tokenizer, revision, download=True, token=entry.tokenizer_kwargs.get("token", token))
+    token = entry.tokenizer_kwargs.get("token", entry.model_kwargs.get("token"))
+    resolve_tokenizer(entry.tokenizer, entry.tokenizer_revision, download=True, token=token)
 
 
 def cache_bytes(models: list[tuple[str, str | None]]) -> int:

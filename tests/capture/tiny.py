@@ -225,6 +225,17 @@ _SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
             "context_length": 256,
         },
     ),
+    "gemma4": (
+        "gemma4_text",
+        {
+            "head_dim": 16,
+            "global_head_dim": 32,
+            "sliding_window": WINDOW,
+            "layer_types": _MIXED[::-1],
+            "num_kv_shared_layers": 0,
+            "hidden_size_per_layer_input": 0,
+        },
+    ),
     "gemma4_shared": (
         "gemma4_text",
         {
@@ -239,7 +250,7 @@ _SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 # Whose heads or layers are called in ways of their own.
-OTHERS = ("opt", "bloom", "falcon", "gptj", "codegen", "gpt_neo", "mpt", "falcon_h1")
+OTHERS = ("opt", "bloom", "falcon", "gptj", "codegen", "gpt_neo", "mpt", "falcon_h1", "gemma4")
 # Some of whose layers share weights.
 SHARED = ("zamba2",)
 # Whose layers hand each other more than the residual.
