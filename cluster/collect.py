@@ -71,17 +71,18 @@ class Collector:
 
     def verify(self, found: Found) -> list[str]:
         """Read a capture at home once more, before the only other copy goes; what is wrong with it, in words."""
-        if unfit_marker(found.pair, found.capture, found.marker):
+        marker = None if unfit_marker(found.pair, found.capture, found.marker) else self._marker_here(found)
+        if marker is None:
             return [NOT_HERE]
         path = self.home.capture_path(found.pair, found.capture)
-        marker = self.home.marker(path)
-        if (
-            marker is None
-            or unfit_marker(found.pair, found.capture, marker)
-            or contents(marker) != contents(found.marker)
-        ):
-            return [NOT_HERE]
         return [f"{name} {why}" for name, why in wrong_files(Path(path), marker).items()]
+
+    def _marker_here(self, found: Found) -> dict[str, Any] | None:
+        """The marker of a capture at home; None where home has none, or another one of its id."""
+        marker = self.home.marker(self.home.capture_path(found.pair, found.capture))
+        if marker is None or unfit_marker(found.pair, found.capture, marker):
+            return None
+        return marker if contents(marker) == contents(found.marker) else None
 
     def _bring(self, found: Found, done: Round) -> str | None:
         """Fetch one capture unless it is here; None where it is home now, else why not."""
@@ -103,16 +104,11 @@ class Collector:
         return unfit
 
     def _is_here(self, found: Found) -> bool:
-        path = self.home.capture_path(found.pair, found.capture)
-        marker = self.home.marker(path)
-        if (
-            marker is None
-            or unfit_marker(found.pair, found.capture, marker)
-            or contents(marker) != contents(found.marker)
-        ):
+        marker = self._marker_here(found)
+        if marker is None:
             return False
         self.show.doing(found.pair, "checking what is at home")
-        wrong = wrong_files(Path(path), marker)
+        wrong = wrong_files(Path(self.home.capture_path(found.pair, found.capture)), marker)
         self.show.end(found.pair)
         if wrong:
             name, why = next(iter(wrong.items()))
