@@ -37,6 +37,7 @@ TITLES = {  # in the page's order
     "plan": "The plan",
     "gpu": "On a GPU",
 }
+SAME_ANYWHERE = ("storage",)  # bytes: one result is kept of these, the newest
 HEAD = """# Benchmarks
 
 Made by `make bench-docs` from docs/benchmarks.json, which collects what the commands below measured.
@@ -155,10 +156,16 @@ def _place(result: Mapping[str, Any]) -> tuple[str, str]:
     return result["bench"], result["machine"]["gpu"] or result["machine"]["cpu"]
 
 
+def _kind(result: Mapping[str, Any]) -> tuple[str, str]:
+    """Of results with the same kind the newest is kept."""
+    bench, processor = _place(result)
+    return bench, "" if bench in SAME_ANYWHERE else processor
+
+
 def collect(known: Sequence[Mapping[str, Any]], files: Sequence[Path]) -> list[dict[str, Any]]:
     """The results known, with those of the files in their place, where these are not older. Raises ValueError for a file that is
     not a result."""
-    found = {_place(r): dict(r) for r in known}
+    found = {_kind(r): dict(r) for r in sorted(known, key=lambda r: str(r["date"]))}
     for file in files:
         result = json.loads(file.read_text(encoding="utf-8"))
         if faults := wrong_result(result):
@@ -166,11 +173,11 @@ def collect(known: Sequence[Mapping[str, Any]], files: Sequence[Path]) -> list[d
         if result["bench"] not in TITLES:
             raise ValueError(f"{file}: unknown bench '{result['bench']}'")
         found.pop((result["bench"], platform.machine()), None)  # from when a processor's name was not noted
-        before = found.get(_place(result))
+        before = found.get(_kind(result))
         if before is not None and before["date"] > result["date"]:
             print(f"{file} is older than what the page has, and left out")
             continue
-        found[_place(result)] = _with_others(result, before)
+        found[_kind(result)] = _with_others(result, before)
     return _in_order(list(found.values()))
 
 

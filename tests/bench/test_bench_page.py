@@ -78,6 +78,15 @@ def test_results_of_two_processors_stand_side_by_side_under_one_title_the_newest
     assert 0 < first < second
 
 
+def test_of_bytes_which_are_the_same_anywhere_the_newest_result_alone_is_kept(tmp_path):
+    one = result(bench="storage", date="2030-01-01")
+    other = result(bench="storage", date="2031-01-01", machine=one["machine"] | {"cpu": "another one"})
+    assert page.collect([other, one], []) == [other]
+    file = tmp_path / "storage.json"
+    file.write_text(json.dumps(one | {"date": "2032-01-01"}))
+    assert [r["date"] for r in page.collect([other, one], [file])] == ["2032-01-01"]
+
+
 def test_the_page_tells_what_is_met_and_what_is_missed_and_where_it_was_measured():
     one = result()
     one["figures"] = [
