@@ -174,7 +174,8 @@ class StoreSource:
         for name in names:
             target = into / name
             target.parent.mkdir(parents=True, exist_ok=True)
-            path = f"{self.run.root}/{base}/{name}".replace("//", "/")
+            # the run directory itself is `.`, which a store would take for a part of the name
+            path = "/".join(part for part in (self.run.root, base, name) if part != ".").replace("//", "/")
             try:
                 self._copy(path, target, tick)
             except FileNotFoundError:

@@ -2,7 +2,7 @@
 
     with running_store() as store: RunDir(store.uri("run"))
 
-Path-style addresses, one key pair (KEY, SECRET; signatures are not checked, the key's name is), single and multipart uploads that
+Path-style addresses, one key pair (KEY, SECRET; requests are signed, and for the path that comes), single and multipart uploads that
 are there whole or not at all, ranges, listings by page. What comes in is held against the checksum that comes with it.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import hashlib
+import hmac
 import re
 import threading
 import time
@@ -98,6 +99,24 @@ class Server(ThreadingHTTPServer):
         store.address = f"127.0.0.1:{self.server_address[1]}"
 
 
+def is_signed(method: str, target: str, headers: dict[str, str]) -> bool:
+    """Whether the signature (AWS's version 4) is that of what came: a client that signs another path than it sends is refused."""
+    said = dict(re.findall(r"(Credential|SignedHeaders|Signature)=([^, ]+)", headers.get("authorization", "")))
+    path, _, query = target.partition("?")
+    pairs = sorted(pair if "=" in pair else f"{pair}=" for pair in query.split("&") if pair)
+    signed = "".join(f"{name}:{headers.get(name, '')}\n" for name in said["SignedHeaders"].split(";"))
+    request = "\n".join(
+        [method, path, "&".join(pairs), signed, said["SignedHeaders"], headers.get("x-amz-content-sha256", "")]
+    )
+    _, *scope = said["Credential"].split("/")
+    digest = hashlib.sha256(request.encode()).hexdigest()
+    text = "\n".join(["AWS4-HMAC-SHA256", headers.get("x-amz-date", ""), "/".join(scope), digest])
+    key = f"AWS4{SECRET}".encode()
+    for part in (*scope, text):
+        key = hmac.digest(key, part.encode(), "sha256")
+    return key.hex() == said["Signature"]
+
+
 class Handler(BaseHTTPRequestHandler):
     server: Server
     protocol_version = "HTTP/1.1"
@@ -128,6 +147,8 @@ class Handler(BaseHTTPRequestHandler):
             self._error(int(fault))
         elif f"Credential={KEY}/" not in self.headers.get("Authorization", ""):
             self._error(403, "InvalidAccessKeyId")
+        elif not is_signed(self.command, self.path, {k.lower(): v.strip() for k, v in self.headers.items()}):
+            self._error(403, "SignatureDoesNotMatch")
         elif bucket != BUCKET:
             self._error(404, "NoSuchBucket")
         elif body is None:
