@@ -105,6 +105,7 @@ class VastNodeProvider(NodeProvider):
     def non_terminated_nodes(self, tag_filters: dict[str, str]) -> list[str]:
         """Ids of the nodes with these tags. One call in poll_seconds asks Vast. Raises VastError rather than guess."""
         nodes = self.fleet.refresh()
+        self._refuse_others(nodes)
         self.renter.let_in(nodes)
         if self.settings.on_head:
             self._after_listing(nodes)
@@ -118,6 +119,7 @@ class VastNodeProvider(NodeProvider):
     @_plainly
     def nodes_for_teardown(self, tag_filters: dict[str, str]) -> list[str]:
         """All that is there or cannot be shown to be gone, from a fresh listing, also those that are on their way out."""
+        self._refuse_others(self.fleet.listing())
         kind = tag_filters.get(TAG_RAY_NODE_KIND)
         return [id_ for id_, its in self.fleet.remaining().items() if kind in (None, its)]
 
@@ -252,12 +254,17 @@ class VastNodeProvider(NodeProvider):
 
     def _check(self, nodes: Mapping[str, Node], heads: list[Node]) -> None:
         """What `ray up` looks at before it asks; without a head also the price of one."""
-        # bootstrap_config looks at the name too, but Ray caches what that returned
-        check_ours(self.cluster_name, self.folder, nodes.values())
+        self._refuse_others(nodes)
         for head in heads:  # it knows better than this machine when its workers went
             machines.fetch(head, self.folder, self.settings.user, self.state)
         self.quoted = before_up.check(self.settings, self.caps, self.fleet, heads)
         self.checked = True
+
+    def _refuse_others(self, nodes: Mapping[str, Node]) -> None:
+        """On the laptop: raise ConfigError where the name is somebody else's by now. bootstrap_config looks at that too, but Ray
+        caches what it returned, and `ray down` with that would end their cluster."""
+        if not self.settings.on_head:
+            check_ours(self.cluster_name, self.folder, nodes.values())
 
     def _wait_ssh(self, node_id: str) -> tuple[str, int]:
         until = time.monotonic() + self.settings.boot_minutes * 60

@@ -283,6 +283,25 @@ def test_a_config_that_ray_cached_before_the_keys_were_made_anew_is_still_ours(f
     assert len(fake.live()) == 1
 
 
+@pytest.mark.parametrize("command", ["down", "exec"])
+def test_a_config_that_ray_cached_before_the_name_was_somebody_elses_reaches_no_machine_of_theirs(
+    fake: Fake, tmp_path: Path, monkeypatch: Any, command: str
+) -> None:
+    from cluster.vast.provider import VastNodeProvider
+
+    monkeypatch.setenv("PAIRSCOPE_HOME", str(tmp_path / "another laptop"))
+    cached = VastNodeProvider.bootstrap_config(config())
+    monkeypatch.setenv("PAIRSCOPE_HOME", str(tmp_path / "laptop"))
+    on_laptop().create_node(node_config(), HEAD_TAGS, 1)
+    monkeypatch.setenv("PAIRSCOPE_HOME", str(tmp_path / "another laptop"))
+    monkeypatch.setattr(before_up, "ray_command", lambda: command)
+    theirs = VastNodeProvider(cached["provider"], cached["cluster_name"])
+    ask = theirs.nodes_for_teardown if command == "down" else theirs.non_terminated_nodes
+    with pytest.raises(click.ClickException, match="in use by a cluster that was not made from this machine"):
+        ask({"ray-node-type": "head"})
+    assert len(fake.live()) == 1
+
+
 def test_a_head_is_not_rented_for_more_than_the_price_that_was_shown(fake: Fake, monkeypatch: Any) -> None:
     laptop, shown = ray_up(monkeypatch)
     assert "$0.441/h" in shown[0]
