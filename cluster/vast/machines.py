@@ -14,6 +14,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+from capture.errors import StoreError
 from cluster.mesh.daemon import ask
 from cluster.vast import keys
 from cluster.vast.node import Node
@@ -24,6 +25,9 @@ logger = logging.getLogger(__name__)
 SLOW_DOWNLOAD = 1 / 8  # of what was asked for: the figure is of a set-up, which also unpacks what it loads
 FETCH_S = 15
 ASK_AT_ONCE = 4
+_NO_BOOKS = (
+    OSError, subprocess.SubprocessError, ValueError, KeyError, TypeError, AttributeError, RecursionError, StoreError
+)  # fmt: skip
 
 
 def slow_download(download: Any, wanted_mbit: float) -> str | None:
@@ -59,7 +63,8 @@ def fetch(head: Node, folder: Path, user: str, state: State) -> None:
     """Bring home what the head found out about machines, the ids of its workers, to be asked for one by one at the end, and what
     those cost that are gone.
 
-    A head that does not answer keeps both to itself.
+    A head that does not answer keeps both to itself. Nothing here may raise: the head is to be ended, whatever its books are like,
+    and where they cannot be written down here, too.
     """
     if head.ssh is None or not (folder / keys.SSH_KEY).exists():
         return
@@ -75,5 +80,5 @@ def fetch(head: Node, folder: Path, user: str, state: State) -> None:
         state.merge_machines(dict(found["machines"]))
         state.merge_seen(dict(found["seen"]))
         state.merge_gone(list(found.get("gone", [])))
-    except (OSError, subprocess.SubprocessError, ValueError, KeyError, TypeError) as error:
+    except _NO_BOOKS as error:
         logger.info("the head's books were not fetched: %s", error)

@@ -13,6 +13,7 @@ import pytest
 from fake_server import Fake, running_fake, wait_for
 from provider_stage import HEAD_TAGS, WORKER_TAGS, laptop_home, node_config, on_head, on_laptop
 
+from capture.errors import StoreError
 from cluster.vast import machines
 from cluster.vast.errors import NoOfferError
 from cluster.vast.offers import Wish, find_offers
@@ -119,6 +120,33 @@ def test_a_head_that_cannot_tell_is_destroyed_all_the_same(fake: Fake) -> None:
     laptop.create_node(node_config(), HEAD_TAGS, 1)
     wait_for(lambda: [h for h in laptop.non_terminated_nodes({}) if laptop.is_running(h)])
     laptop.terminate_nodes(laptop.non_terminated_nodes({}))  # the fake's sshd greets and hangs up
+    assert fake.live() == []
+
+
+def _full_disk(laptop: Any, monkeypatch: Any) -> str:
+    def edit(_: Any) -> Any:
+        raise StoreError("the disk is full")
+
+    monkeypatch.setattr(State, "edit", edit)
+    return json.dumps({"machines": {}, "seen": {"7": {"kind": "worker"}}, "gone": []})
+
+
+def _nested(laptop: Any, monkeypatch: Any) -> str:
+    return "[" * 100_000
+
+
+@pytest.mark.parametrize("trouble", [_full_disk, _nested])
+def test_what_is_wrong_with_the_heads_books_does_not_keep_ray_down_from_ending_it(
+    fake: Fake, monkeypatch: Any, trouble: Any
+) -> None:
+    laptop = on_laptop()
+    laptop.create_node(node_config(), HEAD_TAGS, 1)
+    wait_for(lambda: [h for h in laptop.non_terminated_nodes({}) if laptop.is_running(h)])
+    text = trouble(laptop, monkeypatch)
+    monkeypatch.setattr(
+        machines.subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 0, stdout=text, stderr="")
+    )
+    laptop.terminate_nodes(laptop.nodes_for_teardown({}))
     assert fake.live() == []
 
 
