@@ -15,7 +15,7 @@ from typing import Any
 from capture.manifest import now
 from capture.process import born
 
-KEPT = 50  # notes of ended sweeps
+KEPT = 50  # notes, and more where they are the last ones of a run directory or of sweeps that run
 
 
 def folder() -> Path:
@@ -53,7 +53,7 @@ def read_notes() -> tuple[list[dict[str, Any]], dict[str, str]]:
     for path in sorted(folder().glob("*.json")):
         try:
             note = json.loads(path.read_text())
-            alive = note["ended"] is None and born(note["pid"]) == note["born"]
+            alive = _runs(note)
             if not isinstance(note["out"], str):
                 raise TypeError(f"'out' is {note['out']!r}")
             found.append(note | {"alive": alive})
@@ -64,6 +64,10 @@ def read_notes() -> tuple[list[dict[str, Any]], dict[str, str]]:
     return found, unread
 
 
+def _runs(note: dict[str, Any]) -> bool:
+    return note["ended"] is None and born(note["pid"]) == note["born"]
+
+
 def _write(path: Path, content: dict[str, Any]) -> None:
     tmp = path.with_suffix(".tmp")
     tmp.write_text(json.dumps(content))
@@ -71,5 +75,11 @@ def _write(path: Path, content: dict[str, Any]) -> None:
 
 
 def _forget_old(place: Path) -> None:
-    for path in sorted(place.glob("*.json"))[:-KEPT]:
-        path.unlink(missing_ok=True)
+    """Keep the last KEPT, the last of each run directory, whose captures may not be at home yet, and those of sweeps that run."""
+    outs: set[str] = set()
+    for n, path in enumerate(sorted(place.glob("*.json"), reverse=True)):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):  # what cannot be read stays
+            note = json.loads(path.read_text())
+            if n >= KEPT and note["out"] in outs and not _runs(note):
+                path.unlink(missing_ok=True)
+            outs.add(note["out"])

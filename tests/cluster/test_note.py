@@ -1,0 +1,44 @@
+"""The notes that the head keeps of its sweeps: which are forgotten, and which never."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cluster import note
+from cluster.note import noted, read_notes
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PAIRSCOPE_HOME", str(tmp_path))
+    moments = (f"2026-01-01T{n // 60:02d}:{n % 60:02d}:00.000" for n in range(1440))
+    monkeypatch.setattr(note, "now", lambda: next(moments))
+
+
+def outs() -> list[str]:
+    return [found["out"] for found in read_notes()[0]]
+
+
+def test_of_many_sweeps_into_one_directory_the_oldest_notes_are_forgotten() -> None:
+    for _ in range(note.KEPT + 5):
+        with noted("/root/out", ["one"]):
+            pass
+    assert outs() == ["/root/out"] * note.KEPT
+
+
+def test_the_last_note_of_each_directory_stays_since_what_lies_there_may_not_be_at_home() -> None:
+    for n in range(note.KEPT + 5):
+        for _ in range(2):
+            with noted(f"/root/out{n}", ["one"]):
+                pass
+    assert set(outs()) == {f"/root/out{n}" for n in range(note.KEPT + 5)}
+
+
+def test_a_sweep_that_runs_is_not_forgotten_however_many_come_after_it() -> None:
+    with noted("/root/out", ["one"]):
+        for _ in range(note.KEPT + 5):
+            with noted("/root/out", ["two"]):
+                pass
+        assert [found["entries"] for found in read_notes()[0] if found["alive"]] == [["one"]]
