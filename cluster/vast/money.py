@@ -14,6 +14,7 @@ from cluster.vast.errors import CapError
 if TYPE_CHECKING:
     from cluster.vast.offers import Offer
 
+ROUNDING = 1e-9  # dollars an hour: 0.4 + 0.2 is more than 0.6
 SETTINGS = ("max_price_per_hour", "max_total_dollars", "max_hours")
 
 
@@ -38,7 +39,7 @@ class Caps:
 
     def check(self, bill: Bill, dph: float, what: str) -> None:
         """Raise CapError if renting `what` at dph dollars an hour would cross a limit."""
-        if bill.rate + dph > self.max_price_per_hour:
+        if not self._has_room(bill, dph):
             raise CapError(
                 f"{what} costs ${dph:.3f}/h; with ${bill.rate:.3f}/h rented already that is above max_price_per_hour "
                 f"{self.max_price_per_hour:g}. Raise it in the provider block, or ask for a cheaper card"
@@ -49,11 +50,14 @@ class Caps:
 
     def within(self, bill: Bill, offers: Sequence[Offer]) -> list[Offer]:
         """Those of the offers that max_price_per_hour has room for, in their order. CapError names the cheapest where none is."""
-        fit = [offer for offer in offers if bill.rate + offer.dph <= self.max_price_per_hour]
+        fit = [offer for offer in offers if self._has_room(bill, offer.dph)]
         if not fit:
             cheapest = min(offers, key=lambda offer: offer.dph)
             self.check(bill, cheapest.dph, cheapest.text)
         return fit
+
+    def _has_room(self, bill: Bill, dph: float) -> bool:
+        return bill.rate + dph <= self.max_price_per_hour + ROUNDING
 
     def exceeded(self, bill: Bill) -> str | None:
         """Why the cluster has to end, or None."""

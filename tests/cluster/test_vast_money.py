@@ -7,6 +7,7 @@ import pytest
 from capture.errors import ConfigError
 from cluster.vast.errors import CapError
 from cluster.vast.money import Bill, Caps, add_up
+from cluster.vast.offers import Offer
 
 CAPS = Caps(max_price_per_hour=5, max_total_dollars=20, max_hours=10)
 
@@ -20,6 +21,12 @@ def test_the_rate_of_all_nodes_together_is_capped() -> None:
     CAPS.check(Bill(rate=4, dollars=0, hours=0), 1.0, "it")
     with pytest.raises(CapError, match="max_price_per_hour"):
         CAPS.check(Bill(rate=4, dollars=0, hours=0), 1.01, "it")
+
+
+def test_a_limit_that_machines_reach_exactly_has_room_for_them() -> None:
+    caps, offer = Caps(0.6, 20, 10), Offer(1, 1, 0.2, 1.0, None, {})
+    caps.check(Bill(rate=0.2 + 0.2, dollars=0, hours=0), 0.2, "the third of $0.2")
+    assert caps.within(Bill(rate=0.2 + 0.2, dollars=0, hours=0), [offer]) == [offer]
 
 
 @pytest.mark.parametrize(("bill", "name"), [(Bill(1, 20, 1), "max_total_dollars"), (Bill(1, 1, 10), "max_hours")])
