@@ -26,6 +26,7 @@ from cluster.vast.state import OPEN_S, State, open_requests
 logger = logging.getLogger(__name__)
 
 LOST_GRACE_S = 120.0  # for one that Vast says has exited or is offline, in which it may still come back
+UNCLEAR = {"created", "loading", "unknown"}  # or no status: of one that was up, Vast has lost sight
 GREETING_S = 3.0
 SLOW_BOOT = 0.5  # of the time a boot may take: kept, but that machine is not rented again
 LATE_S = (
@@ -316,7 +317,8 @@ class Fleet:
                 "the head, instance %s, is %s and does not answer; `ray down` destroys it", node.id, node.status
             )
             return None
-        if node.status in ("exited", "offline") and node.ssh and greets(node.ssh):
+        dim = node.status in ("exited", "offline") or (seen.get("ready") and node.status in UNCLEAR)
+        if dim and node.ssh and greets(node.ssh):
             return None  # Vast cannot see it, and it may be at work
         if node.status == "stopped" or now - seen.get("lost", now) >= LOST_GRACE_S:  # outbid is final
             return f"lost: {node.status}"

@@ -83,14 +83,18 @@ def test_a_worker_that_is_off_is_ended_after_a_grace_and_not_after_the_time_of_a
     assert world.market.live == {}
 
 
-def test_a_worker_that_answers_is_not_ended_because_vast_calls_it_offline(world: World, tmp_path: Path) -> None:
+@pytest.mark.parametrize("status", ["offline", "unknown", "loading"])
+def test_a_worker_that_answers_is_not_ended_because_vast_calls_it_offline_or_does_not_know(
+    world: World, tmp_path: Path, status: str
+) -> None:
     fleet, id_ = rented(world, tmp_path, "worker")
-    world.market.live[int(id_)].status = "offline"
+    one = world.market.live[int(id_)]
+    one.status, one.stuck = status, True
     for wait_s in (0, 2 * LOST_GRACE_S, BOOT_S, 4 * BOOT_S):
         world.clock.sleep(wait_s)
         assert set(fleet.refresh()) == {id_}
     world.doors.open.clear()
-    assert fleet.refresh() == {}, "it has been offline for longer than the grace"
+    assert fleet.refresh() == {}, "it has been so for longer than the grace and than a boot"
 
 
 def test_a_worker_that_exits_in_its_boot_has_the_grace_and_no_more(world: World, tmp_path: Path) -> None:
