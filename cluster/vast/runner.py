@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import tempfile
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ray.autoscaler._private.command_runner import SSHCommandRunner
+
+from cluster.vast.before_up import CLOCK_S
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,9 @@ class VastCommandRunner(SSHCommandRunner):
         return super().run(*args, **kwargs)
 
     def run_init(self, *, as_head: bool, file_mounts: dict[str, str], sync_run_yet: bool) -> bool:
-        """Between file sync and set-up: bring the node its mesh file. Returns False: no set-up has to be run again."""
+        """Between file sync and set-up: look at the node's clock, and bring the node its mesh file. Returns False: no set-up has to be
+        run again."""
+        self.run(clock_check(time.time()))
         for target, text in self.place.files().items():
             with tempfile.NamedTemporaryFile("w", prefix="pairscope-") as note:
                 note.write(text)
@@ -69,6 +74,15 @@ class VastCommandRunner(SSHCommandRunner):
         target = self._get_ssh_target()
         options = " ".join(self.ssh_options.to_ssh_options_list())
         return f"ssh {options} {self.ssh_user}@{target}\n"
+
+
+def clock_check(now: float) -> str:
+    """A command that fails on a node whose clock is off, which is what its deadline and the cluster's bill are kept by: hours behind,
+    it would be rented for hours longer than the limits say; hours ahead, it would end itself, and what lies there, too early."""
+    return (
+        f'ahead=$(( $(date +%s) - {now:.0f} )); [ "${{ahead#-}}" -le {CLOCK_S:.0f} ] || {{ echo "the clock of this machine is $ahead '
+        'seconds ahead, and the limits are kept by it: it cannot be used"; exit 1; }'
+    )
 
 
 def as_json(value: Any) -> str:

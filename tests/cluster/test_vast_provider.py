@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -266,6 +267,36 @@ def test_a_host_key_that_changed_is_not_accepted(fake: Fake) -> None:
         assert options["userknownhostsfile"] == str(laptop.folder / "known_hosts")
         assert (options["hostname"], int(options["port"])) == laptop.fleet.get(head).ssh
     assert len(ran) == 2
+
+
+@pytest.mark.parametrize(("ahead_h", "fit"), [(0, True), (0.02, True), (-0.02, True), (5, False), (-5, False)])
+def test_a_node_whose_clock_is_off_is_not_set_up(fake: Fake, ahead_h: float, fit: bool) -> None:
+    """Its deadline is a time by its own clock."""
+    laptop = on_laptop()
+    laptop.create_node(node_config(), HEAD_TAGS, 1)
+    (head,) = wait_for(lambda: [h for h in laptop.non_terminated_nodes({}) if laptop.is_running(h)])
+    ran: list[str] = []
+
+    class Node:
+        """Runs what ssh is given, with a clock of its own; lets rsync be."""
+
+        @staticmethod
+        def check_call(command: list[str], **_: Any) -> None:
+            words = [str(word) for word in command]
+            ran.append(" ".join(words))
+            if words[0] == "ssh" and "date" in words[-1]:
+                clock = f"date() {{ echo {time.time() + ahead_h * 3600:.0f}; }}; export -f date; "
+                there = clock + " ".join(words[words.index(f"root@{runner.ssh_ip}") + 1 :])
+                done = subprocess.run(["bash", "-c", there], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+                assert fit or f"is {18000 if ahead_h > 0 else -18000} seconds ahead" in done.stdout
+                done.check_returncode()
+
+    auth = {"ssh_user": "root", "ssh_private_key": str(laptop.folder / "id_ed25519")}
+    runner = laptop.get_command_runner("", head, auth, "pairscope", Node, False)
+    with contextlib.nullcontext() if fit else pytest.raises(click.ClickException, match="SSH command failed"):
+        runner.run_init(as_head=True, file_mounts={}, sync_run_yet=True)
+    assert any("date" in command for command in ran)
+    assert any("deadline" in command for command in ran) == fit
 
 
 def test_a_create_request_carries_no_secret(fake: Fake) -> None:
