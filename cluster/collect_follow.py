@@ -105,6 +105,7 @@ class Follow:
         self.head, self.remote_out, self.home, self.show, self.stop = head, remote_out, home, show, stop
         self.every, self.once, self.tear_down = every, once, tear_down
         self.collector: Collector | None = None
+        self.gone: ClusterGoneError | None = None
         self.said = ""
 
     def run(self) -> int:
@@ -114,6 +115,8 @@ class Follow:
         while True:
             try:
                 done = self._round()
+                if self.gone is not None:
+                    return self._gone(self.gone)
                 code = self._judge(done) if done is not None else None
                 tries = 0
             except UnreachableError as error:
@@ -125,7 +128,10 @@ class Follow:
                 self._sleep(pause)
                 continue
             except ClusterGoneError as error:
-                return self._gone(error)
+                if not self._store_alone():
+                    return self._gone(error)
+                self.gone = error
+                continue
             if code is not None:
                 return code
             if done is None and self.once:
@@ -189,12 +195,25 @@ class Follow:
         self.show.note("all that is complete is at home and verified; taking the cluster down")
         return max(code, self.tear_down())
 
+    def _store_alone(self) -> bool:
+        """From here on look into the store without asking the cluster, which it outlives; False where the results are in none."""
+        source = self.collector.source if self.collector is not None else None
+        if not isinstance(source, StoreSource):
+            return False
+        source.head = None
+        return True
+
     def _gone(self, error: ClusterGoneError) -> int:
         self.show.note(str(error))
         settle_away(self.home)
         if self.collector is not None:
             n = len(self.collector.verified)
-            self.show.note(f"{n} capture{'s' * (n != 1)} came home before it went; sweep again for the rest")
+            rest = (
+                "from the store; sweep again for the rest"
+                if self._store_alone()
+                else "before it went; a new head has none of them, so name the others when you sweep again (--entries)"
+            )
+            self.show.note(f"{n} capture{'s' * (n != 1)} came home {rest}")
         return 1
 
     def _say(self, line: str) -> None:

@@ -411,6 +411,31 @@ def test_results_in_a_store_are_fetched_from_there(far: Far, tmp_path: Path) -> 
     assert far.calls("rsync") == 0
 
 
+@pytest.mark.usefixtures("near")
+@pytest.mark.parametrize("asked", [False, True])
+def test_what_is_in_a_store_comes_home_also_where_the_cluster_is_gone(
+    far: Far, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: bool
+) -> None:
+    far.capture("one")
+    uri = f"file://{far.run.root}"
+    far.note(alive=True, out=uri)
+    run = Run(far, tmp_path / "home", once=False, teardown=True, remote_out=uri if asked else None)
+    look, looks = HeadSource.look, iter([] if asked else [1, 2])  # the last sweep's name, and a first look
+
+    def gone(source: HeadSource) -> Any:
+        if next(looks, None):
+            return look(source)
+        far.capture("two", seed=2)
+        raise ClusterGoneError("cluster 'x' has no head")
+
+    monkeypatch.setattr(HeadSource, "look", gone)
+    assert (run(), run.down) == (1, 0)
+    home = RunDir(str(tmp_path / "home"))
+    assert [c.pair for c in home.captures()] == ["one", "two"]
+    assert {row["state"] for row in home.manifest_rows()} == {"complete"}
+    assert "2 captures came home from the store; sweep again for the rest" in run.said
+
+
 DRIVER = """
 import sys
 from pathlib import Path
