@@ -58,8 +58,17 @@ class HeadWay:
         from ray.autoscaler._private.providers import _get_node_provider
 
         with _explained():
-            self.config = _bootstrap_config(_read(self.path) | {"cluster_name": self.name})
-            self.provider = _get_node_provider(self.config["provider"], self.name)
+            try:
+                self.config = _bootstrap_config(_read(self.path) | {"cluster_name": self.name})
+                self.provider = _get_node_provider(self.config["provider"], self.name)
+            except (PairscopeError, click.ClickException):
+                raise
+            except Exception as error:  # whatever Ray says of a config that it cannot use
+                line = next(iter(str(error).splitlines()), "")
+                raise ConfigError(
+                    f"'{self.path}' is no cluster config that Ray can use ({type(error).__name__}: {line[:300]}); name the file that `ray up` "
+                    "was given, or see ray_cluster.yaml"
+                ) from error
 
     def _head(self) -> str:
         from ray.autoscaler.tags import TAG_RAY_NODE_KIND
@@ -76,7 +85,7 @@ class HeadWay:
 def _read(path: str) -> dict[str, Any]:
     try:
         content = yaml.safe_load(Path(path).read_text())
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"'{path}' cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict) or not {"cluster_name", "provider"} <= set(content):
         raise ConfigError(

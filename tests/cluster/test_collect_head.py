@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from fake_server import Fake, running_fake, wait_for
 from provider_stage import HEAD_TAGS, config, laptop_home, node_config, on_laptop
 
+from capture.errors import ConfigError
 from cluster import collect_cli
 from cluster.collect_errors import ClusterGoneError, UnreachableError
 from cluster.collect_head import HeadWay
@@ -95,6 +97,36 @@ def test_a_wrong_key_is_the_users_to_mend(fake: Fake, cluster: str, monkeypatch:
     monkeypatch.setenv("VAST_API_KEY", "nobody's")
     with pytest.raises(VastKeyError, match="does not know this API key"):
         HeadWay(cluster)()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda c: c.pop("available_node_types"), "no cluster config that Ray can use"),
+        (lambda c: c.update(available_node_types=7), "TypeError"),
+        (lambda c: c.update(auth=None), "ValidationError: None is not of type 'object'"),
+        (lambda c: c.update(nonsense=1), "'nonsense' was unexpected"),
+        (lambda c: c.pop("head_setup_commands"), "KeyError: 'head_setup_commands'"),
+        (lambda c: c["provider"].pop("module"), "KeyError: 'module'"),
+    ],
+)
+def test_a_config_that_ray_cannot_use_is_one_line(
+    fake: Fake, cluster: str, change: Callable[[dict[str, Any]], Any], said: str
+) -> None:
+    content = config()
+    change(content)
+    Path(cluster).write_text(yaml.safe_dump(content))
+    with pytest.raises(ConfigError) as raised:
+        HeadWay(cluster)()
+    assert f"'{cluster}' is no cluster config" in str(raised.value)
+    assert said in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_file_that_is_no_text_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_bytes(b"\xff\x00")
+    with pytest.raises(ConfigError, match=r"c\.yaml' cannot be read"):
+        HeadWay(str(tmp_path / "c.yaml"))
 
 
 @pytest.fixture
