@@ -19,6 +19,7 @@ from capture.errors import StoreError
 from cluster.mesh.daemon import UNWATCHED_S
 from cluster.vast.api import Vast
 from cluster.vast.errors import NotGoneError, VastBusyError, VastError
+from cluster.vast.labels import parse
 from cluster.vast.money import Bill, add_up
 from cluster.vast.node import Node, listed, look_up
 from cluster.vast.state import OPEN_S, State, open_requests
@@ -65,6 +66,14 @@ def even_unnoted(id_: str) -> Iterator[None]:
         logger.warning("the end of instance %s is not noted: %s", id_, error)
 
 
+def _by_the_books(id_: str, content: dict[str, Any]) -> Node | None:
+    """A node that this process has never seen, from what one before it noted; None where that does not say whose it is, or that it
+    was destroyed. content: the cluster's state."""
+    seen = content["seen"].get(id_, {})
+    label = None if id_ in content["destroyed"] else parse(seen.get("label"))
+    return Node(id_, label, {"id": int(id_), "label": str(label), "dph_total": seen.get("dph")}) if label else None
+
+
 def last_hour(content: dict[str, Any], seen: Mapping[str, Any]) -> float:
     """Until when an instance that went by itself was there at most: now, or what its deadline allowed, if that is over.
 
@@ -109,7 +118,7 @@ class Fleet:
                     node = look_up(self.vast, id_, self.cluster, content["seen"].get(id_))
                 except VastError as error:
                     logger.warning("instance %s is not in the listing, and asking for it failed (%s): kept", id_, error)
-                    kept[id_] = self.nodes.get(id_) or self.doomed.get(id_)
+                    kept[id_] = self.nodes.get(id_) or self.doomed.get(id_) or _by_the_books(id_, content)
                     continue
                 if node is not None:
                     found[id_] = node

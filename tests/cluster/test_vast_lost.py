@@ -97,6 +97,23 @@ def test_a_worker_that_answers_is_not_ended_because_vast_calls_it_offline_or_doe
     assert fleet.refresh() == {}, "it has been so for longer than the grace and than a boot"
 
 
+def test_a_node_that_vast_will_not_speak_of_is_not_gone_for_a_process_that_never_saw_it(
+    world: World, tmp_path: Path
+) -> None:
+    """Such as the autoscaler after a second `ray up`: it would rent another in its place."""
+    fleet, id_ = rented(world, tmp_path, "worker")
+    world.desk.faults = [{"call": "list", "kind": "no_rows", "times": 99}, {"call": "show", "kind": "503", "times": 99}]
+    again = make(world, tmp_path, "worker")
+    assert set(again.refresh()) == {id_}
+    assert again.bill().rate == fleet.bill().rate > 0
+    with again.state.edit() as content:
+        content["destroyed"][id_] = {"since": 0.0, "k": 2}
+    assert make(world, tmp_path, "worker").refresh() == {}, "one that was destroyed is on its way out"
+    world.desk.faults = []
+    assert again.refresh(force=True) == {}
+    assert world.market.live == {}
+
+
 def test_a_worker_that_exits_in_its_boot_has_the_grace_and_no_more(world: World, tmp_path: Path) -> None:
     fleet, id_ = rented(world, tmp_path, "worker", boots=False)
     world.clock.sleep(300)
