@@ -17,6 +17,7 @@ from capture.group import ALONE, Group
 
 BLOCK = 16  # entries per block
 FEW = 4  # blocks per block of blocks
+MISSING = torch.iinfo(torch.int64).max  # an id that no rank has
 
 
 @dataclass(frozen=True)
@@ -84,10 +85,10 @@ def _merge(mine: TopK, lowest: bool, v: Vocabulary) -> TopK:
     worst = torch.inf if lowest else -torch.inf
     missing = v.k - mine.ids.shape[1]
     values = v.group.gather(pad(mine.values, (0, missing), value=worst))
-    ids = v.group.gather(pad(mine.ids + v.first, (0, missing), value=torch.iinfo(torch.int64).max))
+    ids = v.group.gather(pad(mine.ids + v.first, (0, missing), value=MISSING))
     by_id = ids.sort(dim=1)
     best = values.gather(1, by_id.indices).sort(dim=1, descending=not lowest, stable=True)
-    k = min(v.k, int(values[0].isfinite().sum()))
+    k = min(v.k, int((by_id.values[0] < MISSING).sum()))
     return TopK(by_id.values.gather(1, best.indices[:, :k]), best.values[:, :k])
 
 
@@ -146,8 +147,9 @@ def _within(blocks_RM: Tensor, block: int, n: int) -> Tensor:
 
 
 def _with_ties(x_V: Tensor, threshold: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Ids and values of the k largest entries of one row: all above the k-th value, then the smallest ids at it."""
-    above = (x_V > threshold).nonzero().flatten()
+    """Ids and values of the k largest entries of one row: all above the k-th value, as `topk` has what is no number, then the
+    smallest ids at it."""
+    above = (~(x_V <= threshold)).nonzero().flatten()
     equal = (x_V == threshold).nonzero().flatten()
     ids = torch.cat([above, equal[: k - above.numel()]]).sort().values
     order = x_V[ids].sort(descending=True, stable=True)

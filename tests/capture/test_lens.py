@@ -6,13 +6,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from interpreted import interpreted
 
+from capture.group import Group
 from capture.lens import lens_tile
 from capture.lens_kernel import Kernel, load_kernel
 from capture.lens_sums import Space
 from capture.live import Live
 from capture.logits import separate
 from capture.threads import alone, in_threads
-from capture.topk import Search, Vocabulary, block_maxima, local_top_k
+from capture.topk import Search, Vocabulary, block_maxima, local_top_k, top_k
 
 PAIRS = [(a, b) for a in range(4) for b in range(a + 1, 4)]
 NEXT = torch.tensor([3, 0, -1, 7, 1])
@@ -155,6 +156,34 @@ def test_ties_are_broken_by_the_smaller_id(data):
     highest, lowest = local_top_k([Search(lambda take: take(x), lowest) for lowest in (False, True)], maxima, n, k)
     assert highest.ids[0].tolist() == sorted(range(n), key=lambda i: (-values[i], i))[:k]
     assert lowest.ids[0].tolist() == sorted(range(n), key=lambda i: (values[i], i))[:k]
+
+
+def test_ties_beside_an_entry_that_is_no_number_are_listed():
+    x = torch.arange(64.0).repeat(2, 1)
+    x[1, 5], x[1, 60] = torch.nan, x[1, 59]
+    (top,) = local_top_k([Search(lambda take: take(x))], block_maxima(x, 64)[None], 64, 6)
+    assert top.ids.tolist() == [[63, 62, 61, 60, 59, 58], [5, 63, 62, 61, 59, 60]]
+
+
+class Halves(Group):
+    """The rank that has the first half of a vocabulary; the other's candidates are told."""
+
+    def gather(self, x):
+        return torch.cat([x, self.other.pop(0)], dim=1)
+
+
+def test_ranks_list_as_many_tokens_where_logits_are_not_finite():
+    """The first row says nothing about how many entries the ranks have: it may have overflowed."""
+    x = torch.arange(20.0).repeat(3, 1)
+    x[0], x[1, 4] = torch.nan, torch.inf
+    group = Halves(0, 2)
+    object.__setattr__(group, "other", [x[:, 10:], torch.arange(10, 20).expand(3, -1)])
+    v = Vocabulary(10, 10, 0, group)
+    mine = x[:, :10]
+    (top,) = top_k([Search(lambda take: take(mine))], block_maxima(mine, 10)[None], v)
+    assert top.ids.shape == (3, 10)
+    assert top.ids[1, :3].tolist() == [4, 19, 18]
+    assert top.ids[2].tolist() == list(range(19, 9, -1))
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
