@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -56,7 +56,8 @@ def resolve_model(
     if local.is_dir():
         weights = _local_weights(local, model, allow_pickle, trust_remote_code)
         total, weight_map = check_weights(local, weights)
-        return ModelFiles("local", str(local.absolute()), _fingerprint(local, weights), weights.files, total, weight_map,
+        code = sorted(p for p in local.glob("*.py") if p.is_file()) if trust_remote_code else []
+        return ModelFiles("local", str(local.absolute()), _fingerprint(local, weights, code), weights.files, total, weight_map,
                           "pickle" if weights.pickle else "safetensors")  # fmt: skip
     from capture.hub import model_snapshot, model_without_weights
 
@@ -81,9 +82,9 @@ def resolve_model(
                       "pickle" if weights.pickle else "safetensors", remote=bool(missing))  # fmt: skip
 
 
-def _fingerprint(path: Path, weights: Weights) -> str:
-    files = [path / "config.json", *(path / name for name in weights.files)]
-    return remembered(files, lambda: fingerprint(path, weights))
+def _fingerprint(path: Path, weights: Weights, code: Sequence[Path]) -> str:
+    files = [path / "config.json", *code, *(path / name for name in weights.files)]
+    return remembered(files, lambda: fingerprint(path, weights, code=code))
 
 
 def resolve_tokenizer(

@@ -189,8 +189,11 @@ def _blocks(stream: BinaryIO) -> Iterator[bytes]:
         yield block
 
 
-def fingerprint(directory: Path, weights: Weights, full_hash_bytes: int = FULL_HASH_BYTES) -> str:
-    """SHA-256 over config.json and the weights of a directory, wherever it lies: `local:` and 16 hexadecimal digits.
+def fingerprint(
+    directory: Path, weights: Weights, full_hash_bytes: int = FULL_HASH_BYTES, *, code: Collection[Path] = ()
+) -> str:
+    """SHA-256 over config.json and the weights of a directory, wherever it lies: `local:` and 16 hexadecimal digits. code: of its
+    Python files, those that may run.
 
     Up to `full_hash_bytes` (4 GiB: a few seconds) every byte counts. Above, reading all of it would take as long as the
     capture: then it is the headers, the sizes, the times of change, and the first 64 KiB of every tensor. The times are in it
@@ -199,6 +202,9 @@ def fingerprint(directory: Path, weights: Weights, full_hash_bytes: int = FULL_H
     """
     sha = hashlib.sha256()
     sha.update((directory / "config.json").read_bytes())
+    for file in code:
+        content = file.read_bytes()
+        sha.update(f"\n{file.name} {len(content)}\n".encode() + content)
     sizes = {name: (directory / name).stat().st_size for name in weights.files}
     whole = weights.pickle or sum(sizes.values()) <= full_hash_bytes
     for name, size in sizes.items():

@@ -171,6 +171,22 @@ def test_code_of_its_own_is_refused_unless_allowed_or_not_needed(tmp_path: Path)
     assert resolve_model(str(single(tmp_path / "known", model_type="deepseek_v3", **own))).weights
 
 
+def test_code_of_a_model_counts_where_it_may_run(tmp_path: Path) -> None:
+    single(tmp_path, model_type="deepseek_v3")
+
+    def revisions() -> list[str]:
+        return [resolve_model(str(tmp_path), trust_remote_code=trusted).revision for trusted in (False, True)]
+
+    ordinary = revisions()
+    assert ordinary[0] == ordinary[1]
+    (tmp_path / "modeling_own.py").write_text("# one")
+    one = revisions()
+    (tmp_path / "modeling_own.py").write_text("# two")
+    two = revisions()
+    assert one[0] == two[0] == ordinary[0]
+    assert len({ordinary[1], one[1], two[1]}) == 3
+
+
 # -- fingerprint -----------------------------------------------------------------------------------------------------
 
 
