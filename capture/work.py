@@ -226,10 +226,16 @@ class Work:
         cuda = self.device.type == "cuda"
         share = -(-sizes[0] // self.group.size)  # ranks, whose shares may differ by a row, take the same rows together
         rows, at_once = statistics_rows(share, on_cpu=not cuda, alone=self.group.size == 1)
+        layers = self.layers & plan_layers(lens.layers, base.n_layers, "lens.layers")
+        if (
+            lens.enabled and not layers
+        ):  # two lists were compared when the config was read; n for every n-th could not be
+            raise ConfigError(
+                f"residual_compare.lens.layers, {lens.layers}, and layers, {self.entry.layers}, have none of this model's layers, -1 to "
+                f"{base.n_layers}, in common; name layers that are in both, or set lens.enabled to false"
+            )
         return LensPlan(
-            layers=self.layers & plan_layers(lens.layers, base.n_layers, "lens.layers")
-            if lens.enabled
-            else frozenset(),
+            layers=layers if lens.enabled else frozenset(),
             final_norm=lens.norm == "final",
             n_vocab=n_vocab,
             n_tokens=n_tokens,

@@ -300,6 +300,15 @@ def test_a_lens_layer_that_the_model_has_not_is_refused(pairs, tmp_path):
         capture_pair(entry_of(pairs("llama"), lens=Lens(layers=(0, 99))), str(tmp_path))
 
 
+@pytest.mark.parametrize(("layers", "lens"), [(2, (1, 3)), ((1, 3), 2)])
+def test_a_lens_that_has_none_of_the_layers_is_refused_where_one_of_both_is_a_number(layers, lens, pairs, tmp_path):
+    with pytest.raises(
+        ConfigError, match=r"lens\.layers, .*, and layers, .*, have none of this model's layers, -1 to 4"
+    ):
+        capture_pair(entry_of(pairs("llama"), layers=layers, lens=Lens(layers=lens)), str(tmp_path))
+    capture_pair(entry_of(pairs("llama"), layers=layers, lens=Lens(layers=lens, enabled=False)), str(tmp_path))
+
+
 def test_a_prompt_longer_than_learned_positions_is_refused_and_one_longer_than_rotary_ones_is_said(
     pairs, tmp_path, caplog
 ):
