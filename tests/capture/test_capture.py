@@ -309,6 +309,14 @@ def test_a_lens_that_has_none_of_the_layers_is_refused_where_one_of_both_is_a_nu
     capture_pair(entry_of(pairs("llama"), layers=layers, lens=Lens(layers=lens, enabled=False)), str(tmp_path))
 
 
+@pytest.mark.parametrize("arch", ["opt", "gptj", "codegen", "mpt"])
+def test_a_prompt_longer_than_a_table_of_positions_is_refused(arch, pairs, tmp_path):
+    paths = pairs(arch, **{"max_seq_len" if arch == "mpt" else "max_position_embeddings": 16})
+    capture_pair(entry_of(paths, prompts=("z" * 15,), lens=Lens(enabled=False)), str(tmp_path))
+    with pytest.raises(PromptError, match="a prompt has 17 tokens; the base model has positions for 16 only"):
+        capture_pair(entry_of(paths, prompts=("z" * 16,)), str(tmp_path))
+
+
 def test_a_prompt_longer_than_learned_positions_is_refused_and_one_longer_than_rotary_ones_is_said(
     pairs, tmp_path, caplog
 ):
