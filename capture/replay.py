@@ -131,11 +131,13 @@ def _dry_run(
         recorded: list[Call] = []
         tail: list[nn.Module] = []
         try:
-            with (
+            with (  # a clone: CTRL's forward multiplies what it is given, in place
                 stubbed(streamed.layers, recorded, answer),
                 tail_modules(streamed.base, streamed.layers, recorded, tail),
             ):
-                output = streamed.base(inputs_embeds=embeds_BTD, attention_mask=mask_BT, use_cache=False, **kwargs)
+                output = streamed.base(
+                    inputs_embeds=embeds_BTD.clone(), attention_mask=mask_BT, use_cache=False, **kwargs
+                )
             # a model that takes the first of a tuple takes the first row of a tensor
             if (shapes := {tuple(r[1].shape) for r in recorded}) and len(shapes) > 1:
                 raise ValueError(f"residuals of shapes {sorted(shapes)}")
@@ -151,10 +153,10 @@ def _dry_run(
 
 @torch.no_grad()
 def run_layer(layer: nn.Module, hidden_BTD: Tensor, call: tuple[tuple[Any, ...], dict[str, Any]]) -> Tensor:
-    """One layer on one batch, with its recorded arguments. Some layers return a tuple; the residual is its first."""
+    """One layer on one batch, with its recorded arguments. Some layers return a tuple, GPT a list; the residual is its first."""
     args, kwargs = call
     output = layer(hidden_BTD, *args, **kwargs)
-    result: Tensor = output[0] if isinstance(output, tuple) else output
+    result: Tensor = output[0] if isinstance(output, tuple | list) else output
     return result
 
 

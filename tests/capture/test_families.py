@@ -89,6 +89,15 @@ def test_a_walk_goes_on_behind_the_layer_that_holds_a_shared_weight(
     agrees(pairs("zamba2"), result)
 
 
+def test_embeddings_that_both_models_share_are_not_changed_by_the_first_that_is_given_them(
+    pairs: Any, tmp_path: Path
+) -> None:
+    """CTRL multiplies what enters it by a factor, in place."""
+    paths = pairs("ctrl", same_embeddings=True)
+    result, _ = captured(entry_of(paths), tmp_path)
+    agrees(paths, result)
+
+
 @pytest.mark.parametrize("arch", tiny.UNWALKABLE)
 def test_a_model_whose_layers_hand_on_more_than_the_residual_is_refused(arch: str, pairs: Any, tmp_path: Path) -> None:
     for prompts in (tiny.PROMPTS, tiny.PROMPTS[:1]):  # two rows of a batch look like a tuple of two

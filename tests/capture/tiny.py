@@ -135,6 +135,8 @@ _SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
         {"num_key_value_heads": None, "intermediate_size": None, "parallel_attn": False, "alibi": False},
     ),
     "gptj": ("gptj", {"num_key_value_heads": None, "intermediate_size": None, "n_inner": 80, "rotary_dim": 8}),
+    "ctrl": ("ctrl", {"num_key_value_heads": None, "intermediate_size": None, "dff": 80}),
+    "openai-gpt": ("openai-gpt", {"num_key_value_heads": None, "intermediate_size": None}),
     "codegen": ("codegen", {"num_key_value_heads": None, "intermediate_size": None, "n_inner": 80, "rotary_dim": 8}),
     "gpt_neo": (
         "gpt_neo",
@@ -250,7 +252,7 @@ _SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 # Whose heads or layers are called in ways of their own.
-OTHERS = ("opt", "bloom", "falcon", "gptj", "codegen", "gpt_neo", "mpt", "falcon_h1", "gemma4")
+OTHERS = ("opt", "bloom", "falcon", "gptj", "ctrl", "openai-gpt", "codegen", "gpt_neo", "mpt", "falcon_h1", "gemma4")
 # Some of whose layers share weights.
 SHARED = ("zamba2",)
 # Whose layers hand each other more than the residual.
