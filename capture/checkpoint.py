@@ -69,6 +69,7 @@ class StreamedModel:
         self.linear_head: bool | None = None
         self.head_place: tuple[nn.Module, str] | None = None
         self.head_sample: tuple[torch.Tensor, torch.Tensor | None] | None = None
+        self.calls_hold_states: bool | None = None  # likewise by capture/replay.py
         self.quantization = quantization_of(directory, model_kwargs, label)
         self.whole = whole or self.quantization.method is not None
         self.by_leaf = False  # layers are loaded leaf by leaf: capture/sublayer.py

@@ -11,9 +11,10 @@ from torch import Tensor
 from capture.batches import Batch
 from capture.checkpoint import StreamedModel
 from capture.config import Owner, Pass
+from capture.errors import UnsupportedModelError
 from capture.groups import EMBEDDING
 from capture.home import Home
-from capture.replay import Recording, record
+from capture.replay import Recording, calls_hold_states, record
 
 
 class Entering:
@@ -71,8 +72,14 @@ class Entering:
                 kept[id(state)] = self.home.put([state])[0]
         return by_owner, {name: kept[id(state)] for name, state in entry.items()}
 
+    @property
+    def divisible(self) -> bool:
+        """Whether a batch may go through layers in parts: what they are called with is recorded anew for those, without states."""
+        return not any(calls_hold_states(self.models[o]) for o in self.sources)
+
     def enter_part(self, batch: Batch) -> dict[Owner, Recording]:
-        """Each model's recording of a part of a batch, whatever its states: no argument of a layer depends on them."""
+        """Each model's recording of a part of a batch, whatever its states: no argument of a layer depends on them, or it is not
+        divided."""
         model = next(iter(self.models.values()))
         shape = (*batch.ids_BT.shape, model.config.hidden_size)
         empty = torch.zeros(shape, dtype=model.model.dtype, device=model.device)
@@ -81,6 +88,12 @@ class Entering:
     def _record(self, owner: Owner, batch: Batch, embeds: list[Tensor]) -> tuple[Recording, list[Tensor]]:
         """Record one model on one batch; the states that enter its layer 0, one for each source of embeddings."""
         model, n = self.models[owner], len(embeds)
+        if not self.stacked and n > 1 and calls_hold_states(model):
+            raise UnsupportedModelError(
+                f"{type(model.model).__name__} gives its layers the states that enter the first one as well, and passes of the {owner} "
+                "model's blocks cannot run as one batch here: name as many passes through base's blocks as through sft's, with the same "
+                "embeddings, or through those of one model with one embedding"
+            )
         if not self.stacked or n == 1:
             recordings = [record(model, e, mask_BT=batch.mask_BT, positions_BT=batch.positions_BT) for e in embeds]
             return self._kept(recordings[0]), [r.entry_BTD for r in recordings]

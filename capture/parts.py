@@ -57,7 +57,8 @@ class Parts:
     def attempt(self, b: int, layer: int, run: Callable[[], list[Tensor]]) -> list[Tensor]:
         """Run; where memory runs out, split the batch in twice as many parts from this layer on, and run again.
 
-        Ranks of a group cannot do this: while one runs out of memory the others wait for it inside the layer.
+        Not of a model whose layers are called with states; nor can ranks of a group do this: while one runs out of memory the others
+        wait for it inside the layer.
         """
         while True:
             try:
@@ -65,6 +66,8 @@ class Parts:
             except RuntimeError as error:
                 n, most = self.of(b, layer), len(self.batches[b].items)
                 if not is_out_of_memory(error) or n == most or self.entering.models["base"].group.size > 1:
+                    raise
+                if not self.entering.divisible:
                     raise
                 why = str(error).splitlines()[0]
             free_memory()  # outside of the handler: the traceback holds what the failed attempt had made

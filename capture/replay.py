@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_iter
 
 from capture.checkpoint import StreamedModel
 from capture.errors import PairscopeError, UnsupportedModelError
@@ -158,6 +159,19 @@ def run_layer(layer: nn.Module, hidden_BTD: Tensor, call: tuple[tuple[Any, ...],
     output = layer(hidden_BTD, *args, **kwargs)
     result: Tensor = output[0] if isinstance(output, tuple | list) else output
     return result
+
+
+@torch.no_grad()
+def calls_hold_states(streamed: StreamedModel) -> bool:
+    """Whether layers are called with something that depends on the states, as Zamba's are, which get those that enter the first one
+    as well: two short dry runs tell. Needs the group `rest` loaded."""
+    if streamed.calls_hold_states is None:
+        size = 1, 2, streamed.config.hidden_size
+        dtype, device = streamed.model.dtype, streamed.device
+        both = [record(streamed, torch.full(size, x, dtype=dtype, device=device)).calls for x in (0.0, 1.0)]
+        one, other = ([t for t in tree_iter(calls) if isinstance(t, Tensor)] for calls in both)
+        streamed.calls_hold_states = len(one) != len(other) or not all(map(torch.equal, one, other))
+    return streamed.calls_hold_states
 
 
 @torch.no_grad()

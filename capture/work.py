@@ -36,7 +36,7 @@ from capture.progress import Progress
 from capture.prompts import Prompts, check_ids, count_ids, load_tokenizer, token_texts, tracked_tokens
 from capture.ranks import Ranks
 from capture.relay import Handover, Relay
-from capture.replay import run_tail
+from capture.replay import calls_hold_states, run_tail
 from capture.run import Resolved
 from capture.selfcheck import replay_check
 from capture.spans import SpanStore
@@ -172,7 +172,8 @@ class Work:
         promise = Promise(entry, pair.unique(), self.choice, range(max(first, 0), last + 1))
         spectra = len(entry.comparisons) if entry.spectrum else 0
         measure = Measure(pair, self.batches, self.lens, entry.passes, len(entry.comparisons), spectra)
-        most = 1 if self.group.size > 1 else max(len(b.items) for b in self.batches)
+        whole = self.group.size > 1 or any(calls_hold_states(pair.models[o]) for o in pair.owners)
+        most = 1 if whole else max(len(b.items) for b in self.batches)
         choice = promise.choose(measure.activations, self.lens.tile_bytes, most)
         log.info("mode %s: %s", choice.mode, choice.why)
         return choice

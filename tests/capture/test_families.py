@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 from walked import open_pair
 
-from capture.config import Batching
+from capture import lockstep, memory
+from capture.config import FOUR_PASSES, Batching, MultiPass
 from capture.errors import UnsupportedModelError
 from capture.replay import record
 from capture.settings import Spans
@@ -96,6 +98,41 @@ def test_embeddings_that_both_models_share_are_not_changed_by_the_first_that_is_
     paths = pairs("ctrl", same_embeddings=True)
     result, _ = captured(entry_of(paths), tmp_path)
     agrees(paths, result)
+
+
+def test_a_batch_is_not_divided_whose_layers_are_called_with_states(
+    pairs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Zamba2's layers are given what enters the first one, too: a recording of a part has other states."""
+    entry = entry_of(pairs("zamba2"), batching=Batching(padding="left"))
+    own, run = memory.Promise.choose, lockstep.run_layer
+
+    def in_parts(*given: Any) -> Any:
+        return replace(own(*given), parts=min(2, given[-1]))
+
+    def run_out(layer: Any, hidden: torch.Tensor, call: Any) -> torch.Tensor:
+        if len(hidden) > 4:
+            raise RuntimeError("can't allocate memory")
+        return run(layer, hidden, call)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(memory.Promise, "choose", in_parts)
+        result, _ = captured(entry, tmp_path / "planned")
+    agrees(pairs("zamba2"), result)
+    monkeypatch.setattr(lockstep, "run_layer", run_out)
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        captured(entry, tmp_path / "met")
+
+
+def test_passes_that_cannot_share_a_batch_are_refused_where_layers_are_called_with_states(
+    pairs: Any, tmp_path: Path
+) -> None:
+    three = tuple(p for p in FOUR_PASSES if p.name != "BS")
+    comparisons = MultiPass(runs=three).comparisons()
+    with pytest.raises(UnsupportedModelError, match="gives its layers the states that enter the first one as well"):
+        captured(entry_of(pairs("zamba2"), passes=three, comparisons=comparisons), tmp_path)
+    two = (three[0], three[-1])
+    captured(entry_of(pairs("zamba2"), passes=two, comparisons=MultiPass(runs=two).comparisons()), tmp_path)
 
 
 @pytest.mark.parametrize("arch", tiny.UNWALKABLE)
