@@ -107,13 +107,13 @@ def record(
             f"{name} carries a residual of shape {tuple(entry.shape)} between layers, not [batch, token, hidden]; "
             "several residual streams cannot be compared"
         )
-    hidden = entry
-    for module in tail:
-        hidden = module(hidden)
+    unlike = f"{name}: what follows the last layer ({[type(m).__name__ for m in tail]}) is not a plain chain of modules"
+    try:
+        hidden = run_tail(tail, entry)
+    except (TypeError, ValueError, AttributeError) as error:  # a module that takes more than the state
+        raise UnsupportedModelError(unlike) from error
     if not torch.equal(hidden, output[0]):
-        raise UnsupportedModelError(
-            f"{name}: what follows the last layer ({[type(m).__name__ for m in tail]}) is not a plain chain of modules"
-        )
+        raise UnsupportedModelError(unlike)
     return Recording(entry, [(rest, kw) for _, _, rest, kw in recorded], tail)
 
 

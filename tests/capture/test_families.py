@@ -142,6 +142,31 @@ def test_a_model_whose_layers_hand_on_more_than_the_residual_is_refused(arch: st
             captured(entry_of(pairs(arch), prompts=prompts), tmp_path)
 
 
+def test_a_model_whose_end_takes_more_than_the_state_is_refused(pairs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.models.llama import modeling_llama
+
+    pair = open_pair(pairs("llama"))
+    base = pair.models["base"]
+    base.load("rest")
+    own = modeling_llama.LlamaRMSNorm.forward
+    base.base.norm.forward = lambda hidden, *blocks: own(base.base.norm, hidden) if blocks else hidden.missing
+    forward = type(base.base).forward
+
+    def with_more(self: Any, **given: Any) -> Any:
+        norm = self.norm.forward
+        self.norm.forward = lambda hidden: norm(hidden, hidden)
+        try:
+            return forward(self, **given)
+        finally:
+            self.norm.forward = norm
+
+    monkeypatch.setattr(modeling_llama.LlamaModel, "forward", with_more)
+    with pytest.raises(
+        UnsupportedModelError, match=r"follows the last layer \(\['LlamaRMSNorm'\]\) is not a plain chain"
+    ):
+        record(base, torch.ones(1, 3, tiny.HIDDEN))
+
+
 def test_a_model_that_runs_out_of_memory_when_it_is_recorded_is_not_refused(
     pairs: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
