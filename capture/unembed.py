@@ -271,12 +271,30 @@ class _Answer:
 
 @torch.no_grad()
 def head_is_linear(model: StreamedModel) -> bool:
-    """True if what the model does behind its head is a plain factor: then shifts of logits may be computed as products."""
+    """True if what the model does behind its head is a plain factor, and nothing before it: then shifts of logits may be computed as
+    products. ModernBERT's decoders and BERT have layers of their own before it."""
     if model.linear_head is None:
-        rows = torch.zeros(1, model.config.hidden_size, dtype=torch.float32, device=model.device)
+        size = model.config.hidden_size
+        rows = torch.linspace(-1, 1, size, dtype=torch.float32, device=model.device)[None]
         probe = torch.linspace(-40, 40, 64, device=model.device)[None, None]
-        one, two, zero = (_through(model, rows, _Answer(probe * k)) for k in (1.0, 2.0, 0.0))
-        model.linear_head = bool(torch.equal(two, 2 * one)) and not bool(zero.any())
+        given: list[Tensor] = []
+
+        def times(k: float) -> Callable[[Tensor], Tensor]:
+            def answer(x: Tensor) -> Tensor:
+                given.append(x)
+                return probe * k
+
+            return answer
+
+        try:
+            one, two, zero = (_through(model, rows, times(k)) for k in (1.0, 2.0, 0.0))
+        except RuntimeError as error:  # layers of 16 bits before the head do not take float32
+            if is_out_of_memory(error):
+                raise
+            model.linear_head = False
+            return False
+        as_it_is = all(torch.equal(x.reshape(-1), rows[0]) for x in given)
+        model.linear_head = as_it_is and bool(torch.equal(two, 2 * one)) and not bool(zero.any())
     return model.linear_head
 
 

@@ -23,6 +23,7 @@ from capture.errors import UnsupportedModelError
 from capture.replay import record
 from capture.settings import Spans
 from capture.spanwalk import SpanWalk
+from capture.unembed import head_is_linear
 
 
 @torch.no_grad()
@@ -89,6 +90,22 @@ def test_a_walk_goes_on_behind_the_layer_that_holds_a_shared_weight(
             captured(entry, tmp_path)
     result, _ = captured(entry, tmp_path)
     agrees(pairs("zamba2"), result)
+
+
+def test_logits_behind_layers_of_the_heads_own_are_no_sums_of_products(pairs: Any, tmp_path: Path) -> None:
+    paths = pairs("modernbert")
+    model = open_pair(paths).models["base"]
+    for group in model.groups():
+        model.load(group)
+    assert not head_is_linear(model)
+    result, _ = captured(entry_of(paths, dtype="bfloat16"), tmp_path / "16 bits")
+    assert result.state == "complete"
+    result, _ = captured(entry_of(paths), tmp_path / "32 bits")
+    runs = pq.read_table(f"{result.path}/runs.parquet").to_pandas()
+    for run, directory in (("BB", paths.base), ("SS", paths.sft)):
+        _, log_p = plain(directory, tiny.encode(tiny.PROMPTS)[0])
+        rows = runs[(runs.prompt_idx == 0) & (runs.run == run) & (runs.layer == tiny.LAYERS)].sort_values("position")
+        assert rows.entropy.to_numpy() == pytest.approx(-(log_p.exp() * log_p).sum(-1).numpy(), abs=1e-5)
 
 
 def test_embeddings_that_both_models_share_are_not_changed_by_the_first_that_is_given_them(

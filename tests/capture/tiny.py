@@ -137,6 +137,16 @@ _SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "gptj": ("gptj", {"num_key_value_heads": None, "intermediate_size": None, "n_inner": 80, "rotary_dim": 8}),
     "ctrl": ("ctrl", {"num_key_value_heads": None, "intermediate_size": None, "dff": 80}),
     "openai-gpt": ("openai-gpt", {"num_key_value_heads": None, "intermediate_size": None}),
+    "modernbert": (
+        "modernbert-decoder",
+        {
+            "num_key_value_heads": None,
+            "cls_token_id": 1,
+            "sep_token_id": 2,
+            "local_attention": 8,
+            "decoder_bias": False,
+        },
+    ),
     "codegen": ("codegen", {"num_key_value_heads": None, "intermediate_size": None, "n_inner": 80, "rotary_dim": 8}),
     "gpt_neo": (
         "gpt_neo",
@@ -252,7 +262,20 @@ _SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 # Whose heads or layers are called in ways of their own.
-OTHERS = ("opt", "bloom", "falcon", "gptj", "ctrl", "openai-gpt", "codegen", "gpt_neo", "mpt", "falcon_h1", "gemma4")
+OTHERS = (
+    "opt",
+    "bloom",
+    "falcon",
+    "gptj",
+    "ctrl",
+    "openai-gpt",
+    "modernbert",
+    "codegen",
+    "gpt_neo",
+    "mpt",
+    "falcon_h1",
+    "gemma4",
+)
 # Some of whose layers share weights.
 SHARED = ("zamba2",)
 # Whose layers hand each other more than the residual.
