@@ -165,8 +165,9 @@ def print_answer(con: duckdb.DuckDBPyConnection, query: str, as_json: bool, as_c
     """Run a query and print its rows."""
     columns, rows = answer(con, query, shortest=as_json or as_csv)  # a table shows six digits anyway
     if as_json:
+        names = keys(columns)
         for row in rows:
-            click.echo(json_line(dict(zip(columns, row, strict=True))))
+            click.echo(json_line(dict(zip(names, row, strict=True))))
     elif as_csv:
         for text in csv_lines(columns, rows):
             click.echo(escape(text, keep="\n\t") if sys.stdout.isatty() else text, nl=False)
@@ -175,6 +176,16 @@ def print_answer(con: duckdb.DuckDBPyConnection, query: str, as_json: bool, as_c
         show_table(columns, first[:TERMINAL_ROWS], more=len(first) > TERMINAL_ROWS)
     else:
         show_table(columns, list(rows))
+
+
+def keys(columns: list[str]) -> list[str]:
+    """The columns as keys of an object, which has each once: two of a join may have one name, and the second is then name_1, as in
+    DuckDB's own data frames."""
+    found: list[str] = []
+    for name in columns:
+        names = (f"{name}_{n}" if n else name for n in range(len(columns)))
+        found.append(next(one for one in names if one not in found and (one == name or one not in columns)))
+    return found
 
 
 def captures_note(con: duckdb.DuckDBPyConnection, query: str, all_captures: bool) -> Iterator[str]:

@@ -13,6 +13,7 @@ import sys
 import uuid
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from decimal import Decimal
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -56,6 +57,8 @@ def shortest_float32(value: Any) -> Any:
 
 def jsonable(value: Any) -> Any:
     """What JSON can say: NaN and infinities become null, times ISO 8601, anything else strange its text."""
+    if isinstance(value, Decimal):  # what SQL makes of 1.5 * layer; a text would be no number to who reads it
+        value = float(value)
     if value is None or isinstance(value, bool | int | str):
         return value
     if isinstance(value, float):
@@ -81,7 +84,7 @@ def csv_lines(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Iterator
     writer = csv.writer(ends, lineterminator="\r\n")
     writer.writerow(columns)
     for row in rows:
-        plain = [jsonable(v) for v in row]
+        plain = [v if isinstance(v, Decimal) else jsonable(v) for v in row]
         writer.writerow([json.dumps(v) if isinstance(v, list | dict | bool) else v for v in plain])
         if buffer.tell() > 1 << 16:
             yield buffer.getvalue()
@@ -123,7 +126,7 @@ def plain_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], *, indent
 
 def _is_numeric(rows: Sequence[Sequence[Any]], column: int) -> bool:
     values = [row[column] for row in rows if row[column] is not None]
-    return bool(values) and all(isinstance(v, int | float) for v in values)
+    return bool(values) and all(isinstance(v, int | float | Decimal) for v in values)
 
 
 def show_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], *, more: bool = False) -> None:

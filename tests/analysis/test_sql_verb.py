@@ -55,6 +55,21 @@ def test_float32_in_json_and_csv_reads_back_as_the_same_float32(synthetic: Any, 
     assert np.array_equal(np.float32(lines), stored)
 
 
+def test_json_has_all_columns_of_which_several_have_one_name(synthetic: Any, call: Callable[..., Any]) -> None:
+    query = "SELECT 1 AS norm, 2 AS norm, 3 AS norm_1, 4 AS norm, [5, 6] AS x"
+    (row,) = call("sql", synthetic.out, "--json", query).rows
+    assert row == {"norm": 1, "norm_2": 2, "norm_1": 3, "norm_3": 4, "x": [5, 6]}
+
+
+def test_decimals_are_numbers(synthetic: Any, call: Callable[..., Any]) -> None:
+    query = "SELECT 1.5 * 3 AS product, [0.5] AS list, {'a': 0.25} AS struct, 1234567.5 AS large"
+    (row,) = call("sql", synthetic.out, "--json", query).rows
+    assert row == {"product": 4.5, "list": [0.5], "struct": {"a": 0.25}, "large": 1234567.5}
+    assert call("sql", synthetic.out, "SELECT 1.5 AS x UNION ALL SELECT 10.5 ORDER BY 1").out.split("\n")[1] == " 1.5"
+    digits = "12345678901234567890.25"
+    assert call("sql", synthetic.out, "--csv", f"SELECT {digits} AS x").out == f"x\n{digits}\n"
+
+
 def test_csv_reads_back(synthetic: Any, call: Callable[..., Any]) -> None:
     sql = "SELECT position, token, NULL AS nothing, [1, 2] AS list, true AS yes FROM tokens WHERE pair = 'alpha' AND prompt_idx = 0"
     rows = list(csv.DictReader(io.StringIO(call("sql", synthetic.out, sql + " ORDER BY position", "--csv").out)))
