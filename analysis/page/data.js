@@ -79,8 +79,11 @@ function sidesOf(name, runs) {
   return cuts.find((two) => two.every((run) => runs.includes(run))) ?? cuts[0];
 }
 const SIDES = new Map(INDEX.pairs.flatMap((pair) => pair.comparisons.map((name) => [name, sidesOf(name, pair.runs)])));
-const viewKind = (view) => view in EFFECTS ? "effect" : SIDES.has(view) ? "comparison" : "run";
-const viewName = (view) => view in EFFECTS ? { embeddings: "effect of embeddings", blocks: "effect of blocks",
+// A pass may have the name of an effect: where the pair has one, that is meant.
+const isEffect = (view) => Object.hasOwn(EFFECTS, view) && !S.pair.runs.includes(view);
+const effectsOf = (pair) => hasFour(pair) ? Object.keys(EFFECTS).filter((name) => !pair.runs.includes(name)) : [];
+const viewKind = (view) => isEffect(view) ? "effect" : SIDES.has(view) ? "comparison" : "run";
+const viewName = (view) => isEffect(view) ? { embeddings: "effect of embeddings", blocks: "effect of blocks",
   interaction: "interaction of embeddings and blocks" }[view] : view;
 
 // Differences of two passes that are made here: metric -> the column of passes, the weight of base_run, that of sft_run.

@@ -4,7 +4,7 @@ const S = { scope: "prompt", order: "size", log: false, lock: false, mask: false
 // first: how many tokens at the start the mask leaves out besides special ones
 // cell is the one that was clicked, hover the one under the pointer, seen the last that was: {row, column} each
 const sheetsOf = (s) => s.pair.sheets.filter((sheet) => sheet.variant === s.sheet.variant);
-const viewsOf = (pair) => [["comparison", pair.comparisons], ["pass", pair.runs], ["effect", hasFour(pair) ? Object.keys(EFFECTS) : []]];
+const viewsOf = (pair) => [["comparison", pair.comparisons], ["pass", pair.runs], ["effect", effectsOf(pair)]];
 const dark = () => S.theme ? S.theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
 
 const firstOf = (text) => /^\d{1,3}$/.test(text ?? "") ? Number(text) : 1; // whatever is no such number is the default

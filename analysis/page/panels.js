@@ -110,7 +110,7 @@ function drawFour(s, many) {
     return finite.length ? finite.reduce((a, b) => a + b, 0) / finite.length : NaN;
   };
   const means = {}, root = svg("svg", { viewBox: "0 0 300 214", class: "square", role: "img", "aria-label": "the four passes and their comparisons" });
-  for (const name of comparison ? EDGES.map((e) => e[0]).filter((n) => s.pair.comparisons.includes(n)) : [...FOUR, ...Object.keys(EFFECTS)]) means[name] = mean(name);
+  for (const name of comparison ? EDGES.map((e) => e[0]).filter((n) => s.pair.comparisons.includes(n)) : [...FOUR, ...effectsOf(s.pair)]) means[name] = mean(name);
   svg("text", { x: 150, y: 210, "text-anchor": "middle", class: "axis" }, root, "embeddings: base, fine-tune →");
   svg("text", { transform: "translate(12 105) rotate(-90)", "text-anchor": "middle", class: "axis" }, root, "blocks: base, fine-tune →");
   for (const [name, style, x, y] of EDGES) {
@@ -133,11 +133,11 @@ function drawFour(s, many) {
   }
   host.replaceChildren(root);
   byId("square-words").textContent = s.cell ? `${s.metric} at ${layerWords(data, s.cell.row)}, token ${s.cell.column}` : `${s.metric}, mean over layers and tokens of ${scopeWords(s)}`;
-  byId("effects").replaceChildren(...(comparison ? [] : Object.keys(EFFECTS).map((name) => el("button", { type: "button", class: `effect ${name}${s.view === name ? " on" : ""}`, onclick: () => s.show(name) },
+  byId("effects").replaceChildren(...(comparison ? [] : effectsOf(s.pair).map((name) => el("button", { type: "button", class: `effect ${name}${s.view === name ? " on" : ""}`, onclick: () => s.show(name) },
     el("span", {}, name), el("b", {}, show(at(name, means[name]), 3))))));
   const labels = data.sheet.layers.map((_, row) => layerName(data, row));
   const edges = EDGES.filter(([name]) => name in means).map(([name, style]) => ({ name, values: means[name], style }));
-  const effects = Object.keys(EFFECTS).map((name) => ({ name, values: means[name], style: name }));
+  const effects = effectsOf(s.pair).map((name) => ({ name, values: means[name], style: name }));
   chart(byId("four-chart"), { labels, xTitle: "layer", unit: unitOf(metricOf(s)), lines: comparison ? edges : effects, log: s.log && comparison, mark: s.cell?.row ?? null, height: 210 });
   byId("four-words").textContent = comparison
     ? "Embeddings alone exchanged (BB-SB under base's blocks, BS-SS under the fine-tune's), blocks alone exchanged (BB-BS, SB-SS), and both (BB-SS). Mean over tokens."

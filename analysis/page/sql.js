@@ -22,7 +22,7 @@ const SQL = {
   },
   // the same with the effect of a view that is one
   source(s) {
-    if (s.view in EFFECTS) {
+    if (isEffect(s.view)) {
       const pick = (run) => `max(value) FILTER (label = '${run}')`;
       const sum = Object.entries(EFFECTS[s.view]).map(([run, w]) => `${w} * ${pick(run)}`).join(" + ").replace(/\+ -/g, "- ");
       return `(SELECT pair, capture, prompt_idx, variant, layer, position, ${q(s.view)} AS label,

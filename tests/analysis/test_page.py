@@ -213,6 +213,18 @@ def test_the_pointer_reads_a_cell_with_all_metrics_and_both_lists(made: Made, br
     assert browser.find("#marginals").is_displayed() is False, "only a click asks for the marginals"
 
 
+def test_a_pass_may_have_the_name_of_an_effect(tmp_path: Path, browser: Browser) -> None:  # noqa: F811
+    write_capture(
+        tmp_path / "out", make_capture("p", "feed", ("BB", "blocks"), 1, {(0, "identity"): ["a", "b"]}, {1}, 1)
+    )
+    con = open_run(str(tmp_path / "out"))
+    browser.open(f"file://{write_page(con, tmp_path / 'page.html').path}#show=blocks&metric=norm")
+    rows = con.execute(browser.text("#grid-sql pre")).fetchall()
+    assert browser.text("#grid-title") == "norm, blocks"
+    assert browser.execute_script("return Array.from(S.values)") == pytest.approx([value for *_, value in rows])
+    assert browser.logs()[0] == []
+
+
 def test_a_click_keeps_the_cell_and_shows_its_row_and_column(made: Made, browser: Browser) -> None:  # noqa: F811
     browser.open(f"{made.address}#pair=alpha&show=BB-SS")
     point(browser, 1, 4, click=True)
