@@ -105,6 +105,9 @@ async function update() {
   const data = await openSheet(S.pair, S.sheet);
   if (mine !== ticket) return; // something else was chosen meanwhile
   S.data = data;
+  S.hover = null; // the pointer read another prompt, pass or metric: it reads again when it moves
+  byId("tip").hidden = true;
+  if (S.seen?.row >= data.rows || S.seen?.column >= data.columns) S.seen = null;
   S.values = valuesOf(data, S.view, S.metric);
   S.left = maskOf(S.sheet, skipped(S));
   const floor = noiseFloor(data, S.view, S.metric);

@@ -213,6 +213,23 @@ def test_the_pointer_reads_a_cell_with_all_metrics_and_both_lists(made: Made, br
     assert browser.find("#marginals").is_displayed() is False, "only a click asks for the marginals"
 
 
+def test_another_prompt_or_metric_under_the_pointer_is_not_read_as_the_one_before(made: Made, browser: Browser) -> None:  # noqa: F811
+    browser.open(f"{made.address}#pair=alpha&show=BB-SS")
+    point(browser, 1, 4)
+    assert "界" in browser.text("#tip")
+    press(browser, "p")
+    assert browser.execute_script("return [S.sheet.tokens.length, byId('tip').hidden]") == [3, True], (
+        "there is no token 4"
+    )
+    assert "界" not in browser.text("#cell")
+    press(browser, "P")
+    point(browser, 1, 4)
+    press(browser, "m")
+    assert not browser.find("#tip").is_displayed(), "it said what the metric before was"
+    assert browser.text("#cell .where").startswith("界"), "the cell last seen, with the new metric"
+    assert browser.logs()[0] == []
+
+
 def test_a_pass_may_have_the_name_of_an_effect(tmp_path: Path, browser: Browser) -> None:  # noqa: F811
     write_capture(
         tmp_path / "out", make_capture("p", "feed", ("BB", "blocks"), 1, {(0, "identity"): ["a", "b"]}, {1}, 1)
