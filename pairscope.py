@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
 import importlib
+import io
+import os
 import sys
 
 import click
@@ -79,10 +82,19 @@ def cli() -> None:
 
 def main() -> None:
     """Run the command line; a user's error is one line on stderr and its exit code, a bug keeps its traceback."""
-    from capture.errors import PairscopeError
+    from capture.errors import PairscopeError, disk_is_full, why_not_written
 
+    for stream in (sys.stdout, sys.stderr):  # in a locale without UTF-8, where tokens have letters that it has not
+        if isinstance(stream, io.TextIOWrapper) and codecs.lookup(stream.encoding).name != "utf-8":
+            stream.reconfigure(errors="backslashreplace")
     try:
         cli(prog_name="pairscope")
+    except OSError as error:
+        if error.filename is not None or not disk_is_full(error):
+            raise
+        click.echo(f"pairscope: StoreError: cannot write the output: {why_not_written(error)}", err=True)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python's exit tries once more
+        sys.exit(1)
     except PairscopeError as error:
         from capture.printable import escape, without_logins
 

@@ -182,10 +182,17 @@ def sql(
         if query is None:
             print_views(out, as_json, as_csv)
             return
-        query = sys.stdin.read() if query == "-" else query
+        query = _from_stdin() if query == "-" else query
         print_answer(con, query, as_json, as_csv)
         for line in captures_note(con, query, all_captures):
             click.echo(line, err=True)
+
+
+def _from_stdin() -> str:
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError:
+        raise QueryError("the query is not text in UTF-8") from None
 
 
 @click.command(

@@ -149,6 +149,37 @@ def test_a_part_of_a_query_that_writes_leaves_the_captures_and_other_files_alone
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
+def pairscope(*args: object, stdin: bytes = b"", encoding: str = "utf-8", **how: Any) -> Any:
+    """The command in a process of its own, whose three streams are of an encoding."""
+    return subprocess.run(
+        [sys.executable, "-m", "pairscope", *map(str, args)], input=stdin, stderr=subprocess.PIPE, check=False,
+        env=os.environ | {"PYTHONIOENCODING": encoding}, **({"stdout": subprocess.PIPE} | how),
+    )  # fmt: skip
+
+
+def test_a_locale_without_the_letters_of_a_token_shows_their_codes(synthetic: Any) -> None:
+    done = pairscope("sql", synthetic.out, "SELECT '\u754c' AS x, '\xe9' AS y", encoding="latin-1")
+    assert (done.returncode, done.stdout.split()) == (0, [b"x", b"y", b"\\u754c", b"\xe9"])
+    done = pairscope("grid", synthetic.out, encoding="ascii")
+    assert (done.returncode, b"\\u754c" in done.stdout) == (0, True)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has a disk that is always full")
+def test_an_answer_that_a_full_disk_does_not_take_is_one_line(synthetic: Any) -> None:
+    for query in ("FROM captures", "FROM runs CROSS JOIN range(20)"):
+        with open("/dev/full", "wb") as full:
+            done = pairscope("sql", synthetic.out, "--csv", query, stdout=full)
+        assert (done.returncode, done.stderr) == (
+            1,
+            b"pairscope: StoreError: cannot write the output: the disk is full\n",
+        )
+
+
+def test_a_query_in_another_encoding_is_a_users_error(synthetic: Any) -> None:
+    done = pairscope("sql", synthetic.out, "-", stdin="SELECT 'é'".encode("latin-1"))
+    assert (done.returncode, done.stderr) == (2, b"pairscope: QueryError: the query is not text in UTF-8\n")
+
+
 _ENDLESS = "FROM range(10000000) AS a, range(1000000) AS b"
 
 
