@@ -93,6 +93,8 @@ def report(
     with asking(out, include_partial, lenient) as con:
         question = ask(con, record_type, metrics, axis=axis, top_n=top_n, token_ids=token_ids,
                        logit_source=logit_source, min_logit=min_logit, filters=filters)  # fmt: skip
+        if export:  # before the text, whose reader may leave early, as `head` does
+            click.echo(f"wrote {export_report(con, question, export, export_rows)}", err=True)
         if as_json:
             for section in make_report(con, question, limit or None):
                 click.echo(json_line(section.row(record_type)))
@@ -106,8 +108,6 @@ def report(
                     break
                 for line in section_lines(section, axis, terminal_width()):
                     click.echo(line)
-        if export:
-            click.echo(f"wrote {export_report(con, question, export, export_rows)}", err=True)
 
 
 def _label(record_type: str, comparison: str | None, run_: str | None) -> str | None:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
 import statistics
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -155,6 +158,21 @@ def test_exports_hold_every_cell_in_three_formats(synthetic: Any, call: Callable
     assert [json.loads(line) for line in (tmp_path / "rows.json").read_text().splitlines()] == rows
     with (tmp_path / "rows.csv").open(newline="") as file:
         assert [r["token"] for r in csv.DictReader(file)] == [r["token"] for r in rows]
+
+
+def test_an_export_is_whole_where_nobody_reads_the_text(synthetic: Any, tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)  # as `head` does once it has its lines
+    try:
+        words = ["report", str(synthetic.out), "--export", str(tmp_path / "rows.csv")]
+        done = subprocess.run(
+            [sys.executable, "-m", "pairscope", *words], stdout=writer, stderr=subprocess.PIPE, check=False
+        )
+    finally:
+        os.close(writer)
+    assert (done.returncode, done.stderr.decode()) == (1, f"wrote {tmp_path / 'rows.csv'}\n")
+    rows = list(csv.reader((tmp_path / "rows.csv").open(newline="")))
+    assert len(rows) == 1 + 6 * 4 * (5 + 3) + 2 * 3 * 2
 
 
 def test_an_export_cannot_end_in_anything(synthetic: Any, call: Callable[..., Any], tmp_path: Path) -> None:
