@@ -160,6 +160,25 @@ def test_a_prompt_that_one_of_the_pairs_lacks_is_named(
     assert "pair 'alpha'" not in done.err
 
 
+@pytest.mark.parametrize(
+    "table", ["tokens", "vocabulary", "tracked_tokens", "spectrum", "runs", "runs_topk", "pairwise", "pairwise_topk"]
+)
+def test_a_page_of_what_a_damaged_table_leaves(call: Callable[..., Any], tmp_path: Path, table: str) -> None:
+    path = write_capture(tmp_path / "out", alpha())
+    (file,) = (f for f in path.glob("*.parquet") if f.name in (f"{table}.parquet", f"{table}-00000.parquet"))
+    file.write_bytes(file.read_bytes()[:-20])
+    answer = call("html", tmp_path / "out", "-o", tmp_path / "page.html", "--lenient")
+    assert answer.code == 0
+    assert f"left out: '{file}'" in answer.err
+    index = json.loads(re.search(r'id="index">(.*?)</script>', (tmp_path / "page.html").read_text())[1])  # type: ignore[index]
+    (pair,) = index["pairs"]
+    assert [len(sheet["tokens"]) for sheet in pair["sheets"]] == [5, 3]
+    assert [len(pair[k]) for k in ("runs", "comparisons")] == [
+        0 if table == "runs" else 4,
+        0 if table == "pairwise" else 6,
+    ]
+
+
 def test_a_capture_without_token_lists_is_not_told_to_make_room(call: Callable[..., Any], tmp_path: Path) -> None:
     path = write_capture(tmp_path / "out", alpha())
     marker = json.loads((path / "_COMPLETE").read_text())
