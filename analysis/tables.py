@@ -192,6 +192,8 @@ def copy_query(con: duckdb.DuckDBPyConnection, sql: str, values: list[Any], file
     tmp = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     target = str(tmp).replace("'", "''")
     try:
+        if path.suffix == ".json":
+            sql = _finite(con, sql, values)
         con.execute(f"COPY (\n{sql}\n) TO '{target}' ({COPY_FORMATS[path.suffix]})", values)
         os.replace(tmp, path)
     except (duckdb.IOException, OSError) as error:
@@ -199,6 +201,14 @@ def copy_query(con: duckdb.DuckDBPyConnection, sql: str, values: list[Any], file
     finally:
         tmp.unlink(missing_ok=True)
     return path
+
+
+def _finite(con: duckdb.DuckDBPyConnection, sql: str, values: list[Any]) -> str:
+    """The query with null for what is no finite number: JSON has no word for it, and DuckDB writes NaN and Infinity."""
+    columns = con.execute(f"DESCRIBE SELECT * FROM (\n{sql}\n)", values).fetchall()
+    names = ['"' + name.replace('"', '""') + '"' for name, kind, *_ in columns if kind in ("FLOAT", "DOUBLE")]
+    finite = ", ".join(f"CASE WHEN isfinite({name}) THEN {name} END AS {name}" for name in names)
+    return f"SELECT *{f' REPLACE ({finite})' if names else ''} FROM (\n{sql}\n)"
 
 
 def export_rows(rows: list[dict[str, Any]], destination: str | Path, *others: str) -> Path:

@@ -175,6 +175,22 @@ def test_an_export_is_whole_where_nobody_reads_the_text(synthetic: Any, tmp_path
     assert len(rows) == 1 + 6 * 4 * (5 + 3) + 2 * 3 * 2
 
 
+def test_what_is_no_finite_number_is_null_in_json(tmp_path: Path, call: Callable[..., Any]) -> None:
+    capture = make_capture("p", "c", ("BB", "SS"), 1, {(0, "identity"): ["a", "b"]}, {-1, 0, 1}, 3)
+    capture.cells[0, "identity", "SS"]["norm"][0, 1] = capture.cells[0, "identity", "BB-SS"]["norm_diff"][1, 0] = np.inf
+    write_capture(tmp_path / "out", capture)
+    for metric in ("norm_diff", "norm_delta"):
+        report = ("report", tmp_path / "out", "--metric", metric, "--export", tmp_path / "rows.json")
+        grid = ("grid", tmp_path / "out", "--metric", metric, "-o", tmp_path / "grid.json")
+        for verb, file in ((report, "rows.json"), (grid, "grid.json")):
+            assert call(*verb).code == 0
+            text = (tmp_path / file).read_text()
+            assert "nfinity" not in text, "which other readers of JSON refuse"
+            rows = [json.loads(line) for line in text.splitlines()]
+            assert len(rows) == 3 * 2
+            assert sum(row[metric] is None for row in rows) == 1
+
+
 def test_an_export_cannot_end_in_anything(synthetic: Any, call: Callable[..., Any], tmp_path: Path) -> None:
     answer = call("report", synthetic.out, "--export", tmp_path / "rows.xlsx")
     assert (answer.code, "must end in" in answer.err) == (2, True)
