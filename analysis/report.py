@@ -127,7 +127,9 @@ def make_report(con: duckdb.DuckDBPyConnection, question: Question, limit: int |
     made = 0
     for (pair, capture), rows in by_capture.items():
         filters = replace(question.filters, pair=pair, capture=capture)
-        names = [filters.label] if filters.label else labels(con, filters, question.metric)
+        names = [name for name in labels(con, filters, question.metric) if filters.label in (None, name)]
+        if not names:  # another pair has the one that is asked for
+            continue
         metadata = {k: v for k, v in known.get((pair, capture), {}).items() if k in _METADATA and v is not None}
         while rows and (limit is None or made < limit):
             wanted = _BATCH if limit is None else min(_BATCH, -(-(limit - made) // max(1, len(names))))

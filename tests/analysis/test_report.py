@@ -233,6 +233,14 @@ def test_sections_come_in_order_and_no_more_than_asked_for(con: Any) -> None:
     assert [s.label for s in make_report(con, question, 5)] == [k[-1] for k in keys[:5]]
 
 
+def test_a_comparison_that_another_pair_alone_has_makes_no_sections_of_this_one(
+    synthetic: Any, call: Callable[..., Any]
+) -> None:
+    rows = call("report", synthetic.out, "--comparison", "BB-BS", "--json").rows
+    assert [(row["pair"], row["prompt_idx"]) for row in rows] == [("alpha", 0), ("alpha", 1)]
+    assert "no cell" not in call("report", synthetic.out, "--record-type", "runs", "--run", "SB").out
+
+
 def test_more_prompts_than_one_step_holds_are_all_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tokens = {(i, "identity"): [f"t{i}"] for i in range(7)}
     made = make_capture("p", "c", ("BB",), 1, tokens, {1}, 0)
