@@ -42,7 +42,7 @@ def export_json(
     """Write one capture to `file`, whole or not at all; memory does not grow with the capture.
 
     filters: which prompts and variants. single: a comparison such as BB-SS, to write the older format with it alone. A
-    capture that came from a file becomes that file again, in its own format. told(done, all) is called after each record.
+    capture that came from a file becomes that file again, in its own format where `single` is not another. told(done, all) is called after each record.
     Raises QueryError, StoreError.
     """
     names = Names.of(con, pair, capture)
@@ -111,7 +111,9 @@ def _record(con: duckdb.DuckDBPyConnection, names: Names, prompt: dict[str, Any]
     texts = dict(tokens)
     kept = rests(con, key)
     headers = {part: json.loads(text)["header"] for part, text in kept.headers.items()}
-    header = headers.get("record") or names.record_header(prompt, list(texts.values()), single)
+    header = headers.get("record")
+    if header is None or (single and "layers" not in header):  # a file of all passes has other keys
+        header = names.record_header(prompt, list(texts.values()), single)
     yield "{"
     for i, (name, value) in enumerate(header.items()):
         yield f"{',' if i else ''}{json.dumps(name)}:"
@@ -119,7 +121,8 @@ def _record(con: duckdb.DuckDBPyConnection, names: Names, prompt: dict[str, Any]
             yield json.dumps(value, ensure_ascii=False)
         elif name == "layers":
             base, sft = single.split("-", 1) if single else sides_of(header)
-            yield from _layers(_pair_cells(con, names, key, base, sft, texts, kept.cells("pairwise 0")))
+            mine = (p for p, h in headers.items() if p.startswith("pairwise ") and sides_of(h) == (base, sft))
+            yield from _layers(_pair_cells(con, names, key, base, sft, texts, kept.cells(next(mine, "pairwise 0"))))
         else:
             yield "[\n"
             kind = "run" if name == "runs" else "pairwise"

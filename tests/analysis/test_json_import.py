@@ -212,6 +212,16 @@ def test_one_comparison_goes_out_in_the_older_format(call: Callable[..., Any], t
     )
 
 
+def test_one_comparison_of_an_imported_file_goes_out_alone(call: Callable[..., Any], tmp_path: Path) -> None:
+    file = write(tmp_path / "f.json", two_records())
+    assert call("import-json", file, "--out", tmp_path / "out").code == 0
+    assert call("export-json", tmp_path / "out", "--single", "BS-SB", "-o", tmp_path / "a.json").code == 0
+    records = json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))
+    for one, whole in zip(records, json.loads(file.read_text(encoding="utf-8")), strict=True):
+        assert ("layers" in one, "format_version" in one, "runs" in one) == (True, False, False)
+        assert one["layers"] == next(p for p in whole["pairwise"] if p["name"] == "BS-SB")["layers"]
+
+
 def test_a_file_cut_anywhere_keeps_what_came_before(call: Callable[..., Any], tmp_path: Path) -> None:
     whole = write(tmp_path / "whole.json", two_records()).read_bytes()
     cells = []
