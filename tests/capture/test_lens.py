@@ -43,6 +43,8 @@ def logits(vocab, scale):
 @pytest.mark.parametrize("scale", [1e-3, 1e-2, 0.1, 1, 10, 60, 300])
 @pytest.mark.parametrize("vocab", [40, 64, 307, 20011])
 def test_statistics_agree_with_float64(vocab, scale, way):
+    if "fused" in way:  # interpreted, some hundred times slower: three tiles of a program tell what ten do
+        vocab = min(vocab, 5003)
     x = logits(vocab, scale)
     n = vocab - 3
     slots, pairs = lens_tile(separate(x), PAIRS, NEXT, TRACKED, Vocabulary(n, 10), rows=2, **way)
