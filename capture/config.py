@@ -72,7 +72,8 @@ def load_config(path: str | os.PathLike[str] | None = None, environ: Mapping[str
     if own and settings.model_sweep:
         log.warning("%s set the block's own pair; the %d entries of model_sweep keep theirs", ", ".join(own),
                     len(settings.model_sweep))  # fmt: skip
-    return Config(settings, file, overridden)
+    shared = block.get("tokenizer") if block.get("base_model") is None else None  # else it is that pair's
+    return Config(settings, file, overridden, shared if isinstance(shared, str) else None)
 
 
 def _default_config(environ: Mapping[str, str]) -> Path:

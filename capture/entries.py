@@ -109,11 +109,13 @@ class Entry(Frozen):
 
 @dataclass(frozen=True)
 class Config:
-    """A loaded config: its settings, the file they came from, and which keys the environment replaced (key -> variable)."""
+    """A loaded config: its settings, the file they came from, which keys the environment replaced (key -> variable), and the
+    tokenizer that the file has for all entries of model_sweep without one of their own."""
 
     settings: Settings
     path: Path
     overridden: Mapping[str, str] = field(default_factory=dict)
+    shared_tokenizer: str | None = None
 
     def names(self) -> list[str]:
         """The entries of a sweep: model_sweep, or the one pair of the block."""
@@ -176,8 +178,8 @@ class Config:
             raise ConfigError(f"{self.path}: {BLOCK} names no pair")
         allowed, allowed_at = self._allowed(base, sft, sweep.name if sweep else self.own_name())
         tokenizer, tokenizer_at = pair.tokenizer, f"{prefix}tokenizer"
-        if tokenizer is None and block.base_model is None:  # else the block's tokenizer is its own pair's
-            tokenizer, tokenizer_at = block.tokenizer, "tokenizer"
+        if tokenizer is None and sweep is not None:
+            tokenizer, tokenizer_at = self.shared_tokenizer, "tokenizer"
         if allowed and allowed.tokenizer:
             tokenizer, tokenizer_at = allowed.tokenizer, f"{allowed_at}.tokenizer"
 

@@ -298,6 +298,15 @@ def test_overrides_of_the_pair_that_a_sweep_does_not_take_are_said(
     assert "RESIDUAL_BASE_MODEL, RESIDUAL_SFT_MODEL set the block's own pair" in caplog.text
 
 
+def test_a_pair_from_the_environment_leaves_entries_the_tokenizer_that_the_file_has_for_them(tmp_path: Path) -> None:
+    sweep = "prompts: [x]\ntokenizer: shared\nmodel_sweep: [{name: a, base_model: x, sft_model: y}]"
+    environ = {"RESIDUAL_BASE_MODEL": "p/p", "RESIDUAL_SFT_MODEL": "q/q", "RESIDUAL_TOKENIZER": "t/t"}
+    config = load(tmp_path, sweep, environ)
+    assert (config.entry("a").tokenizer, config.entry("p_p_to_q_q").tokenizer) == ("shared", "t/t")
+    own = "base_model: b\nsft_model: s\n" + sweep  # there it is the own pair's
+    assert load(tmp_path, own, environ).entry("a").tokenizer == "y"
+
+
 @pytest.mark.parametrize(
     ("mode", "name"),
     [(None, "dev"), ("True", "dev"), ("1", "dev"), ("YES", "dev"), ("False", "prod"), ("0", "prod"), ("", "dev")],
