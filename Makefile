@@ -113,8 +113,7 @@ bench-docs: $(STAMP)  ## take all results of .cache/bench into docs/benchmarks.j
 	@$(BIN)/python tests/bench/page.py
 
 bench-analysis: $(STAMP)  ## time questions on 100 M rows, and the import of 1 GB of JSON (some minutes, 5 GB of disk)
-	@$(BIN)/python tests/bench/bench_analysis.py
-	@$(BIN)/python tests/bench/bench_import.py
+	@$(BIN)/python tests/bench/bench_analysis.py; a=$$?; $(BIN)/python tests/bench/bench_import.py; exit $$((a | $$?))
 
 bench-page: $(STAMP)  ## time the page of 20 prompts x 250 tokens x 34 layers in a browser (needs Debian's chromium)
 	@PAIRSCOPE_BENCH=1 $(BIN)/python -m pytest tests/analysis/test_page_speed.py -s
