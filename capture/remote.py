@@ -18,7 +18,7 @@ from typing import Any
 from capture.errors import CheckpointError
 from capture.process import folder
 from capture.ranges import Ranges, RemoteFile
-from capture.weights import MAX_HEADER, places
+from capture.weights import MAX_HEADER, Extent, places
 
 log = logging.getLogger(__name__)
 
@@ -33,9 +33,7 @@ class Source:
         self.keep = keep
         self.ranges = Ranges(token)
         self.files: dict[str, RemoteFile] = {}  # path of the stand-in -> what it stands for
-        self._places: dict[
-            RemoteFile, dict[str, tuple[int, int]]
-        ] = {}  # key -> first byte, and the one behind the last
+        self._places: dict[RemoteFile, dict[str, Extent]] = {}
         self._snapshots: dict[RemoteFile, Path] = {}
         self._folders: list[Path] = []
         self._fetcher: Any = None
@@ -147,7 +145,7 @@ class Source:
         file = self.files[path]
         if file not in self._places:
             self._places[file] = places(Path(path))
-        return self._places[file][key]
+        return self._places[file][key].span
 
     # -- the end -------------------------------------------------------------------------------------------------------
 

@@ -20,7 +20,7 @@ from capture.assemble import Recipe
 from capture.borrowed import KeyMap
 from capture.errors import CheckpointError
 from capture.ledger import CountedSlice, Ledger
-from capture.weights import joined, places
+from capture.weights import Extent, joined, places
 
 if TYPE_CHECKING:
     from capture.remote import Source
@@ -47,7 +47,7 @@ class Stored:
         self._handles: dict[str, Any] = {}
         self._files: dict[str, BinaryIO] = {}
         self._maps: dict[str, Any] = {}  # storages, or None
-        self._places: dict[str, dict[str, tuple[int, int]]] = {}
+        self._places: dict[str, dict[str, Extent]] = {}
         where = f"{label} model '{directory}'"
         if not files:
             raise CheckpointError(f"{where}: transformers found no weight files in it")
@@ -63,7 +63,10 @@ class Stored:
 
     def maps(self, file: str, key: str, dtype: torch.dtype) -> bool:
         """Whether a tensor, wanted in this dtype on the CPU, is a view of its file."""
-        return self._is_here(file) and DTYPES.get(self._handle(file).get_slice(key).get_dtype()) == dtype
+        if not self._is_here(file):
+            return False
+        self._handle(file)
+        return DTYPES.get(self._places[file][key].dtype) == dtype
 
     def _is_here(self, file: str) -> bool:
         return self.source is None or file not in self.source.files
@@ -71,15 +74,14 @@ class Stored:
     def view(self, file: str, key: str) -> torch.Tensor:
         """A tensor that `maps`: its bytes come when they are first used. The library's own way takes four times as long, at moments
         when all else waits."""
-        piece = self._handle(file).get_slice(key)
-        start, stop = self._places[file][key]
-        dtype, mapped = DTYPES[piece.get_dtype()], self._maps[file]
-        if mapped is None or start % dtype.itemsize:
-            tensor: torch.Tensor = piece[...]
+        handle, place = self._handle(file), self._places[file][key]
+        dtype, mapped = DTYPES[place.dtype], self._maps[file]
+        if mapped is None or place.start % dtype.itemsize:
+            tensor: torch.Tensor = handle.get_slice(key)[...]
         else:
             empty: Any = torch.empty(0, dtype=dtype)
-            tensor = empty.set_(mapped, start // dtype.itemsize, piece.get_shape())
-        self.ledger.read(f"{self.label}:{key}", stop - start)
+            tensor = empty.set_(mapped, place.start // dtype.itemsize, place.shape)
+        self.ledger.read(f"{self.label}:{key}", place.stop - place.start)
         return tensor
 
     def cached(self, keys: Iterable[tuple[str, str]]) -> bool:
@@ -92,7 +94,7 @@ class Stored:
         byte = [bytearray(1)]
         try:
             for file, key in keys:
-                number, (start, stop) = self._opened_file(file).fileno(), self._places[file][key]
+                number, (start, stop) = self._opened_file(file).fileno(), self._places[file][key].span
                 for at in range(start, stop, max(1, min(PROBES, (stop - start) // 2))):
                     if os.preadv(number, byte, at, os.RWF_NOWAIT) != 1:
                         return False
@@ -144,7 +146,7 @@ class Stored:
         by_file: dict[str, list[tuple[int, int]]] = {}
         for file, key in keys:
             if self._is_here(file):
-                by_file.setdefault(file, []).append(self._places[file][key])
+                by_file.setdefault(file, []).append(self._places[file][key].span)
         return by_file
 
     def cancel(self, keys: Iterable[tuple[str, str]]) -> None:

@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from capture.errors import CheckpointError
 
@@ -134,12 +134,28 @@ def read_header(file: Path) -> dict[str, Any]:
     return dict(header)
 
 
-def places(file: Path) -> dict[str, tuple[int, int]]:
-    """Where each tensor of a safetensors file lies: its first byte, and the one behind its last. Raises CheckpointError."""
+class Extent(NamedTuple):
+    """Where a tensor of a safetensors file lies, first byte and the one behind its last, and what it is, in the file's words."""
+
+    start: int
+    stop: int
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def span(self) -> tuple[int, int]:
+        return self.start, self.stop
+
+
+def places(file: Path) -> dict[str, Extent]:
+    """All tensors of a safetensors file. Raises CheckpointError."""
     header = read_header(file)
     with file.open("rb") as stream:
         data = 8 + int.from_bytes(stream.read(8), "little")
-    return {key: (data + t["data_offsets"][0], data + t["data_offsets"][1]) for key, t in header.items()}
+    return {
+        key: Extent(data + t["data_offsets"][0], data + t["data_offsets"][1], t["dtype"], tuple(t["shape"]))
+        for key, t in header.items()
+    }
 
 
 def joined(ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
