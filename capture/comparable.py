@@ -30,15 +30,13 @@ def check_comparable(base: StreamedModel, sft: StreamedModel) -> None:
 def check_lengths(model: StreamedModel, longest: int) -> None:
     """Refuse prompts that run past positions that are learned or a table; warn where rotary ones run past what the model was made
     for."""
-    tables = (
-        "max_seq_len" if model.config.model_type == "mpt" else "max_position_embeddings"
-    )  # MPT's biases by distance
-    most = getattr(model.config, tables, None)
+    by_distance = model.config.model_type == "mpt"  # its table is of biases
+    most = getattr(model.config, "max_seq_len" if by_distance else "max_position_embeddings", None)
     if most is None or longest <= most:
         return
     learned = [m for m in model.base.modules() if isinstance(m, nn.Embedding) and m is not model.embedding]
     ends = [m.num_embeddings - getattr(m, "offset", 0) for m in learned]  # OPT's first positions are at row 2
     ends += [b.shape[0] for name, b in model.base.named_buffers() if name.endswith("embed_positions")]  # GPT-J, CodeGen
-    if tables == "max_seq_len" or any(end < longest for end in ends):
+    if by_distance or any(end < longest for end in ends):
         raise PromptError(f"a prompt has {longest} tokens; the {model.label} model has positions for {most} only")
     log.warning("a prompt has %d tokens; the %s model was made for %d", longest, model.label, most)

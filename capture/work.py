@@ -229,9 +229,8 @@ class Work:
         share = -(-sizes[0] // self.group.size)  # ranks, whose shares may differ by a row, take the same rows together
         rows, at_once = statistics_rows(share, on_cpu=not cuda, alone=self.group.size == 1)
         layers = self.layers & plan_layers(lens.layers, base.n_layers, "lens.layers")
-        if (
-            lens.enabled and not layers
-        ):  # two lists were compared when the config was read; n for every n-th could not be
+        # two lists were compared when the config was read; n for every n-th could not be
+        if lens.enabled and not layers:
             raise ConfigError(
                 f"residual_compare.lens.layers, {lens.layers}, and layers, {self.entry.layers}, have none of this model's layers, -1 to "
                 f"{base.n_layers}, in common; name layers that are in both, or set lens.enabled to false"

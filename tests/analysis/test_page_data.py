@@ -170,8 +170,7 @@ def test_a_page_of_what_a_damaged_table_leaves(call: Callable[..., Any], tmp_pat
     answer = call("html", tmp_path / "out", "-o", tmp_path / "page.html", "--lenient")
     assert answer.code == 0
     assert f"left out: '{file}'" in answer.err
-    index = json.loads(re.search(r'id="index">(.*?)</script>', (tmp_path / "page.html").read_text())[1])  # type: ignore[index]
-    (pair,) = index["pairs"]
+    (pair,) = index_of(tmp_path / "page.html")["pairs"]
     assert [len(sheet["tokens"]) for sheet in pair["sheets"]] == [5, 3]
     assert [len(pair[k]) for k in ("runs", "comparisons")] == [
         0 if table == "runs" else 4,

@@ -123,7 +123,7 @@ def test_a_head_that_cannot_tell_is_destroyed_all_the_same(fake: Fake) -> None:
     assert fake.live() == []
 
 
-def _full_disk(laptop: Any, monkeypatch: Any) -> str:
+def _full_disk(monkeypatch: Any) -> str:
     def edit(_: Any) -> Any:
         raise StoreError("the disk is full")
 
@@ -131,7 +131,7 @@ def _full_disk(laptop: Any, monkeypatch: Any) -> str:
     return json.dumps({"machines": {}, "seen": {"7": {"kind": "worker"}}, "gone": []})
 
 
-def _nested(laptop: Any, monkeypatch: Any) -> str:
+def _nested(monkeypatch: Any) -> str:
     return "[" * 100_000
 
 
@@ -142,7 +142,7 @@ def test_what_is_wrong_with_the_heads_books_does_not_keep_ray_down_from_ending_i
     laptop = on_laptop()
     laptop.create_node(node_config(), HEAD_TAGS, 1)
     wait_for(lambda: [h for h in laptop.non_terminated_nodes({}) if laptop.is_running(h)])
-    text = trouble(laptop, monkeypatch)
+    text = trouble(monkeypatch)
     monkeypatch.setattr(
         machines.subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 0, stdout=text, stderr="")
     )
