@@ -89,8 +89,11 @@ def _pair(con: duckdb.DuckDBPyConnection, row: tuple[Any, ...]) -> PairData:
         f"SELECT prompt_idx, variant, text FROM prompts {here} ORDER BY prompt_idx, variant <> 'identity', variant", key
     ).fetchall()
     tracked = con.execute(f"SELECT token_id, label FROM tracked_tokens {here} ORDER BY slot", key).fetchall()
+    # the last of several texts of an id is kept: always the same one, the vocabulary's where it has one
     stored = con.execute(
-        f"SELECT token_id, token FROM tokens {here} UNION SELECT token_id, token FROM vocabulary {here}", [*key, *key]
+        f"SELECT token_id, token FROM (SELECT token_id, token, 0 AS place FROM tokens {here} UNION "
+        f"SELECT token_id, token, 1 FROM vocabulary {here}) ORDER BY place, token",
+        [*key, *key],
     ).fetchall()
     data = PairData(
         name=name,

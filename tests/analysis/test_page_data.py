@@ -15,7 +15,7 @@ import pytest
 from synthetic import alpha, beta, make_capture, write_capture
 
 from analysis import QueryError, open_run
-from analysis.html_data import parse_prompts
+from analysis.html_data import choose_pairs, parse_prompts
 from analysis.html_pack import Packer, to_half
 from analysis.html_page import PAGE, SCRIPTS, write_page
 from capture.errors import StoreError
@@ -105,6 +105,14 @@ def test_lists_are_as_long_as_the_longest_there_is(con: Any, tmp_path: Path) -> 
     assert done[0].lists == done[1].lists == 4
     same = [re.sub('"made":"[^"]*"', "", d.path.read_text()) for d in done]
     assert same[0] == same[1]
+
+
+def test_an_id_of_several_texts_has_the_vocabularys(con: Any) -> None:
+    (pair,) = choose_pairs(con, ("beta",))
+    spelled = con.execute("SELECT token_id, token FROM vocabulary WHERE pair = 'beta'").fetchall()
+    several = con.execute("SELECT count(DISTINCT token) FROM tokens WHERE pair = 'beta' GROUP BY token_id").fetchall()
+    assert (2,) in several, "two variants of a made-up prompt have their own texts"
+    assert pair.stored == dict(spelled)
 
 
 def test_entries_prompts_and_the_largest_prompts_are_chosen(con: Any, tmp_path: Path) -> None:
