@@ -29,7 +29,8 @@ class Browser:
 
     def wait_ready(self, seconds: float = 60) -> str:
         """Wait until the page has drawn what its state says; returns that state, its link."""
-        return str(self.wait("return document.documentElement.dataset.ready === toHash() && toHash()", seconds))
+        script = "const { ready } = document.documentElement.dataset; return ready && ready === toHash() && ready"
+        return str(self.wait(script, seconds))  # before it has drawn once there may be nothing to make a link of
 
     def wait(self, script: str, seconds: float = 60) -> Any:
         """Wait until a script gives something true, and return that."""
