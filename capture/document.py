@@ -75,7 +75,7 @@ def document(work: Work, files: list[dict[str, Any]]) -> dict[str, Any]:
             if not b.probe
         ],
         "noise_floor": _noise_floor(work),
-        "self_checks": work.checks,
+        "self_checks": work.checks | ({"lens_error": collector.queue.check} if collector.queue.check else {}),
         "tensor_parallel": work.group.size,
         "replicate_attention": work.group.whole_attention,
         "mode": work.mode.mode,

@@ -24,6 +24,7 @@ from capture.lens_plan import LensPlan
 from capture.lens_sums import Space as Workspace
 from capture.lockstep import Pair
 from capture.logits import Logits, can_shift, led_logits, sampled_logits, separate, tile_logits
+from capture.selfcheck import lens_check
 from capture.unembed import Space, keeps_space
 
 log = logging.getLogger(__name__)
@@ -83,6 +84,7 @@ class LensQueue:
         # In main memory led logits cost no more than separate ones. On a GPU their products are in float32, the models' own may be 16-bit.
         self.led_at_once = pair.models["base"].device.type == "cpu"
         self.left_out_mass: dict[str, float] = {"base": 0.0, "sft": 0.0}
+        self.check: dict[str, float] | None = None  # of the first tile: `lens_check`
 
     def __len__(self) -> int:
         return sum(map(len, self.waiting))
@@ -119,6 +121,8 @@ class LensQueue:
         if (found := self._or_smaller(rows)) is None:
             self.waiting.insert(0, rows)
         else:
+            if self.check is None:
+                self.check = self._checked(rows, found)
             self.store(rows, found)
 
     def _or_smaller(self, rows: Waiting) -> Statistics | None:
@@ -167,6 +171,15 @@ class LensQueue:
                 for pair, stats in found[1].items():
                     lost = stats.lossy[again].nonzero().flatten()
                     put(stats, again[lost], join([better[1][pair]], lost))
+
+    def _checked(self, rows: Waiting, found: Statistics) -> dict[str, float]:
+        """The first and the last row once more, by the plainest way: a product with so few rows costs what reading its weights does."""
+        ends = sorted({0, len(rows) - 1})
+        few = _chosen(rows, torch.tensor(ends, device=rows.following.device))
+        logits = self._common(tile_logits(self.pair, few.states, few.kind.heads, self.space), few.kind.heads)
+        return lens_check(
+            [logits.slot(s) for s in range(logits.n_slots)], found, few.following, ends, self.lens.vocabulary
+        )
 
     def _likely(self, rows: Waiting) -> tuple[Tensor, Tensor]:
         """The way of each row [R], and the furthest that it may go."""

@@ -1,5 +1,8 @@
-"""A self-check that runs with every capture: on a tiny model of the same class, walking layer by layer through recorded
-arguments must give, bit for bit, what the model's own forward gives.
+"""Two self-checks that run with every capture.
+
+Of the layers: on a tiny model of the same class, walking layer by layer through recorded arguments must give, bit for bit, what the
+model's own forward gives. Of the lens: what its fast ways (sums of shifts, kernels) found for some of the first rows must be what
+float64 makes of the logits that the model's own code gives for these rows.
 """
 
 from __future__ import annotations
@@ -7,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +18,9 @@ from torch import nn
 
 from capture.checkpoint import StreamedModel
 from capture.errors import SelfCheckError, UnsupportedModelError
+from capture.lens import Statistics
 from capture.replay import record, run_layer, run_tail
+from capture.topk import TopK, Vocabulary
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +52,10 @@ SHALLOW = (
     *KINDS,
 )
 MOST_WEIGHTS = 1 << 26  # of a model that is made to be checked
+ROUNDED = (
+    2e-5  # of the largest logit: what a float32 logit may differ by, made in another product, as a sum or through TF32
+)
+PART = 1 << 14  # entries of the vocabulary in float64 at a time
 
 
 def tiny_config(config: Any, keys: Collection[str] = tuple(TINY)) -> Any:
@@ -129,3 +138,85 @@ def _both_ways(streamed: StreamedModel, config: Any) -> tuple[torch.Tensor, torc
     for layer, call in zip(whole.layers, recording.calls, strict=True):
         hidden = run_layer(layer, hidden, call)
     return plain, run_tail(recording.tail, hidden)
+
+
+@torch.no_grad()
+def lens_check(
+    logits_SRV: Sequence[torch.Tensor], found: Statistics, next_R: torch.Tensor, rows: Sequence[int], v: Vocabulary
+) -> dict[str, float]:
+    """Compare a tile's statistics with float64 ones of some of its rows. logits_SRV: of each slot, for these rows only, [R, V] float32
+    (a rank's share of V), each slot's made of its own state by the model's own code; next_R: ids of the tokens that follow them, or -1.
+
+    Entropy -sum p log p, log-probability of the next token, KL(b || a) = sum p_b (log p_b - log p_a) and KL(a || b), in nats; and of
+    each top-k list its values at their ids, and that none is larger than its first. With logits e apart the entropy H differs by
+    e (1 + 2 H) at most, a KL by 2 e (1 + KL). Rows with logits that are not finite are passed over.
+
+    Returns the largest errors, {"entropy": nats, "kl": nats, "logit": logits}. Raises SelfCheckError where one is beyond what
+    rounding explains.
+    """
+    some = torch.tensor(rows, device=next_R.device)
+    largest = v.group.max(torch.stack([x.abs().amax(1) for x in logits_SRV])).amax(0).double()
+    finite = largest.isfinite()
+    apart = ROUNDED * largest + 1e-6
+    logsumexp, entropy = _own_statistics(logits_SRV, v)
+    errors = {"entropy": 0.0, "kl": 0.0, "logit": 0.0}
+
+    def compare(kind: str, what: str, ours: torch.Tensor, theirs: torch.Tensor, allowed: torch.Tensor) -> None:
+        known = finite.view(-1, *[1] * (ours.dim() - 1)) & ~theirs.isnan()
+        off = (ours.double() - theirs.double()).abs().where(known, 0.0)
+        wrong = ~(off <= allowed.view(-1, *[1] * (ours.dim() - 1))) & known
+        errors[kind] = max(errors[kind], float(off.max()))
+        if wrong.any():
+            at = tuple(wrong.nonzero()[0].tolist())
+            raise SelfCheckError(
+                f"the lens gives {what} {float(ours[at]):.6g} where the model's own logits have {float(theirs[at]):.6g}; this "
+                "architecture is not supported with residual_compare.lens, or the compiled lens is wrong on this machine: "
+                "lens.compile: false does without"
+            )
+
+    def listed(what: str, ours: TopK, x_RV: torch.Tensor, allowed: torch.Tensor, sign: int = 1) -> None:
+        ids, values = ours.ids[some], ours.values[some]
+        compare("logit", f"{what} of", values, v.pick(x_RV, ids), allowed)
+        best = (sign * x_RV[:, : v.n]).amax(1) if v.n else x_RV.new_full((len(rows),), -torch.inf)
+        if values.shape[1]:
+            compare("logit", f"{what}, the first of its list, of", values[:, 0], sign * v.group.max(best), allowed)
+
+    for s, stats in enumerate(found[0]):
+        compare("entropy", "an entropy of", stats.entropy[some], entropy[s], apart * (1 + 2 * entropy[s]))
+        following = v.pick(logits_SRV[s], next_R.clamp(min=0)[:, None])[:, 0].double() - logsumexp[s]
+        following = following.where(next_R >= 0, torch.nan)
+        compare("logit", "a log-probability of the next token of", stats.next_logprob[some], following, 2 * apart)
+        listed("a logit", stats.top, logits_SRV[s], apart)
+    for (a, b), pair in found[1].items():
+        for what, ours, (p, q) in (("KL", pair.kl_ba, (b, a)), ("reverse KL", pair.kl_ab, (a, b))):
+            kl = _own_kl(logits_SRV[p], logits_SRV[q], logsumexp[p], logsumexp[q], v)
+            compare("kl", f"a {what} of", ours[some], kl, 2 * apart * (1 + kl))
+        shift = logits_SRV[b] - logits_SRV[a]
+        listed("a shift", pair.increased, shift, 2 * apart)
+        listed("a shift", pair.decreased, shift, 2 * apart, sign=-1)
+    return errors
+
+
+def _own_statistics(logits_SRV: Sequence[torch.Tensor], v: Vocabulary) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-sum-exp and entropy of each slot and row, [S, R] float64, a part of the vocabulary at a time."""
+    most = v.group.max(torch.stack([x.amax(1) for x in logits_SRV])).double()
+    sums = most.new_zeros(2, *most.shape)
+    for s, x in enumerate(logits_SRV):
+        for part in x.split(PART, dim=1):
+            lower = part.double() - most[s][:, None]
+            p = lower.exp()
+            sums[0, s] += p.sum(1)
+            sums[1, s] += (p * lower).sum(1)
+    total, weighted = v.group.sum(sums)
+    return most + total.log(), total.log() - weighted / total
+
+
+def _own_kl(
+    p_RV: torch.Tensor, q_RV: torch.Tensor, of_p_R: torch.Tensor, of_q_R: torch.Tensor, v: Vocabulary
+) -> torch.Tensor:
+    """KL(p || q) [R] float64 of logits and their log-sum-exps."""
+    kl = torch.zeros_like(of_p_R)
+    for p, q in zip(p_RV.split(PART, dim=1), q_RV.split(PART, dim=1), strict=True):
+        log_p = p.double() - of_p_R[:, None]
+        kl += (log_p.exp() * (log_p - (q.double() - of_q_R[:, None]))).sum(1)
+    return v.group.sum(kl)

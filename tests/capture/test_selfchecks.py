@@ -5,12 +5,14 @@ from pathlib import Path
 
 import pytest
 import tiny
+import torch
 from transformers.models.llama import modeling_llama
 from walked import open_pair, walk
 
+from capture import lens, lens_queue, logits
 from capture.checkpoint import StreamedModel
 from capture.collector import Collector
-from capture.config import Batching, Entry
+from capture.config import Batching, Entry, Lens
 from capture.errors import SelfCheckError, UnsupportedModelError
 from capture.run import capture_pair
 
@@ -51,6 +53,67 @@ def test_a_model_that_differs_from_itself_stops_the_capture(metric, pairs, tmp_p
     with pytest.raises(SelfCheckError, match=f"base and sft are the same checkpoint, yet {metric} reaches 1e-30"):
         capture_pair(entry_of(tiny.PairPaths(base, base, base)), str(tmp_path))
     assert not list(tmp_path.rglob("*.parquet"))
+
+
+@pytest.mark.parametrize("compiled", ["auto", False])
+def test_a_lens_that_takes_a_curved_head_for_a_plain_one_stops_the_capture(compiled, pairs, tmp_path, monkeypatch):
+    """The soft cap of gemma2: shifts of states are no shifts of logits there."""
+    monkeypatch.setattr(logits, "head_is_linear", lambda model: True)
+    with pytest.raises(SelfCheckError, match=r"the lens gives .* where the model's own logits have .*compile: false"):
+        capture_pair(entry_of(pairs("gemma2"), lens=Lens(compile=compiled)), str(tmp_path))
+    assert not list(tmp_path.rglob("*.parquet"))
+
+
+def _off(by):
+    def change(values):
+        values[0] += by
+
+    return change
+
+
+def _other_ids(top):
+    top.ids[0, 0] = top.ids[0, 1]
+
+
+def _not_the_largest(top):
+    top.ids[0], top.values[0] = top.ids[0].roll(-1), top.values[0].roll(-1)
+
+
+@pytest.mark.parametrize("compiled", ["auto", False])
+@pytest.mark.parametrize(
+    ("statistic", "wrong"),
+    [
+        ("an entropy", lambda slots, pairs: _off(-0.01)(slots[1].entropy)),
+        ("an entropy", lambda slots, pairs: _off(torch.nan)(slots[1].entropy)),
+        ("a log-probability of the next token", lambda slots, pairs: _off(0.01)(slots[0].next_logprob)),
+        ("a KL", lambda slots, pairs: _off(0.001)(pairs[0].kl_ba)),
+        ("a reverse KL", lambda slots, pairs: _off(0.001)(pairs[-1].kl_ab)),
+        ("a logit", lambda slots, pairs: _other_ids(slots[0].top)),
+        ("a logit, the first of its list,", lambda slots, pairs: _not_the_largest(slots[-1].top)),
+        ("a shift", lambda slots, pairs: _off(0.001)(pairs[0].increased.values)),
+        ("a shift, the first of its list,", lambda slots, pairs: _not_the_largest(pairs[0].decreased)),
+    ],
+)
+def test_a_lens_that_finds_another_number_stops_the_capture(statistic, wrong, compiled, pairs, tmp_path, monkeypatch):
+    def tile(*args, **kwargs):
+        slots, compared = lens.lens_tile(*args, **kwargs)
+        wrong(slots, list(compared.values()))
+        return slots, compared
+
+    monkeypatch.setattr(lens_queue, "lens_tile", tile)
+    with pytest.raises(
+        SelfCheckError, match=f"the lens gives {statistic} of [-.0-9enan]+ where the model's own logits have"
+    ):
+        capture_pair(entry_of(pairs("llama"), lens=Lens(compile=compiled)), str(tmp_path))
+    assert not list(tmp_path.rglob("*.parquet"))
+
+
+def test_the_lens_is_checked_whatever_its_rows_and_vocabularies(pairs, tmp_path):
+    """One token; and one that nothing follows, whose log-probability is no number."""
+    result = capture_pair(entry_of(pairs("llama"), prompts=("a",), add_special_tokens=False), str(tmp_path))
+    errors = json.loads((Path(result.path) / "capture.json").read_text())["self_checks"]["lens_error"]
+    assert errors.keys() == {"entropy", "kl", "logit"}
+    assert all(0 < error < 1e-4 for error in errors.values())
 
 
 def test_a_model_that_does_more_than_its_modules_after_the_last_layer_is_refused(pairs, tmp_path, monkeypatch):
