@@ -120,7 +120,7 @@ def _record(con: duckdb.DuckDBPyConnection, names: Names, prompt: dict[str, Any]
         if value != HERE:
             yield json.dumps(value, ensure_ascii=False)
         elif name == "layers":
-            base, sft = single.split("-", 1) if single else sides_of(header)
+            base, sft = names.sides(single) if single else sides_of(header)
             mine = (p for p, h in headers.items() if p.startswith("pairwise ") and sides_of(h) == (base, sft))
             yield from _layers(_pair_cells(con, names, key, base, sft, texts, kept.cells(next(mine, "pairwise 0"))))
         else:

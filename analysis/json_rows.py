@@ -70,11 +70,17 @@ class Names:
         pairs = zip(self.tracked_ids, logits or (), strict=False)
         return {i: v for i, v in pairs if v is not None and math.isfinite(v)}
 
+    def sides(self, comparison: str) -> tuple[str, str]:
+        """The two passes of a comparison. An imported pass may have a hyphen in its own name, so both must be passes."""
+        cuts = [(comparison[:i], comparison[i + 1 :]) for i, letter in enumerate(comparison) if letter == "-"]
+        known = {name for name, *_ in self.passes}
+        return next((two for two in cuts if known.issuperset(two)), cuts[0])
+
     def record_header(self, prompt: dict[str, Any], tokens: list[str], single: str | None) -> dict[str, Any]:
         """The keys of a record that is made here, in the format's order."""
         metadata = self._metadata(prompt)
         if single:
-            base, sft = single.split("-", 1)
+            base, sft = self.sides(single)
             return {"prompt": prompt["text"], "tokens": tokens, "metadata": metadata,
                     "swap_options": self._swap_options(base, sft), "layers": HERE}  # fmt: skip
         return {"format_version": 2, "prompt": prompt["text"], "tokens": tokens,
@@ -91,7 +97,7 @@ class Names:
             ]  # fmt: skip
         found = []
         for i, name in enumerate(self.comparisons):
-            base, sft = name.split("-", 1)
+            base, sft = self.sides(name)
             runs = {"base_run": base, "sft_run": sft}
             found.append((f"pairwise {i}", {
                 "name": name, **runs, "prompt": prompt["text"], "tokens": tokens,

@@ -222,6 +222,21 @@ def test_one_comparison_of_an_imported_file_goes_out_alone(call: Callable[..., A
         assert one["layers"] == next(p for p in whole["pairwise"] if p["name"] == "BS-SB")["layers"]
 
 
+def test_a_comparison_of_passes_with_hyphens_goes_out_alone(call: Callable[..., Any], tmp_path: Path) -> None:
+    records = two_records()
+    for one in records:
+        for part in one["runs"]:
+            part["name"] = f"my-{part['name']}"
+        for part in one["pairwise"]:
+            part |= {side: f"my-{part[side]}" for side in ("base_run", "sft_run")}
+    round_trip(call, write(tmp_path / "f.json", records), tmp_path)
+    assert call("export-json", tmp_path / "out", "--single", "my-BB-my-SS", "-o", tmp_path / "one.json").code == 0
+    (first, second) = json.loads((tmp_path / "one.json").read_text())
+    assert [first["layers"], second["layers"]] == [
+        next(p["layers"] for p in r["pairwise"] if (p["base_run"], p["sft_run"]) == ("my-BB", "my-SS")) for r in records
+    ]
+
+
 def test_a_file_cut_anywhere_keeps_what_came_before(call: Callable[..., Any], tmp_path: Path) -> None:
     whole = write(tmp_path / "whole.json", two_records()).read_bytes()
     cells = []
