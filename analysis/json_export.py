@@ -126,9 +126,9 @@ def _record(con: duckdb.DuckDBPyConnection, names: Names, prompt: dict[str, Any]
         else:
             yield "[\n"
             kind = "run" if name == "runs" else "pairwise"
-            parts = [(p, h) for p, h in headers.items() if p.startswith(f"{kind} ")] or names.parts(
-                kind, prompt, list(texts.values())
-            )
+            parts = [(p, h) for p, h in headers.items() if p.startswith(f"{kind} ")]
+            if not headers:  # of an imported record they are those of its file, be it none
+                parts = names.parts(kind, prompt, list(texts.values()))
             for j, (part, said) in enumerate(parts):
                 yield (",\n" if j else "") + "{"
                 for k, (inner, content) in enumerate(said.items()):

@@ -52,6 +52,13 @@ def test_the_older_format_comes_back_as_it_was(call: Callable[..., Any], tmp_pat
     assert norms.fetchall() == [(np.float32(records[0]["layers"]["0"]["1"]["norm_base"]),)]
 
 
+def test_a_record_without_passes_or_comparisons_comes_back_without(call: Callable[..., Any], tmp_path: Path) -> None:
+    records = [*two_records(), record(random.Random(2), 4, ["y"])]
+    records[0]["runs"] = []
+    records[1]["pairwise"] = []
+    assert round_trip(call, write(tmp_path / "f.json", records), tmp_path) == records
+
+
 def test_strange_cells_come_back_as_they_were(call: Callable[..., Any], tmp_path: Path) -> None:
     records = two_records()
     layers = records[0]["runs"][1]["layers"]
