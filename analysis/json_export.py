@@ -121,7 +121,7 @@ def _record(con: duckdb.DuckDBPyConnection, names: Names, prompt: dict[str, Any]
             yield json.dumps(value, ensure_ascii=False)
         elif name == "layers":
             base, sft = names.sides(single) if single else sides_of(header)
-            mine = (p for p, h in headers.items() if p.startswith("pairwise ") and sides_of(h) == (base, sft))
+            mine = (part for part, sides in kept.pair_sides.items() if sides == (base, sft))
             yield from _layers(_pair_cells(con, names, key, base, sft, texts, kept.cells(next(mine, "pairwise 0"))))
         else:
             yield "[\n"
@@ -139,7 +139,7 @@ def _record(con: duckdb.DuckDBPyConnection, names: Names, prompt: dict[str, Any]
                         run = kept.run(part, said)
                         yield from _layers(_run_cells(con, names, key, run, texts, kept.cells(part)))
                     else:
-                        base, sft = sides_of(said)
+                        base, sft = kept.sides(part, said)
                         yield from _layers(_pair_cells(con, names, key, base, sft, texts, kept.cells(part)))
                 yield "}"
             yield "\n]"

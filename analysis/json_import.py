@@ -169,7 +169,7 @@ def _finish(record: Record, prompts: list[Prompt], stage: Stage) -> None:
         if part.kind == "run":
             prompt.runs[part.number] = unique(str(part.header.get("name") or f"run{part.number}"), prompt.runs.values())
         else:
-            prompt.pairs[part.number] = sides_of(header if part.legacy else part.header)
+            prompt.pairs[part.number] = unique_sides(header if part.legacy else part.header, prompt.pairs.values())
     prompts.append(prompt)
     record.header = {}
     record.parts = []
@@ -195,6 +195,12 @@ def unique(name: str, others: Any) -> str:
         if name not in known
         else next(f"{name}#{n}" for n in range(2, len(known) + 3) if f"{name}#{n}" not in known)
     )
+
+
+def unique_sides(header: dict[str, Any], others: Any) -> tuple[str, str]:
+    """The two passes of a comparison as the tables have them; sft_run with a number where one of the others is of the same two."""
+    base, sft = sides_of(header)
+    return base, unique(sft, [s for b, s in others if b == base])
 
 
 def sides_of(header: dict[str, Any]) -> tuple[str, str]:

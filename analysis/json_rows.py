@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from analysis.json_file import HERE
-from analysis.json_import import unique
+from analysis.json_import import sides_of, unique, unique_sides
 from analysis.views import quote
 
 if TYPE_CHECKING:
@@ -134,12 +134,16 @@ class Rests:
     headers: dict[str, str]
     by_part: dict[str, dict[tuple[int, int], list[dict[str, Any]]]]
     run_names: dict[str, str]
+    pair_sides: dict[str, tuple[str, str]]
 
     def cells(self, part: str) -> dict[tuple[int, int], list[dict[str, Any]]]:
         return self.by_part.get(part, {})
 
     def run(self, part: str, header: dict[str, Any]) -> str:
         return self.run_names.get(part, str(header.get("name")))
+
+    def sides(self, part: str, header: dict[str, Any]) -> tuple[str, str]:
+        return self.pair_sides.get(part) or sides_of(header)
 
 
 def rests(con: duckdb.DuckDBPyConnection, key: list[Any]) -> Rests:
@@ -156,7 +160,7 @@ def rests(con: duckdb.DuckDBPyConnection, key: list[Any]) -> Rests:
         for found in by_cell.values():
             found.sort(key=lambda rest: "under" not in rest)  # what is under comes first
     ordered = dict(sorted(headers.items(), key=lambda h: (len(h[0]), h[0])))  # run 9 before run 10
-    return Rests(ordered, cells, _run_names(ordered))
+    return Rests(ordered, cells, _run_names(ordered), _pair_sides(ordered))
 
 
 def hold(con: duckdb.DuckDBPyConnection, names: Names, prompts: list[int]) -> None:
@@ -205,6 +209,15 @@ def _run_names(headers: dict[str, str]) -> dict[str, str]:
             said = json.loads(text)["header"].get("name")
             names[part] = unique(str(said or f"run{part.split(' ')[1]}"), names.values())
     return names
+
+
+def _pair_sides(headers: dict[str, str]) -> dict[str, tuple[str, str]]:
+    """The passes that an import gave to comparisons: as they name them, or made unique."""
+    sides: dict[str, tuple[str, str]] = {}
+    for part, text in headers.items():
+        if part.startswith("pairwise "):
+            sides[part] = unique_sides(json.loads(text)["header"], sides.values())
+    return sides
 
 
 def _rows(

@@ -59,6 +59,20 @@ def test_a_record_without_passes_or_comparisons_comes_back_without(call: Callabl
     assert round_trip(call, write(tmp_path / "f.json", records), tmp_path) == records
 
 
+def test_two_comparisons_of_the_same_passes_are_two(call: Callable[..., Any], tmp_path: Path) -> None:
+    records = two_records()
+    (other,) = [p for p in record(random.Random(3), 0, ["Ġa", "\n", "界"])["pairwise"] if p["name"] == "BB-SS"]
+    records[0]["pairwise"].append(other | {"name": "BB-SS with another unembedding"})
+    assert round_trip(call, write(tmp_path / "f.json", records), tmp_path) == records
+    con = open_run(str(tmp_path / "out"))
+    found = con.execute(
+        "SELECT comparison, count(*) FROM pairwise WHERE base_run = 'BB' AND prompt_idx = 0 GROUP BY ALL"
+    )
+    assert sorted(found.fetchall()) == [("BB-BS", 9), ("BB-SB", 9), ("BB-SS", 9), ("BB-SS#2", 9)]
+    assert call("export-json", tmp_path / "out", "--single", "BB-SS#2", "-o", tmp_path / "one.json").code == 0
+    assert json.loads((tmp_path / "one.json").read_text())[0]["layers"] == other["layers"]
+
+
 def test_strange_cells_come_back_as_they_were(call: Callable[..., Any], tmp_path: Path) -> None:
     records = two_records()
     layers = records[0]["runs"][1]["layers"]
