@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -239,5 +240,5 @@ def print_views(out: str, as_json: bool, as_csv: bool) -> None:
             click.echo(f"      {line}")
     click.echo()
     click.echo(
-        f"Ask: pairscope sql {out} \"SELECT pair, layer, avg(kl_divergence) AS kl FROM pairwise WHERE comparison = 'BB-SS' GROUP BY ALL ORDER BY ALL\""
+        f"Ask: pairscope sql {shlex.quote(out)} \"SELECT pair, layer, avg(kl_divergence) AS kl FROM pairwise WHERE comparison = 'BB-SS' GROUP BY ALL ORDER BY ALL\""
     )

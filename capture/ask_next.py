@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 
 from capture.entries import Entry
@@ -13,6 +14,7 @@ def commands(out: str, entries: Sequence[Entry]) -> list[str]:
     One comparison, since a mean over several is of nothing; a number of the states where an entry has no lens, and passes
     where one compares none.
     """
+    out = shlex.quote(out)  # a space would end it in a shell, and an ampersand in the address of a store the command
     if not all(entry.comparisons for entry in entries):
         run = next((entry.passes[0].name for entry in entries if entry.passes), "BB")
         query = f"SELECT pair, layer, avg(norm) AS norm FROM runs WHERE run = '{run}' GROUP BY ALL ORDER BY ALL"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 import shutil
 import sys
 import textwrap
@@ -181,12 +182,13 @@ def _print_summary(summary: Summary, config: str | None) -> None:
             tell("(peak memory on a CPU: of the weights alone)")
         tell(f"{summary.complete} of {n} complete in {summary.out}")
     tell("\nnext:")
+    out = shlex.quote(summary.out)
     if summary.complete < n:
-        again = f"pairscope sweep {config or ''}".rstrip() + f" --out {summary.out}"
+        again = f"pairscope sweep {shlex.quote(config) if config else ''}".rstrip() + f" --out {out}"
         tell(f"  {again}    # takes up what is missing")
-        tell(f"  pairscope status {summary.out}")
+        tell(f"  pairscope status {out}")
     if summary.complete and on_a_cluster() and "://" not in summary.out:
-        tell(f"  at home: pairscope collect ray_cluster.yaml --out {summary.out.lstrip('~/')}")
+        tell(f"  at home: pairscope collect ray_cluster.yaml --out {shlex.quote(summary.out.lstrip('~/'))}")
     elif summary.complete:
         for line in commands(summary.out, [i.entry for i in summary.items if i.entry and i.state != "failed"]):
             tell(f"  {line}")

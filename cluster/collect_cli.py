@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -100,5 +101,5 @@ def _next(home: RunDir) -> None:
 
     if any(True for _ in home.captures()):
         tell("\nnext:")
-        tell(f"  pairscope status {home.out}")
-        tell(f"  pairscope report {home.out}")
+        tell(f"  pairscope status {shlex.quote(home.out)}")
+        tell(f"  pairscope report {shlex.quote(home.out)}")

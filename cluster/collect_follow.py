@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shlex
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -166,7 +167,9 @@ class Follow:
             for line in found.trouble:
                 self.show.note(f"  {line}")
             if found.failed:
-                self.show.note(f"  failed: {', '.join(found.failed)} (pairscope status {self.home.out} has the errors)")
+                self.show.note(
+                    f"  failed: {', '.join(found.failed)} (pairscope status {shlex.quote(self.home.out)} has the errors)"
+                )
             code = 1 if found.trouble or found.failed else 0
             return self._finish(done, found, code) if self.tear_down else code
         if self.once:

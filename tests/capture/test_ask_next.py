@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -35,3 +36,12 @@ def test_what_is_shown_next_fits_the_entry(tmp_path: Path, block: dict[str, Any]
 
 def test_without_knowing_the_entries_the_usual_is_shown() -> None:
     assert "WHERE comparison = 'BB-SS'" in commands("OUT", [])[2]
+
+
+@pytest.mark.parametrize("out", ["my results/it's", "s3://bucket/prod?endpoint_override=host:9000&scheme=http"])
+def test_what_is_shown_can_be_pasted_into_a_shell(out: str) -> None:
+    for line in commands(out, []):
+        words = subprocess.run(
+            ["sh", "-c", f"printf '%s\\0' {line}"], capture_output=True, check=True, text=True
+        ).stdout
+        assert words.split("\0")[2] == out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -196,3 +197,13 @@ def test_a_dry_run_refuses_a_mode_that_the_gpus_of_a_group_cannot_share(config: 
     result = call(config, "--out", tmp_path / "new", "--dry-run", "--entries", "b")
     assert result.exit_code == 1
     assert "model_sweep[1]: mode: sub-layer and tensor_parallel: 2 exclude each other" in result.stdout
+
+
+def test_what_is_shown_next_can_be_pasted_into_a_shell(config: Path, asked: dict[str, Any]) -> None:
+    asked["summary"] = Summary("my out", (Item("a", state="complete"), Item("b", state="interrupted")), 1)
+    mine = config.rename(config.with_name("my three.yaml"))
+    shown = CliRunner().invoke(sweep, [str(mine), "--out", "my out"]).stdout.split("next:\n")[1].splitlines()
+    assert [shlex.split(line, comments=True) for line in shown[:2]] == [
+        ["pairscope", "sweep", str(mine), "--out", "my out"],
+        ["pairscope", "status", "my out"],
+    ]
