@@ -18,7 +18,7 @@ from analysis.errors import QueryError, near_label
 from analysis.json_cells import PAIR_NUMBERS, RUN_NUMBERS, pair_cell, run_cell, with_rest
 from analysis.json_file import HERE
 from analysis.json_import import sides_of
-from analysis.json_rows import Names, hold, pair_rows, rests, run_rows
+from analysis.json_rows import Names, hold, let_go, pair_rows, rests, run_rows
 from analysis.select import EVERYTHING, Filters
 from capture.errors import StoreError
 
@@ -54,13 +54,13 @@ def export_json(
     done = 0
     try:
         # half of a surrogate pair, which UTF-8 cannot hold, stands in a string, and there its escape means the same
-        with tmp.open("w", encoding="utf-8", errors="backslashreplace") as stream, con.cursor() as work:
+        with tmp.open("w", encoding="utf-8", errors="backslashreplace") as stream:
             stream.write("[")
             for some in _batches(prompts):
-                hold(work, names, [prompt["prompt_idx"] for prompt in some])
+                hold(con, names, [prompt["prompt_idx"] for prompt in some])
                 for prompt in some:
                     stream.write(",\n" if done else "\n")
-                    for text in _record(work, names, prompt, single):
+                    for text in _record(con, names, prompt, single):
                         stream.write(text)
                     done += 1
                     told(done, len(prompts))
@@ -70,6 +70,7 @@ def export_json(
         raise StoreError(f"cannot write '{path}': {error.strerror or error}") from error
     finally:
         tmp.unlink(missing_ok=True)
+        let_go(con)
     return path
 
 
@@ -104,7 +105,7 @@ def _prompts(con: duckdb.DuckDBPyConnection, pair: str, capture: str, filters: F
 def _record(con: duckdb.DuckDBPyConnection, names: Names, prompt: dict[str, Any], single: str | None) -> Iterator[str]:
     key = [names.pair, names.capture, prompt["prompt_idx"], prompt["variant"]]
     tokens = con.execute(
-        "SELECT position, token FROM tokens WHERE pair = ? AND capture = ? AND prompt_idx = ? AND variant = ? "
+        "SELECT position, token FROM held_tokens WHERE pair = ? AND capture = ? AND prompt_idx = ? AND variant = ? "
         "ORDER BY position",
         key,
     ).fetchall()

@@ -148,7 +148,7 @@ class Rests:
 
 def rests(con: duckdb.DuckDBPyConnection, key: list[Any]) -> Rests:
     """Read what an import kept of one record; nothing for a capture of our own."""
-    rows = con.execute(f"SELECT part, layer, position, json FROM imported WHERE {_CELL}", key).fetchall()
+    rows = con.execute(f"SELECT part, layer, position, json FROM held_imported WHERE {_CELL}", key).fetchall()
     headers: dict[str, str] = {}
     cells: dict[str, dict[tuple[int, int], list[dict[str, Any]]]] = {}
     for part, layer, position, text in rows:
@@ -164,41 +164,48 @@ def rests(con: duckdb.DuckDBPyConnection, key: list[Any]) -> Rests:
 
 
 def hold(con: duckdb.DuckDBPyConnection, names: Names, prompts: list[int]) -> None:
-    """Read the cells of some prompts, joined, into temporary tables of this connection: run_cells and pair_cells.
+    """Read the cells of some prompts, joined, into temporary tables: held_run_cells and held_pair_cells. `let_go` drops them.
 
-    run_cells: norm, norm_delta, cosine_prev (a distance), entropy, tracked, ids, logits. pair_cells: norm_diff, cosine_sim (a
-    distance), kl_div, those of both passes after base_ and sft_, and the top-k lists. A record has ten parts: to join for each
-    of them took nearly all of an export's time. tokens and imported stand before the views of their names.
+    Of this connection: a cursor of it does not see a run directory in a store. held_run_cells: norm, norm_delta, cosine_prev (a
+    distance), entropy, tracked, ids, logits. held_pair_cells: norm_diff, cosine_sim (a distance), kl_div, those of both passes
+    after base_ and sft_, and the top-k lists. A record has ten parts: to join for each of them took nearly all of an export's
+    time. held_tokens, held_imported and held_runs are of the views of those names.
     """
     some = ", ".join(str(int(p)) for p in sorted(set(prompts)))
     here = f"pair = {quote(names.pair)} AND capture = {quote(names.capture)} AND prompt_idx IN ({some})"
 
     def table(name: str, sql: str) -> None:
-        con.execute(f"CREATE OR REPLACE TEMP TABLE {name} AS {sql}")
+        con.execute(f"CREATE OR REPLACE TEMP TABLE held_{name} AS {sql}")
 
     for name in ("tokens", "imported", "runs"):
-        table(name, f"SELECT * FROM main.{name} WHERE {here}")
+        table(name, f"SELECT * FROM {name} WHERE {here}")
     cell = "prompt_idx, variant, run, layer, position"
     table(
         "run_cells",
-        f"SELECT {', '.join(f'r.{c}' for c in cell.split(', '))}, {_side(names)}, k.ids, k.logits\nFROM runs AS r\n"
-        f"LEFT JOIN (SELECT {cell}, ids, logits FROM main.runs_topk WHERE {here}) AS k USING ({cell})\n{_before(names)}",
+        f"SELECT {', '.join(f'r.{c}' for c in cell.split(', '))}, {_side(names)}, k.ids, k.logits\nFROM held_runs AS r\n"
+        f"LEFT JOIN (SELECT {cell}, ids, logits FROM runs_topk WHERE {here}) AS k USING ({cell})\n{_before(names)}",
     )
     cell = "prompt_idx, variant, base_run, sft_run, layer, position"
     lists = "increased_ids, increased, decreased_ids, decreased"
     own = [f"p.{column} AS {name}" for name, column in _PAIR_COLUMNS.items()]
     sides = [f"{side[0]}.{name} AS {side}_{name}" for side in ("base", "sft") for name in (*_RUN_COLUMNS, "tracked")]
     joins = "".join(
-        f"LEFT JOIN run_cells AS {side[0]} ON {side[0]}.prompt_idx = p.prompt_idx AND {side[0]}.variant = p.variant "
+        f"LEFT JOIN held_run_cells AS {side[0]} ON {side[0]}.prompt_idx = p.prompt_idx AND {side[0]}.variant = p.variant "
         f"AND {side[0]}.run = p.{side}_run AND {side[0]}.layer = p.layer AND {side[0]}.position = p.position\n"
         for side in ("base", "sft")
     )
     table(
         "pair_cells",
         f"SELECT {', '.join(f'p.{c}' for c in cell.split(', '))}, {', '.join([*own, *sides])}, {lists}\n"
-        f"FROM (SELECT * FROM main.pairwise WHERE {here}) AS p\n"
-        f"LEFT JOIN (SELECT {cell}, {lists} FROM main.pairwise_topk WHERE {here}) AS k USING ({cell})\n{joins}",
+        f"FROM (SELECT * FROM pairwise WHERE {here}) AS p\n"
+        f"LEFT JOIN (SELECT {cell}, {lists} FROM pairwise_topk WHERE {here}) AS k USING ({cell})\n{joins}",
     )
+
+
+def let_go(con: duckdb.DuckDBPyConnection) -> None:
+    """Drop what `hold` has read."""
+    for name in ("tokens", "imported", "runs", "run_cells", "pair_cells"):
+        con.execute(f"DROP TABLE IF EXISTS temp.held_{name}")
 
 
 def _run_names(headers: dict[str, str]) -> dict[str, str]:
@@ -262,7 +269,7 @@ def _before(names: Names) -> str:
     if names.imported or names.last is None:
         return ""
     return (
-        f"LEFT JOIN runs AS before ON r.layer = {names.last} AND before.layer = {names.last - 2} AND before.run = r.run "
+        f"LEFT JOIN held_runs AS before ON r.layer = {names.last} AND before.layer = {names.last - 2} AND before.run = r.run "
         "AND before.prompt_idx = r.prompt_idx AND before.variant = r.variant AND before.position = r.position\n"
     )
 
@@ -272,7 +279,7 @@ def run_rows(
 ) -> Iterator[tuple[int, int, int, dict[str, Any]]]:
     """The cells of a pass of one prompt that `hold` has read."""
     sql = (
-        "SELECT * EXCLUDE (prompt_idx, variant, run) FROM run_cells WHERE prompt_idx = ? AND variant = ? AND run = ? "
+        "SELECT * EXCLUDE (prompt_idx, variant, run) FROM held_run_cells WHERE prompt_idx = ? AND variant = ? AND run = ? "
         "ORDER BY layer, position"
     )
     return _rows(con, names, sql, [*key[2:], run])
@@ -283,7 +290,7 @@ def pair_rows(
 ) -> Iterator[tuple[int, int, int, dict[str, Any]]]:
     """The cells of a comparison of one prompt that `hold` has read."""
     sql = (
-        "SELECT * EXCLUDE (prompt_idx, variant, base_run, sft_run) FROM pair_cells WHERE prompt_idx = ? AND variant = ? "
+        "SELECT * EXCLUDE (prompt_idx, variant, base_run, sft_run) FROM held_pair_cells WHERE prompt_idx = ? AND variant = ? "
         "AND base_run = ? AND sft_run = ? ORDER BY layer, position"
     )
     return _rows(con, names, sql, [*key[2:], base, sft])

@@ -20,6 +20,7 @@ from analysis import build_residual_grid, build_run_grid, open_run
 from analysis.json_file import JsonFile
 from analysis.json_import import pair_of
 from analysis.json_stream import BrokenJson, JsonStream
+from capture.layout import RunDir
 
 
 def two_records() -> list[dict[str, Any]]:
@@ -199,6 +200,16 @@ def test_a_capture_goes_out_and_comes_back(call: Callable[..., Any], tmp_path: P
     here, there = (open_run(str(tmp_path / d)).execute(sql).fetchall() for d in ("out", "again"))
     assert here == there
     assert len(here) == 4 * 2 * 8
+
+
+def test_a_capture_in_a_store_goes_out_as_from_a_disk(
+    call: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_capture(tmp_path / "out", alpha())
+    assert call("export-json", tmp_path / "out", "-o", tmp_path / "here.json").code == 0
+    monkeypatch.setattr(RunDir, "is_local", False)
+    assert call("export-json", tmp_path / "out", "-o", tmp_path / "there.json").code == 0
+    assert (tmp_path / "there.json").read_bytes() == (tmp_path / "here.json").read_bytes()
 
 
 def test_what_is_no_finite_number_goes_out_as_null_or_not_at_all(call: Callable[..., Any], tmp_path: Path) -> None:
