@@ -88,7 +88,8 @@ function chart(host, { labels, xTitle, unit = "", lines, band, mark = null, pick
     cross.setAttribute("x2", x(i));
     const parts = lines.map((l) => `${lines.length > 1 || band ? `${l.name} ` : ""}${show(l.values[i], 3)}`);
     if (band) parts.push(`${band.name} ${show(band.low[i], 3)} to ${show(band.high[i], 3)}`);
-    readout.textContent = `${tokens ? `${i} ` : ""}${labels[i]}: ${parts.join(", ")}`;
+    // apart: after a word that is written from right to left a number would stand before it
+    readout.replaceChildren(tokens ? `${i} ` : "", el("bdi", {}, labels[i]), `: ${parts.join(", ")}`);
   };
   if (mark !== null && mark >= 0) svg("line", { x1: x(mark), x2: x(mark), y1: pad.t, y2: full - pad.b, class: "mark" }, root);
   const place = (event) => {

@@ -242,6 +242,26 @@ def test_a_pass_may_have_the_name_of_an_effect(tmp_path: Path, browser: Browser)
     assert browser.logs()[0] == []
 
 
+def test_numbers_stand_behind_a_token_that_is_written_from_right_to_left(tmp_path: Path, browser: Browser) -> None:  # noqa: F811
+    tokens = {(0, "identity"): ["a", "\u05e9\u05dc\u05d5\u05dd", "b"]}
+    write_capture(tmp_path / "out", make_capture("p", "feed", PASSES, 1, tokens, {1}, 1))
+    page = write_page(open_run(str(tmp_path / "out")), tmp_path / "page.html").path
+    browser.open(f"file://{page}#show=BB-SS&metric=norm_diff&cell=1.1")
+    left_to_right = browser.execute_script("""
+      const chart = byId("by-token").querySelector("svg"), box = chart.getBoundingClientRect(), seen = [];
+      chart.dispatchEvent(new PointerEvent("pointermove", { clientX: box.left + 52 + (box.width - 70) / 2 }));
+      const walk = document.createTreeWalker(byId("by-token").querySelector(".readout"), NodeFilter.SHOW_TEXT);
+      while (walk.nextNode())
+        for (let i = 0; i < walk.currentNode.length; i++) {
+          const range = document.createRange();
+          range.setStart(walk.currentNode, i);
+          range.setEnd(walk.currentNode, i + 1);
+          seen.push([range.getBoundingClientRect().left, walk.currentNode.data[i]]);
+        }
+      return seen.sort((a, b) => a[0] - b[0]).map(([, letter]) => letter).join("");""")
+    assert left_to_right == f"1 \u05dd\u05d5\u05dc\u05e9: {browser.execute_script('return show(S.values[7], 3)')}"
+
+
 def test_a_click_keeps_the_cell_and_shows_its_row_and_column(made: Made, browser: Browser) -> None:  # noqa: F811
     browser.open(f"{made.address}#pair=alpha&show=BB-SS")
     point(browser, 1, 4, click=True)
