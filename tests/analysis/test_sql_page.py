@@ -83,3 +83,15 @@ def test_an_older_capture_of_the_pair_changes_no_answer(run: Any, tmp_path: Path
             assert rounded(both.arrow(query)) == expected, f"{number}. {title}"
             differ += [number] if rounded(every.arrow(query)) != expected else []
     assert len(differ) > 20, "with all captures the older one is seen"
+
+
+def test_a_question_about_one_prompt_is_about_one_variant_of_it(tmp_path: Path) -> None:
+    answers = []
+    for name, tokens in (("one", {}), ("two", {(0, "other"): ["x", "y", "z", "x", "y", "z"]})):
+        both = {(0, "identity"): ["<s>", "a", "b"]} | tokens
+        write_capture(tmp_path / name, make_capture("pydoc", "c", PASSES, 2, both, {-1, 0, 1, 2}, 1))
+        with analysis.open(str(tmp_path / name)) as run:
+            # ids alone: the vocabulary of a made-up capture is of all its prompts
+            answers.append([run.arrow(sql.replace("coalesce(token, token_id::VARCHAR)", "token_id")).to_pylist()
+                            for n, _, _, sql in QUESTIONS if int(n) in (4, 11, 12, 13, 24)])  # fmt: skip
+    assert answers[0] == answers[1]
