@@ -95,3 +95,10 @@ def test_a_question_about_one_prompt_is_about_one_variant_of_it(tmp_path: Path) 
             answers.append([run.arrow(sql.replace("coalesce(token, token_id::VARCHAR)", "token_id")).to_pylist()
                             for n, _, _, sql in QUESTIONS if int(n) in (4, 11, 12, 13, 24)])  # fmt: skip
     assert answers[0] == answers[1]
+
+
+def test_the_cells_that_stand_out_in_one_comparison_are_as_many_as_asked_for(run: Any) -> None:
+    (query,) = [sql for number, _, _, sql in QUESTIONS if number == "9"]
+    found = run.sql(query).fetchall()
+    assert len(found) == 20
+    assert {label for label, *_ in found} == {"BB-SS"}
