@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from synthetic import PASSES, alpha, beta, make_capture, write_attempt, write_capture
+from synthetic import PASSES, alpha, beta, keep_layers, make_capture, write_attempt, write_capture
 
 import analysis
 from analysis.macros import NAMES
@@ -102,3 +102,13 @@ def test_the_cells_that_stand_out_in_one_comparison_are_as_many_as_asked_for(run
     found = run.sql(query).fetchall()
     assert len(found) == 20
     assert {label for label, *_ in found} == {"BB-SS"}
+
+
+def test_passes_make_up_their_mind_at_a_layer_that_the_lens_reads(tmp_path: Path) -> None:
+    made = make_capture("pydoc", "c", ("BB",), 6, {(0, "identity"): ["a", "b"]}, {0, 3, 6}, 1)
+    made = keep_layers(made, 0, 3, 6)
+    made.cells[0, "identity", "BB"]["ids"][:, :, 0] = [[1, 2], [7, 2], [7, 2]]  # from layer 3 on, and from layer 0 on
+    write_capture(tmp_path / "out", made)
+    (query,) = [sql for number, _, _, sql in QUESTIONS if number == "28"]
+    with analysis.open(str(tmp_path / "out")) as run:
+        assert run.sql(query).fetchall() == [("pydoc", "BB", 1.5, 1.5)]
