@@ -51,7 +51,7 @@ class Pass(Frozen):
 
 
 class Comparison(Frozen):
-    """An ordered pair of passes: differences are sft_run minus base_run."""
+    """An ordered pair of passes: the state of base_run is subtracted from that of sft_run."""
 
     base_run: str = Field(description="the pass subtracted")
     sft_run: str = Field(description="the pass subtracted from")
