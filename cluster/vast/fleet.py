@@ -122,8 +122,10 @@ class Fleet:
                     continue
                 if node is not None:
                     found[id_] = node
-                elif id_ not in content["destroyed"] and time.monotonic() - self.added.get(id_, float("-inf")) < NEW_S:
-                    kept[id_] = self.nodes.get(id_)
+                elif id_ not in content["destroyed"] and (
+                    time.monotonic() - self.added.get(id_, float("-inf")) < NEW_S or self._is_new(id_, content)
+                ):
+                    kept[id_] = self.nodes.get(id_) or _by_the_books(id_, content)
                 else:
                     logger.info("instance %s is gone", id_)
                     self._blame(id_, content)
@@ -159,7 +161,7 @@ class Fleet:
             except VastError as error:
                 logger.warning("instance %s is not in the listing, and asking for it failed (%s)", id_, error)
                 gone = False
-            if gone:
+            if gone and not self._is_new(id_, content):
                 self._forget(id_)
             else:
                 found[id_] = kind
@@ -209,7 +211,7 @@ class Fleet:
         for attempt in range(tries):
             known |= self.vast.destroy(int(id_))
             with contextlib.suppress(VastBusyError):
-                if self.vast.instance(int(id_)) is None:
+                if self.vast.instance(int(id_)) is None and (known or not self._is_new(id_, self.state.read())):
                     self._forget(id_, ended=known)
                     return known
             if attempt + 1 < tries:
@@ -353,6 +355,11 @@ class Fleet:
                 return False
             self.greeted[node.id] = node.ssh
         return True
+
+    def _is_new(self, id_: str, content: dict[str, Any]) -> bool:
+        """Whether this machine, whatever process, asked for it so lately that Vast may not know it yet."""
+        seen = content["seen"].get(id_, {})
+        return bool(seen.get("asked_here")) and abs(time.time() - seen["since"]) < NEW_S
 
     def _is_gone(self, id_: str) -> bool:
         return "gone" in self.state.read()["destroyed"].get(id_, {})

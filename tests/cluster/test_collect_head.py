@@ -162,6 +162,8 @@ def test_a_head_that_loses_its_address_while_it_is_asked_for_is_for_later(
 def test_a_head_that_goes_while_its_address_is_asked_for_is_gone(
     fake: Fake, way: HeadWay, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("cluster.vast.fleet.NEW_S", 0.0)
+
     def vanish(head: str) -> str:
         fake.control(f"vanish/{head}")
         way.provider.fleet.listed_at = float("-inf")

@@ -256,6 +256,7 @@ def test_a_name_in_use_by_someone_else_is_refused_also_where_keys_of_that_name_e
     running: str, fake: Fake, tmp_path: Path, monkeypatch: Any
 ) -> None:
     monkeypatch.setattr(before_up, "ray_command", lambda: None)
+    monkeypatch.setattr("cluster.vast.fleet.NEW_S", 0.0)  # what went was there for long
     monkeypatch.setenv("PAIRSCOPE_HOME", str(tmp_path / "another laptop"))
     with pytest.raises(click.ClickException, match="in use by a cluster that was not made from this machine"):
         on_laptop()

@@ -308,7 +308,10 @@ def test_a_head_whose_disk_is_full_still_gives_machines_back(
 
 
 @pytest.mark.parametrize("by_id", [True, False])
-def test_destroy_destroys_where_nothing_can_be_written_down(fake: Fake, full: Callable[[], None], by_id: bool) -> None:
+def test_destroy_destroys_where_nothing_can_be_written_down(
+    fake: Fake, monkeypatch: Any, full: Callable[[], None], by_id: bool
+) -> None:
+    monkeypatch.setattr("cluster.vast.fleet.NEW_S", 0.0)
     laptop = up()
     (head,) = laptop.fleet.refresh()
     full()

@@ -187,6 +187,28 @@ def test_an_instance_that_vast_does_not_list_at_once_is_not_rented_again(fake: F
     ready(renter, node.id)
 
 
+def test_what_another_process_has_just_rented_is_there_before_vast_lists_it(fake: Fake, tmp_path: Path) -> None:
+    node = rent(make(fake, tmp_path))
+    again = make(fake, tmp_path)  # as after Ctrl-C, or a restart of the autoscaler
+    fake.fault("list", "no_rows", times=2)
+    fake.fault("show", "no_rows", times=2)
+    assert set(again.fleet.refresh(force=True)) == {node.id}
+    assert set(again.fleet.remaining()) == {node.id}
+    ready(again, node.id)
+
+
+def test_what_was_just_rented_is_not_gone_because_vast_does_not_know_it_yet(fake: Fake, tmp_path: Path) -> None:
+    node = rent(make(fake, tmp_path))
+    again = make(fake, tmp_path)
+    fake.fault("destroy", "404", times=2)
+    fake.fault("list", "no_rows")
+    fake.fault("show", "no_rows", times=3)
+    again.fleet.destroy_all(again.fleet.remaining(), "as `ray down` does")
+    assert fake.live() == []
+    assert again.fleet.remaining() == {}
+    assert "gone" in again.fleet.state.read()["destroyed"][node.id]
+
+
 def test_a_destroy_that_is_ignored_is_repeated_until_it_is_true(fake: Fake, tmp_path: Path) -> None:
     renter = make(fake, tmp_path)
     node = rent(renter)
