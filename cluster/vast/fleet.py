@@ -262,6 +262,8 @@ class Fleet:
                 asked = request["since"] if request else now
                 since = min(asked, node.row.get("start_date") or asked)
                 fresh = {"since": since, "kind": node.label.kind, "asked_here": request is not None}
+                if request and request.get("dph"):  # what it was offered for, until Vast says what it costs
+                    fresh["dph"] = request["dph"]
                 seen = content["seen"].setdefault(id_, fresh)
                 if not node.row.get("dph_total") and seen.get("dph"):  # a row that does not say is not free of charge
                     node.row["dph_total"] = seen["dph"]

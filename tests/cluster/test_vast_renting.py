@@ -446,3 +446,27 @@ def test_a_row_without_a_price_is_billed_as_before(fake: Fake, tmp_path: Path) -
     renter.fleet.vast.instances = priceless  # type: ignore[method-assign, assignment]
     renter.fleet.refresh()
     assert renter.fleet.bill().rate == before
+
+
+def test_what_a_lost_request_made_costs_what_was_offered_until_vast_says_what(
+    fake: Fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    renter = make(fake, tmp_path)
+    create = renter.fleet.vast.create
+
+    def killed(*args: object, **fields: object) -> None:
+        create(*args, **fields)  # type: ignore[arg-type]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(renter.fleet.vast, "create", killed)
+    with pytest.raises(KeyboardInterrupt):
+        rent(renter)
+    again = make(fake, tmp_path)
+    offered = again.fleet.bill().rate
+    listed = again.fleet.vast.instances
+    monkeypatch.setattr(again.fleet.vast, "instances", lambda: [row | {"dph_total": None} for row in listed()])
+    again.fleet.refresh()
+    assert again.fleet.bill().rate == offered > 0
+    monkeypatch.setattr(again.fleet.vast, "instances", lambda: [row | {"dph_total": 0.5} for row in listed()])
+    again.fleet.refresh()
+    assert again.fleet.bill().rate == 0.5
