@@ -20,7 +20,7 @@ from capture.manifest import LOST, now
 from capture.process import is_here
 from capture.schema import MANIFEST
 from capture.show import Show
-from cluster.collect_check import LOG, PAIR, contents, unfit_marker, wrong_files
+from cluster.collect_check import DOCUMENT, LOG, PAIR, contents, unfit_marker, wrong_files
 from cluster.collect_errors import DamagedError
 from cluster.collect_source import Found, Look, Source
 
@@ -129,7 +129,9 @@ class Collector:
             self._check_room(incoming, total)
         wrong: dict[str, str] = {}
         for _ in range(2):
-            names = [f["name"] for f in files] + ["capture.json"]
+            names = [f["name"] for f in files] + [DOCUMENT]
+            # without a checksum nothing tells what an earlier try left of another capture of this id: it is small, and comes anew
+            (incoming / DOCUMENT).unlink(missing_ok=True)
             self.source.fetch(found.base, names, incoming, lambda: self._tick(found.pair, incoming, total))
             self.show.doing(found.pair, "verifying")
             wrong = wrong_files(incoming, found.marker)
@@ -173,7 +175,7 @@ class Collector:
             for old in target.glob("*.parquet"):
                 if old.name not in names:
                     old.unlink()
-            for name in [*names, "capture.json"]:
+            for name in [*names, DOCUMENT]:
                 if (incoming / name).is_file():
                     _sync(incoming / name)
                     os.replace(incoming / name, target / name)

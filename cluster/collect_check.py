@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ PAIR = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 CAPTURE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*\.parquet")
 LOG = re.compile(r"logs/[A-Za-z0-9][A-Za-z0-9._+-]*/[A-Za-z0-9][A-Za-z0-9._+-]*\.log")
+DOCUMENT = "capture.json"
 SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -42,10 +44,19 @@ def contents(marker: Mapping[str, Any]) -> set[tuple[str, str]]:
 
 
 def wrong_files(directory: Path, marker: Mapping[str, Any]) -> dict[str, str]:
-    """Files of `directory` that are not as the marker says, with the reason: bytes, checksum, rows. Reads all of them."""
+    """Files of `directory` that are not as the marker says, with the reason: bytes, checksum, rows. Reads all of them. Of
+    capture.json, for which a marker has no checksum, that it is there and whole."""
     import pyarrow.parquet as pq
 
     wrong = {}
+    document = directory / DOCUMENT
+    try:
+        if not document.is_file() or document.is_symlink():
+            wrong[DOCUMENT] = "is not there"
+        elif not isinstance(json.loads(document.read_bytes()), dict):
+            wrong[DOCUMENT] = "is no JSON object"
+    except (OSError, ValueError, RecursionError) as error:
+        wrong[DOCUMENT] = f"cannot be read: {' '.join(str(error).split())[:200]}"
     for item in marker["files"]:
         path = directory / item["name"]
         if not path.is_file() or path.is_symlink():

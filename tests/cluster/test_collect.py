@@ -183,6 +183,32 @@ def test_what_was_damaged_at_home_is_fetched_again(far: Far, home: RunDir) -> No
 
 
 @pytest.mark.usefixtures("near")
+@pytest.mark.usefixtures("near")
+@pytest.mark.parametrize("harm", [None, '{"pair": "o', "[]"])
+def test_what_was_asked_and_found_is_a_part_of_a_capture_at_home(far: Far, home: RunDir, harm: str | None) -> None:
+    there = far.capture("one") / "capture.json"
+    here = Path(home.capture_path("one", "0123456789abcdef")) / "capture.json"
+    for _ in range(2):
+        made = collector(far, home)
+        assert (made.round().left, made.verify(made.source.look().captures[0])) == ({}, [])
+        assert here.read_bytes() == there.read_bytes()
+        here.unlink() if harm is None else here.write_text(harm)
+        assert "capture.json" in made.verify(made.source.look().captures[0])[0]
+    there.unlink() if harm is None else there.write_text(harm)
+    assert "capture.json" in collector(far, home).round().left["one (0123456789abcdef)"]
+
+
+@pytest.mark.usefixtures("near")
+def test_nothing_is_left_of_what_an_earlier_try_fetched_of_another_capture_of_the_id(far: Far, home: RunDir) -> None:
+    path = far.capture("one")
+    left = _made(home)
+    for name in ("prompts.parquet", "capture.json"):
+        (left / name).write_text('{"pair": "older"}')
+    assert collector(far, home).round().fetched == 1
+    here = Path(home.capture_path("one", "0123456789abcdef")) / "capture.json"
+    assert here.read_bytes() == (path / "capture.json").read_bytes()
+
+
 def test_a_capture_made_anew_over_there_replaces_the_one_at_home(far: Far, home: RunDir) -> None:
     far.capture("one", rows=10)
     made = collector(far, home)
