@@ -40,7 +40,9 @@ def verdict(done: Round, at_home: Callable[[str, str], bool]) -> Verdict:
     if look.error:
         trouble.append(f"'{look.out}' cannot be read on the head: {look.error}")
     if sweep is None:
-        return Verdict(False, "no sweep into this directory is known", tuple(trouble))
+        others = sorted({str(s.get("out")) for s in look.sweeps})
+        into = f"; there are sweeps into {', '.join(others)}" if others else ""
+        return Verdict(False, f"no sweep into '{look.out}' is known{into}", tuple(trouble))
     if sweep.get("alive"):
         return Verdict(False, "the sweep runs", tuple(trouble))
     if sweep.get("exit_code") is None:
@@ -67,9 +69,15 @@ def verdict(done: Round, at_home: Callable[[str, str], bool]) -> Verdict:
 
 def sweep_of(look: Look) -> dict[str, Any] | None:
     """The last sweep into the directory looked at; one that runs before one that has ended."""
-    ours = [s for s in look.sweeps if s.get("out") == look.out]
+    ours = [s for s in look.sweeps if place(s.get("out")) == place(look.out)]
     running = [s for s in ours if s.get("alive")]
     return (running or ours)[-1] if ours else None
+
+
+def place(out: Any) -> Any:
+    """A run directory's address as it may be compared: a store's is typed with a `/` at its end or without, and has other options
+    where another machine looks at it. What a head says that is no text stays as it is."""
+    return out.partition("?")[0].rstrip("/") if isinstance(out, str) and "://" in out else out
 
 
 def results(look: Look) -> Look:

@@ -412,6 +412,25 @@ def test_results_in_a_store_are_fetched_from_there(far: Far, tmp_path: Path) -> 
 
 
 @pytest.mark.usefixtures("near")
+@pytest.mark.parametrize(("noted", "asked"), [("", "/"), ("/", "")])
+def test_a_store_with_a_slash_at_its_end_is_the_same_store(far: Far, tmp_path: Path, noted: str, asked: str) -> None:
+    far.capture("one")
+    uri = f"file://{far.run.root}"
+    far.note(("one", "complete", ID), out=uri + noted)
+    run = Run(far, tmp_path / "home", teardown=True, remote_out=uri + asked)
+    assert (run(), run.down) == (0, 1)
+
+
+@pytest.mark.usefixtures("near")
+def test_a_directory_into_which_nothing_was_swept_is_named_with_those_that_are_known(far: Far, tmp_path: Path) -> None:
+    far.capture("one")
+    far.note(("one", "complete", ID))
+    run = Run(far, tmp_path / "home", teardown=True, remote_out="/root/uot")
+    assert (run(), run.down) == (1, 0)
+    assert f"no sweep into '/root/uot' is known; there are sweeps into {far.run.root}" in run.said
+
+
+@pytest.mark.usefixtures("near")
 @pytest.mark.parametrize("asked", [False, True])
 def test_what_is_in_a_store_comes_home_also_where_the_cluster_is_gone(
     far: Far, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: bool
