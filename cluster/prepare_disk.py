@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import logging
 import os
@@ -19,6 +20,7 @@ from cluster.mesh.peers import mesh_folder
 log = logging.getLogger(__name__)
 
 GIB = 1 << 30
+NOT_OURS = (errno.EACCES, errno.EPERM, errno.EROFS)  # of a cache that somebody else keeps, and we may only read
 SPARE_BYTES = 2 * GIB  # for logs, staged tables and what else a node writes
 
 
@@ -38,8 +40,14 @@ def model_folder(repo: str) -> Path:
 
 def in_use(repo: str) -> TextIO:
     """Marks a model as used by this process for as long as the returned file is open."""
-    stream = open(_note(repo), "a")  # noqa: SIM115  the caller keeps it
-    fcntl.flock(stream, fcntl.LOCK_SH)
+    try:
+        stream = open(_note(repo), "a")  # noqa: SIM115  the caller keeps it
+    except OSError as error:
+        if error.errno not in NOT_OURS:
+            raise
+        return open(os.devnull)  # nothing is removed there either
+    with contextlib.suppress(OSError):  # a file system without locks: what nobody can be asked about is not removed
+        fcntl.flock(stream, fcntl.LOCK_SH)
     return stream
 
 
@@ -148,7 +156,11 @@ def _held(wanted: Sequence[str], keeping: Keeping) -> int:
 def mark_fetched(repo: str, sweep: str) -> None:
     """Note that a model which is not in the cache yet is there because of this sweep."""
     if sweep and not model_folder(repo).exists():
-        _mark(repo).write_text(sweep)
+        try:
+            _mark(repo).write_text(sweep)
+        except OSError as error:  # whoever fetches it there says what is in the way
+            if error.errno not in NOT_OURS:
+                raise
 
 
 def _fetched_by(repo: str) -> str | None:
@@ -178,12 +190,16 @@ def _mark(repo: str) -> Path:
 
 @contextlib.contextmanager
 def one_at_a_time() -> Iterator[bool]:
-    """True where no other process of this node holds it; a place of a process that died is free again."""
-    with open(hub_cache() / ".preparing", "a") as stream:
+    """True where no other process of this node holds it; a place of a process that died is free again. Also where it cannot be
+    held, in a cache that may not be written to or whose file system has no locks: then all go at once."""
+    with contextlib.ExitStack() as stack:
         try:
+            stream = stack.enter_context(open(hub_cache() / ".preparing", "a"))
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            os.utime(stream.name)
+        except BlockingIOError:
             yield False
             return
-        os.utime(stream.name)
+        except OSError:
+            pass
         yield True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 from collections import namedtuple
@@ -339,6 +340,34 @@ def test_one_entry_of_a_node_downloads_at_a_time(fake: FakeHub, monkeypatch: pyt
     said = run(entry())
     assert order == ["waited"]
     assert said[0].message == "waiting for another entry's download on this node"
+    assert fake.fetched
+
+
+def test_a_cache_on_a_file_system_without_locks_holds_nobody_up(fake: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(*_: Any) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    def wait(*_: Any) -> None:
+        raise AssertionError("it waits for nobody")
+
+    monkeypatch.setattr(prepare_disk.fcntl, "flock", none)
+    monkeypatch.setattr(prepare_module, "_sleep", wait)
+    run(entry())
+    assert fake.fetched
+    with prepare_disk._nobody_uses("org/base") as free:
+        assert not free, "who uses it cannot be told"
+
+
+def test_a_cache_that_may_only_be_read_is_read(fake: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    def writes(path: Any, *more: Any, **kinds: Any) -> Any:
+        if str(path).startswith(constants.HF_HUB_CACHE):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+        return opened(path, *more, **kinds)
+
+    opened = open
+    monkeypatch.setattr(prepare_disk, "open", writes, raising=False)
+    monkeypatch.setattr(Path, "write_text", writes)
+    run(entry(), NoWait(sweep="this one"))
     assert fake.fetched
 
 
