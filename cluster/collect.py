@@ -230,7 +230,8 @@ class Collector:
 
 @contextlib.contextmanager
 def sole_collector(home: RunDir) -> Iterator[None]:
-    """For the length of the block no other process collects into this directory. Raises ConfigError where one does."""
+    """For the length of the block no other process collects into this directory. Raises ConfigError where one does; on a file
+    system without locks nobody can tell."""
     place = Path(home.root) / INCOMING
     with _writing(place):
         place.mkdir(parents=True, exist_ok=True)
@@ -238,8 +239,10 @@ def sole_collector(home: RunDir) -> Iterator[None]:
     with stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise ConfigError(f"another `pairscope collect` is at work on '{home.out}'") from None
+        except OSError:
+            pass
         try:
             yield
         finally:

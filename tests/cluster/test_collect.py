@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -298,6 +299,15 @@ def test_two_collectors_into_one_directory_are_refused(home: RunDir) -> None:
     with sole_collector(home):
         pass
     assert not (Path(home.root) / ".incoming").exists()
+
+
+def test_a_home_without_locks_is_no_other_collector(home: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(*_: Any) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr("cluster.collect.fcntl.flock", none)
+    with sole_collector(home):
+        assert Path(home.root).exists()
 
 
 def test_a_store_needs_no_head_and_a_part_that_came_is_kept(far: Far, home: RunDir) -> None:
