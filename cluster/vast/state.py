@@ -74,7 +74,12 @@ class State:
         """The content, to be changed in place; written whole when the block ends without an error. StoreError where it
         cannot be."""
         with self.lock, self._guard() as guard:
-            fcntl.flock(guard, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(guard, fcntl.LOCK_EX)
+            except OSError as error:  # two processes at once would write over what the other has rented
+                raise StoreError(
+                    f"cannot lock '{guard.name}': {error.strerror}. Set PAIRSCOPE_HOME to a folder on a disk whose file system has locks"
+                ) from error
             content = self.read()
             before = json.dumps(content, sort_keys=True)
             yield content

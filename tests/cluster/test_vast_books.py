@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import subprocess
 import time
 from collections.abc import Callable
@@ -327,6 +328,16 @@ def test_a_home_that_cannot_be_is_one_line(fake: Fake, tmp_path: Path, monkeypat
     monkeypatch.setenv("PAIRSCOPE_HOME", str(tmp_path / "file"))
     with pytest.raises(click.ClickException, match=r"cannot write .*set PAIRSCOPE_HOME to a folder"):
         on_laptop()
+
+
+def test_a_home_without_locks_is_one_line_and_rents_nothing(fake: Fake, monkeypatch: Any) -> None:
+    def none(*_: Any) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr("cluster.vast.state.fcntl.flock", none)
+    with pytest.raises(click.ClickException, match=r"cannot lock .*Set PAIRSCOPE_HOME to a folder on a disk"):
+        up()
+    assert fake.live() == []
 
 
 @pytest.mark.parametrize("text", ["", "[]", "null"])
