@@ -62,9 +62,24 @@ def pinned(known_hosts: Path, alias: str) -> str:
 
 
 def _generate(path: Path) -> None:
+    """A pair at `path`, the public key first: whoever finds the private one has both, however this ends."""
+    new = path.with_name(path.name + ".new")
+    made = ((Path(f"{new}.pub"), Path(f"{path}.pub")), (new, path))
+    for half, _ in made:
+        half.unlink(missing_ok=True)
+    command = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "pairscope", "-f", str(new)]
     try:
-        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "pairscope", "-f", str(path)], check=True)
-    except (OSError, subprocess.CalledProcessError) as error:
+        subprocess.run(
+            command, check=True, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace"
+        )
+    except subprocess.CalledProcessError as error:
+        said = " ".join(error.stderr.split())[-300:] or f"ssh-keygen ended with {error.returncode}"
+        raise ConfigError(
+            f"could not make the ssh key '{path}': {said}; make room there, or set PAIRSCOPE_HOME"
+        ) from error
+    except OSError as error:
         raise ConfigError(
             f"could not make the ssh key '{path}': {error}; install the ssh client (openssh-client)"
         ) from error
+    for half, whole in made:
+        os.replace(half, whole)
