@@ -180,7 +180,8 @@ def quote(settings: Settings, caps: Caps, fleet: Fleet) -> float:
     # what became of a head that was asked for and not heard of is found out before one is rented
     unheard = [r for a, r in open_requests(content).items() if a in content["unknown"] and r["kind"] == "head"]
     bill = dataclasses.replace(bill, rate=max(bill.rate - sum(r.get("dph", 0.0) for r in unheard), 0.0))
-    offer = caps.within(bill, find_offers(fleet.vast, wish, fleet.state.blocked_machines(), where))[0]
+    found = find_offers(fleet.vast, wish, fleet.state.blocked_machines(), where, hours=caps.max_hours - bill.hours)
+    offer = caps.within(bill, found)[0]
     caps.check(bill, offer.dph, offer.text)
     cli_logger.print(
         "Cheapest machine for the head now: {}; traffic, which is not in the limits, for {} GB: ${}",

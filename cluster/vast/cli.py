@@ -48,6 +48,7 @@ def offers(config: str, type_: str | None, limit: int, as_json: bool) -> None:
     """
     import yaml
 
+    from cluster.vast.money import Caps
     from cluster.vast.offers import find_offers
     from cluster.vast.settings import Settings, check_shape
 
@@ -63,12 +64,13 @@ def offers(config: str, type_: str | None, limit: int, as_json: bool) -> None:
         types, type_ = content["available_node_types"], type_ or content["head_node_type"]
         if type_ not in types:
             raise ConfigError(f"no node type '{type_}'; there are {', '.join(types)}")
-        settings = Settings.read(content["provider"])
+        settings, caps = Settings.read(content["provider"]), Caps.read(content["provider"])
         wish = settings.wish(types[type_]["node_config"], type_)
     except ConfigError as error:
         raise ConfigError(f"'{config}': {error}") from error
     state = State(cluster_folder(content["cluster_name"]))
-    found = find_offers(Vast(url=settings.api_url), wish, state.blocked_machines(), f"node type '{type_}'")[:limit]
+    where, hours = f"node type '{type_}'", caps.max_hours if type_ == content["head_node_type"] else 0.0
+    found = find_offers(Vast(url=settings.api_url), wish, state.blocked_machines(), where, hours=hours)[:limit]
     rows = [
         {
             "offer": o.id, "machine": o.machine, "gpus": f"{o.row['num_gpus']}x {o.row['gpu_name']}", "gib": round(o.row["gpu_ram"] / 1024, 1),

@@ -115,8 +115,9 @@ def cost(row: Mapping[str, Any], wish: Wish, dph: float) -> float:
     return dph * (wish.hours + download_h) + traffic(row, wish)
 
 
-def find_offers(vast: Vast, wish: Wish, blocked: Mapping[int, str], where: str) -> list[Offer]:
-    """Offers that fit, cheapest work first. NoOfferError says which condition excluded most.
+def find_offers(vast: Vast, wish: Wish, blocked: Mapping[int, str], where: str, *, hours: float = 0.0) -> list[Offer]:
+    """Offers that fit, cheapest work first. hours: for which the host must go on offering the machine, the Wish's at least: where
+    his offer ends he may take it back, with all that is on it. NoOfferError says which condition excluded most.
 
     Only the card and its number are asked of the server; the rest is looked at here, to be able to say what was in the way.
     """
@@ -134,7 +135,9 @@ def find_offers(vast: Vast, wish: Wish, blocked: Mapping[int, str], where: str) 
     for row in rows:
         bid = float(row["min_bid"]) * wish.bid_over if wish.bid else None
         dph = float(row["dph_total"]) + (bid - float(row["min_bid"]) if bid is not None else 0.0)
-        wrong = [text for text, passes in conditions(wish, blocked, dph).items() if not passes(row)]
+        wrong = [
+            text for text, passes in conditions(wish, blocked, dph, max(hours, wish.hours)).items() if not passes(row)
+        ]
         failed.update(wrong)
         if not wrong:
             fitting.append(Offer(row["id"], row["machine_id"], dph, cost(row, wish, dph), bid, row))
@@ -149,7 +152,9 @@ def find_offers(vast: Vast, wish: Wish, blocked: Mapping[int, str], where: str) 
     return sorted(fitting, key=lambda o: o.dollars)
 
 
-def conditions(wish: Wish, blocked: Mapping[int, str], dph: float) -> dict[str, Callable[[Mapping[str, Any]], bool]]:
+def conditions(
+    wish: Wish, blocked: Mapping[int, str], dph: float, hours: float
+) -> dict[str, Callable[[Mapping[str, Any]], bool]]:
     """What an offer must pass, by the words that a refusal uses."""
 
     def least(key: str, bound: float) -> Callable[[Mapping[str, Any]], bool]:
@@ -163,6 +168,7 @@ def conditions(wish: Wish, blocked: Mapping[int, str], dph: float) -> dict[str, 
         f"min_cuda {wish.min_cuda:g}": least("cuda_max_good", wish.min_cuda),
         f"min_cpu_ram_gb {wish.min_cpu_ram_gb:g}": least("cpu_ram", wish.min_cpu_ram_gb * 1000),
         "no open port for ssh": least("direct_port_count", 1),
+        f"offered for {round(hours, 1):g} hours": lambda row: float(row.get("duration") or math.inf) >= hours * 3600,
         "machine that failed before": lambda row: row["machine_id"] not in blocked,
     }
     if wish.verified:

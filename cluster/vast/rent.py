@@ -62,7 +62,9 @@ class Renter:
         where = f"node type '{type_}'"
         if (left_over := self._settle(kind, type_)) is not None:
             return left_over
-        offers = find_offers(self.fleet.vast, wish, self.fleet.state.blocked_machines(), where)
+        # a head has the results
+        hours = self.caps.max_hours - self.fleet.bill().hours if kind == "head" else 0.0
+        offers = find_offers(self.fleet.vast, wish, self.fleet.state.blocked_machines(), where, hours=hours)
         if quoted is not None:
             cheapest = min(offer.dph for offer in offers)
             if cheapest > PRICE_MAY_RISE * quoted:

@@ -184,7 +184,6 @@ def test_what_was_damaged_at_home_is_fetched_again(far: Far, home: RunDir) -> No
 
 
 @pytest.mark.usefixtures("near")
-@pytest.mark.usefixtures("near")
 @pytest.mark.parametrize("harm", [None, '{"pair": "o', "[]"])
 def test_what_was_asked_and_found_is_a_part_of_a_capture_at_home(far: Far, home: RunDir, harm: str | None) -> None:
     there = far.capture("one") / "capture.json"
@@ -210,6 +209,7 @@ def test_nothing_is_left_of_what_an_earlier_try_fetched_of_another_capture_of_th
     assert here.read_bytes() == (path / "capture.json").read_bytes()
 
 
+@pytest.mark.usefixtures("near")
 def test_a_capture_made_anew_over_there_replaces_the_one_at_home(far: Far, home: RunDir) -> None:
     far.capture("one", rows=10)
     made = collector(far, home)

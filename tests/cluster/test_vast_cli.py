@@ -18,7 +18,7 @@ from fake_server import Fake, hasty, running_fake
 from capture.errors import ConfigError
 from cluster.vast.api import Vast
 from cluster.vast.cli import vast as command
-from cluster.vast.errors import NotGoneError, VastBusyError
+from cluster.vast.errors import NoOfferError, NotGoneError, VastBusyError
 from cluster.vast.fleet import Fleet
 from cluster.vast.labels import parse
 from cluster.vast.state import State, cluster_folder
@@ -41,6 +41,7 @@ def fake(server: Fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
     monkeypatch.setenv("VAST_API_KEY", "full-rights")
     monkeypatch.setenv("VAST_URL", server.url)
     yield server
+    server.control("offers", [{} for _ in range(6)])
     for line in server.live():
         server.control(f"vanish/{line['id']}")
 
@@ -62,6 +63,10 @@ def test_offers_are_those_that_fit_the_node_type(fake: Fake) -> None:
     found = rows("offers", str(ROOT / "ray_cluster.yaml"), "--limit", "3")
     assert len(found) == 3
     assert {r["gpus"] for r in found} == {"1x RTX 4090"}
+    fake.control("offers", [{"duration": 11.9 * 3600}])
+    assert len(rows("offers", str(ROOT / "ray_cluster.yaml"), "--type", "rtx4090-spot")) == 1
+    with pytest.raises(NoOfferError, match="offered for 12 hours: 1"):  # the head, which has the results
+        run("offers", str(ROOT / "ray_cluster.yaml"))
     with pytest.raises(ConfigError, match="no node type 'nothing'"):
         run("offers", str(ROOT / "ray_cluster.yaml"), "--type", "nothing")
 

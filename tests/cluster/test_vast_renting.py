@@ -397,6 +397,17 @@ def test_offers_are_ranked_by_what_the_work_costs_and_not_by_their_rate(fake: Fa
     assert rent(make(fake, tmp_path), wish).machine == 501
 
 
+def test_a_head_is_offered_for_as_long_as_the_cluster_may_last_and_a_worker_for_its_work(
+    fake: Fake, tmp_path: Path
+) -> None:
+    renter = make(fake, tmp_path)
+    short, long = (renter.caps.max_hours * 3600 + more for more in (-60, 60))
+    fake.control("offers", [{"dph_base": 0.30, "duration": short}, {"dph_base": 0.40, "duration": long}])
+    env = lambda k, offer: {}  # noqa: E731
+    assert renter.rent(WISH, "head", "gpu", env, "true").machine == 501
+    assert rent(renter).machine == 500
+
+
 def test_a_key_without_rights_rents_nothing(fake: Fake, tmp_path: Path) -> None:
     with pytest.raises(VastKeyError):
         rent(make(fake, tmp_path, key="read-only"))

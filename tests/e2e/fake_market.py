@@ -28,7 +28,7 @@ def offer(number: int, **fields: Any) -> dict[str, Any]:
         "num_gpus": 1, "gpu_ram": 24564, "compute_cap": 890, "cuda_max_good": 13.0, "cpu_ram": 64000, "cpu_cores_effective": 16.0,
         "disk_space": 500.0, "disk_bw": 3000.0, "storage_cost": 0.15, "inet_down": 2000.0, "inet_up": 1000.0, "inet_down_cost": 0.002,
         "inet_up_cost": 0.002, "direct_port_count": 20, "reliability": 0.995, "verified": True, "external": False,
-        "rentable": True, "rented": False, "dph_base": 0.40, "min_bid": 0.20, "geolocation": "Nowhere, NW", "duration": 864000.0,
+        "rentable": True, "rented": False, "dph_base": 0.40, "min_bid": 0.20, "geolocation": "Nowhere, NW", "duration": 7776000.0,
         "pcie_bw": 20.0, "public_ipaddr": "192.0.2.1", "static_ip": True,
     }  # fmt: skip
     return row | fields
