@@ -67,6 +67,7 @@ class StreamedModel:
         self.upload = upload or upload_to(device)
         # found out and kept by capture/unembed.py
         self.linear_head: bool | None = None
+        self.scaled_probe: torch.Tensor | None = None
         self.head_place: tuple[nn.Module, str] | None = None
         self.head_sample: tuple[torch.Tensor, torch.Tensor | None] | None = None
         self.calls_hold_states: bool | None = None  # likewise by capture/replay.py

@@ -236,7 +236,7 @@ class LensQueue:
     def _whole(self, heads: Sequence[Owner]) -> bool:
         """Whether all logits are over rows that both vocabularies have."""
         shards = (self.pair.models[o].head_shard()[1].shape[0] for o in heads)
-        return self.pair.same_scaling or all(size <= self.lens.n_vocab for size in shards)
+        return all(size <= self.lens.n_vocab for size in shards)
 
     def _common(self, logits: Logits, heads: Sequence[Owner]) -> Logits:
         """Logits over the rows that both vocabularies have."""

@@ -102,7 +102,6 @@ class Pair:
         base, sft = self.models["base"], self.models["sft"]
         self.same_embeddings, self.stacked = entering.same_embeddings, entering.stacked
         self.same_tail = self.same_config and layers_equal(base, sft, [REST])
-        self.same_scaling = self.same_config and base.head_weight.shape == sft.head_weight.shape
         self.same_head = self.same_config and base.tied == sft.tied and heads_equal(base, sft)
         entered = [entering.enter(b) for b in range(len(self.batches))]
         recorded, entries = [r for r, _ in entered], [e for _, e in entered]

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from capture.config import Owner
 from capture.lockstep import Pair
-from capture.unembed import Space, head_is_linear, logits_and_shifts, own_logits, shifts_between, some_logits
+from capture.unembed import Space, heads_scale_alike, logits_and_shifts, own_logits, shifts_between, some_logits
 
 Take = Callable[[Tensor], Tensor]
 MOST_LED = 2  # slots that lead one another down to a last one: the compiled lens takes sums of three
@@ -143,8 +143,8 @@ def sampled_logits(pair: Pair, rows: Sequence[Tensor], heads: Sequence[Owner]) -
 
 def can_shift(pair: Pair, heads: Sequence[Owner]) -> bool:
     """True if shifts may be products: nothing but a factor follows the heads, the same in both models."""
-    owners = set(heads)
-    return all(head_is_linear(pair.models[o]) for o in owners) and (len(owners) == 1 or pair.same_scaling)
+    models = [pair.models[o] for o in dict.fromkeys(heads)]
+    return len({m.head_weight.shape for m in models}) == 1 and heads_scale_alike(models)
 
 
 def led_logits(

@@ -7,7 +7,7 @@ Shapes: R rows, D hidden size, V vocabulary.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -295,7 +295,16 @@ def head_is_linear(model: StreamedModel) -> bool:
             return False
         as_it_is = all(torch.equal(x.reshape(-1), rows[0]) for x in given)
         model.linear_head = as_it_is and bool(torch.equal(two, 2 * one)) and not bool(zero.any())
+        model.scaled_probe = one.cpu()  # asked about with every tile
     return model.linear_head
+
+
+def heads_scale_alike(models: Sequence[StreamedModel]) -> bool:
+    """True if what the models do behind their heads is the same factor, whatever else their configs say."""
+    if not all(map(head_is_linear, models)):
+        return False
+    first, *others = (m.scaled_probe for m in models)
+    return all(first is not None and x is not None and torch.equal(first, x) for x in others)
 
 
 @torch.no_grad()

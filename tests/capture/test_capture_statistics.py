@@ -75,6 +75,13 @@ def test_small_and_large_differences_are_as_exact(arch, seed, perturb, pairs, tm
     assert agree.disagreements(reference_of(paths), capture(paths, tmp_path)) == []
 
 
+def test_small_divergences_keep_their_digits_where_the_configs_differ_in_what_changes_no_logit(tmp_path):
+    paths = tiny.make_pair("llama", tmp_path / "pair", vocab=4001, perturb=1e-3)
+    config = json.loads((paths.sft / "config.json").read_text())
+    (paths.sft / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 512}))
+    assert agree.disagreements(reference_of(paths), capture(paths, tmp_path / "out")) == []
+
+
 def test_two_vocabularies_are_compared_on_their_common_rows(pairs, tmp_path):
     paths = pairs("llama", sft_vocab=331)
     assert agree.disagreements(reference_of(paths), capture(paths, tmp_path)) == []

@@ -20,7 +20,6 @@ FACTOR = {"llama": 1.0, "cohere": 0.3, "granite": 1 / 2.5, "mamba": 1.0}
 def opened(arch, directory, dtype, bias):
     """A pair whose unembeddings are there, with biases that its architecture may not know."""
     pair = open_pair(tiny.make_pair(arch, directory, perturb=1e-3), dtype=dtype)
-    pair.same_scaling = True  # as `begin` would find
     for model in pair.unique():
         model.load(EMBEDDING)
         model.load(HEAD)
