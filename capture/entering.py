@@ -14,7 +14,7 @@ from capture.config import Owner, Pass
 from capture.errors import UnsupportedModelError
 from capture.groups import EMBEDDING
 from capture.home import Home
-from capture.replay import Recording, calls_hold_states, record
+from capture.replay import Recording, calls_hold_states, check_padding, record
 
 
 class Entering:
@@ -30,6 +30,7 @@ class Entering:
     ) -> None:
         self.models, self.passes, self.batches, self.home = models, list(passes), batches, home
         self.embeds: dict[Owner, list[Tensor]] = {}
+        self._checked: set[Owner] = set()  # that padding leaves positions as they are
 
     def embed(self) -> None:
         """Both models' embeddings of every batch. One table at a time, but for those that are unembeddings as well."""
@@ -88,6 +89,9 @@ class Entering:
     def _record(self, owner: Owner, batch: Batch, embeds: list[Tensor]) -> tuple[Recording, list[Tensor]]:
         """Record one model on one batch; the states that enter its layer 0, one for each source of embeddings."""
         model, n = self.models[owner], len(embeds)
+        if batch.mask_BT is not None and owner not in self._checked:
+            check_padding(model, left=not bool(batch.mask_BT[:, 0].all()))
+            self._checked.add(owner)
         if not self.stacked and n > 1 and calls_hold_states(model):
             raise UnsupportedModelError(
                 f"{type(model.model).__name__} gives its layers the states that enter the first one as well, and passes of the {owner} "

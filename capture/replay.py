@@ -175,6 +175,27 @@ def calls_hold_states(streamed: StreamedModel) -> bool:
 
 
 @torch.no_grad()
+def check_padding(streamed: StreamedModel, *, left: bool) -> None:
+    """Raise UnsupportedModelError where a prompt that is padded enters layer 0 at other positions than alone: models whose positions
+    do not begin at 0 (RoBERTa), or that take none (BART's decoder), say nothing of it. Needs the group `rest` loaded."""
+
+    def entering(mask: list[int]) -> Tensor:  # with embeddings of zero, what tells positions is all that is left
+        size = 1, len(mask), streamed.config.hidden_size
+        mask_BT = torch.tensor([mask], device=streamed.device)
+        positions_BT = (mask_BT.cumsum(-1) - 1).clamp(min=0)
+        given = {} if all(mask) else {"mask_BT": mask_BT, "positions_BT": positions_BT}
+        empty = torch.zeros(size, dtype=streamed.model.dtype, device=streamed.device)
+        return record(streamed, empty, **given).entry_BTD[mask_BT.bool()]
+
+    alone, padded = entering([1, 1]), entering([0, 1, 1] if left else [1, 1, 0])
+    if not torch.allclose(alone, padded, rtol=1e-2, atol=1e-6):
+        raise UnsupportedModelError(
+            f"{type(streamed.model).__name__} gives a prompt other positions where it is padded on the {'left' if left else 'right'} "
+            "than where it is alone; set batching.padding: none"
+        )
+
+
+@torch.no_grad()
 def run_tail(tail: Sequence[nn.Module], hidden: Tensor) -> Tensor:
     """The final norm (and what else follows the last layer)."""
     for module in tail:

@@ -60,6 +60,23 @@ def test_what_is_read_is_what_the_model_says(arch: str, mode: str, pairs: Any, t
     assert document["self_checks"]["base_replay"] == "bitwise"
 
 
+@pytest.mark.parametrize(("arch", "padding"), [("roberta", "left"), ("roberta", "right"), ("bart", "left")])
+def test_a_model_that_counts_positions_in_its_own_way_takes_no_padded_prompts(
+    arch: str, padding: str, pairs: Any, tmp_path: Path
+) -> None:
+    """RoBERTa's positions begin behind that of its padding, and BART's take no heed of any that are given."""
+    entry = entry_of(pairs(arch), batching=Batching(padding=padding))
+    with pytest.raises(UnsupportedModelError, match=rf"other positions.* padded on the {padding}.*batching.padding"):
+        captured(entry, tmp_path / "padded")
+    result, _ = captured(entry_of(pairs(arch)), tmp_path / "alone")
+    agrees(pairs(arch), result)
+
+
+def test_padding_that_changes_no_position_is_taken(pairs: Any, tmp_path: Path) -> None:
+    result, _ = captured(entry_of(pairs("bart"), batching=Batching(padding="right")), tmp_path)
+    agrees(pairs("bart"), result)
+
+
 @pytest.mark.parametrize("mode", ["resident", "one-at-a-time", "streamed", "streamed-2"])
 def test_a_weight_that_layers_share_is_in_every_one_of_them(mode: str, pairs: Any, tmp_path: Path) -> None:
     """Both as one block in two layers, and in a row, where a layer is read while the one that shares its weights computes."""

@@ -168,6 +168,24 @@ _SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
             "expansion_ratio": 2,
         },
     ),
+    "roberta": ("roberta", {"num_key_value_heads": None, "is_decoder": True}),
+    "bart": (
+        "bart",
+        {
+            "num_key_value_heads": None,
+            "intermediate_size": None,
+            "hidden_size": None,
+            "num_hidden_layers": None,
+            "num_attention_heads": None,
+            "d_model": HIDDEN,
+            "encoder_layers": LAYERS,
+            "decoder_layers": LAYERS,
+            "encoder_attention_heads": 4,
+            "decoder_attention_heads": 4,
+            "encoder_ffn_dim": 80,
+            "decoder_ffn_dim": 80,
+        },
+    ),
     "falcon_h1": (
         "falcon_h1",
         {
@@ -261,6 +279,8 @@ _SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 
+# Whose learned positions of a padded prompt are not those that the same prompt has alone: on either side, on the left.
+OWN_POSITIONS = ("roberta", "bart")
 # Whose heads or layers are called in ways of their own.
 OTHERS = (
     "opt",
@@ -281,7 +301,9 @@ SHARED = ("zamba2",)
 # Whose layers hand each other more than the residual.
 UNWALKABLE = ("bamba", "rwkv", "glm_moe_dsa", "gemma4_shared")
 # The fourteen that a capture must be exact on in every way; phi3_longrope and mamba, which has no attention, are beside them.
-ARCHS = tuple(arch for arch in _SHAPES if arch not in ("phi3_longrope", "mamba", *OTHERS, *SHARED, *UNWALKABLE))
+ARCHS = tuple(
+    arch for arch in _SHAPES if arch not in ("phi3_longrope", "mamba", *OTHERS, *OWN_POSITIONS, *SHARED, *UNWALKABLE)
+)
 
 # Own words, of unequal length; all but the shortest are longer than the sliding window.
 PROMPTS = (
