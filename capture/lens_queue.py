@@ -23,7 +23,7 @@ from capture.lens import SMALL_KL, PairStats, SlotStats, Statistics, join, joine
 from capture.lens_plan import LensPlan
 from capture.lens_sums import Space as Workspace
 from capture.lockstep import Pair
-from capture.logits import Logits, can_shift, led_logits, sampled_logits, separate, tile_logits
+from capture.logits import Logits, can_shift, led_logits, sampled_logits, tile_logits
 from capture.selfcheck import lens_check
 from capture.unembed import Space, keeps_space
 
@@ -176,16 +176,15 @@ class LensQueue:
         """The first and the last row once more, by the plainest way: a product with so few rows costs what reading its weights does."""
         ends = sorted({0, len(rows) - 1})
         few = _chosen(rows, torch.tensor(ends, device=rows.following.device))
-        logits = self._common(tile_logits(self.pair, few.states, few.kind.heads, self.space), few.kind.heads)
-        return lens_check(
-            [logits.slot(s) for s in range(logits.n_slots)], found, few.following, ends, self.lens.vocabulary
-        )
+        logits = tile_logits(self.pair, few.states, few.kind.heads, self.space)
+        common = [x[:, : self.lens.n_vocab] for x in logits.tensors]
+        return lens_check(common, found, few.following, ends, self.lens.vocabulary)
 
     def _likely(self, rows: Waiting) -> tuple[Tensor, Tensor]:
         """The way of each row [R], and the furthest that it may go."""
         kind = rows.kind
         ways = torch.zeros(len(rows), dtype=torch.long, device=rows.following.device)
-        if not kind.pairs or not can_shift(self.pair, kind.heads) or not self._whole(kind.heads):
+        if not kind.pairs or not can_shift(self.pair, kind.heads):
             return ways, ways
         finite = torch.stack([s.isfinite().all(1) for s in rows.states]).all(0)  # else one's overflow would take all
         furthest = torch.where(finite, SHIFTED, SEPARATE)
@@ -195,7 +194,8 @@ class LensQueue:
         led, shifted = self._likely_close(rows, [[] if self.led_at_once else of_one, others]) & finite & ~unlike
         if self.led_at_once:
             led = finite & ~unlike
-        return torch.where(shifted, SHIFTED, torch.where(led, LED, SEPARATE)), furthest
+        first = SHIFTED if self._whole(kind.heads) else LED  # the mass left out is seen in whole logits
+        return torch.where(shifted, first, torch.where(led, LED, SEPARATE)), furthest
 
     def _likely_close(self, rows: Waiting, groups: Sequence[Sequence[tuple[int, int]]]) -> Tensor:
         """For each group of pairs the rows [groups, R] where the KL of one of them is likely to be small, as half the variance of its
@@ -211,12 +211,20 @@ class LensQueue:
 
     def _by(self, way: int, rows: Waiting) -> Statistics:
         kind = rows.kind
+        exact = way == SHIFTED or (way == LED and not self.led_at_once)
         if way == SEPARATE:
-            logits = self._common(tile_logits(self.pair, rows.states, kind.heads, self.space), kind.heads)
+            logits = tile_logits(self.pair, rows.states, kind.heads, self.space)
         else:
             shifted = way == SHIFTED
             logits = led_logits(self.pair, rows.states, kind.heads, kind.leads, self.space, shifted=shifted)
-        return self._of(logits, rows, exact=way == SHIFTED or (way == LED and not self.led_at_once))
+        if self._whole(kind.heads):
+            return self._of(logits, rows, exact=exact)
+        beyond = {} if way == SHIFTED else self._beyond(logits)  # these are good on the common rows alone
+        found = self._of(Logits([x[:, : self.lens.n_vocab] for x in logits.tensors], logits.slots), rows, exact=exact)
+        for s, logsumexp in beyond.items():
+            mass = float((logsumexp - found[0][s].logsumexp).sigmoid().max())
+            self.left_out_mass[kind.heads[s]] = max(self.left_out_mass[kind.heads[s]], mass)
+        return found
 
     def _of(self, logits: Logits, rows: Waiting, *, exact: bool) -> Statistics:
         return lens_tile(
@@ -234,23 +242,16 @@ class LensQueue:
         return made
 
     def _whole(self, heads: Sequence[Owner]) -> bool:
-        """Whether all logits are over rows that both vocabularies have."""
+        """Whether both vocabularies have all the rows that the logits are over."""
         shards = (self.pair.models[o].head_shard()[1].shape[0] for o in heads)
         return all(size <= self.lens.n_vocab for size in shards)
 
-    def _common(self, logits: Logits, heads: Sequence[Owner]) -> Logits:
-        """Logits over the rows that both vocabularies have."""
-        if self._whole(heads):
-            return logits
-        n = self.lens.n_vocab
-        common = []
-        for s, owner in enumerate(heads):
-            x = logits.slot(s)
-            if x.shape[1] > n:
-                mass = (x[:, n:].logsumexp(1) - x.logsumexp(1)).exp().max()
-                self.left_out_mass[owner] = max(self.left_out_mass[owner], float(mass))
-            common.append(x[:, :n])
-        return separate(common)
+    def _beyond(self, logits: Logits) -> dict[int, Tensor]:
+        """Log-sum-exp [R] of the logits that only one vocabulary has, of the slots that have such."""
+        n, at_once = self.lens.n_vocab, self.lens.at_once
+        parts = [logits.some(slice(i, i + at_once)) for i in range(0, logits.n_rows, at_once)]
+        wide = [s for s in range(logits.n_slots) if logits.tensors[s].shape[1] > n]
+        return {s: torch.cat([p.slot(s, lambda x: x[:, n:]).logsumexp(1) for p in parts]) for s in wide}
 
 
 def _together(parts: Sequence[Waiting]) -> Waiting:

@@ -137,14 +137,14 @@ def _by_head(
 
 @torch.no_grad()
 def sampled_logits(pair: Pair, rows: Sequence[Tensor], heads: Sequence[Owner]) -> list[Tensor]:
-    """Logits [R, n] float32 of each slot at some hundred places of the vocabulary (of this rank's share of it)."""
-    return _by_head(rows, heads, lambda owner, states: some_logits(pair.models[owner], states))
+    """Logits [R, n] float32 of each slot at some hundred places of the vocabulary that both models have (of this rank's share of it)."""
+    size = min(m.head_shard()[1].shape[0] for m in pair.unique())
+    return _by_head(rows, heads, lambda owner, states: some_logits(pair.models[owner], states, size))
 
 
 def can_shift(pair: Pair, heads: Sequence[Owner]) -> bool:
     """True if shifts may be products: nothing but a factor follows the heads, the same in both models."""
-    models = [pair.models[o] for o in dict.fromkeys(heads)]
-    return len({m.head_weight.shape for m in models}) == 1 and heads_scale_alike(models)
+    return heads_scale_alike([pair.models[o] for o in dict.fromkeys(heads)])
 
 
 def led_logits(
@@ -152,7 +152,7 @@ def led_logits(
     *, shifted: bool = False,
 ) -> Logits:  # fmt: skip
     """As tile_logits, led; only where `can_shift`, and for finite rows. leads: `leads_of` the slots. shifted: for slots of different
-    unembeddings whose logits hardly differ, too."""
+    unembeddings whose logits hardly differ, too; where these have different vocabularies, the sums are good on their common rows alone."""
     tensors: dict[int, Tensor] = {}
     for owner in dict.fromkeys(heads):
         members = [i for i, h in enumerate(heads) if h == owner]  # the first of them leads

@@ -199,12 +199,12 @@ def own_logits(model: StreamedModel, rows_RD: Tensor, space: Space | None = None
 
 
 @torch.no_grad()
-def some_logits(model: StreamedModel, rows_RD: Tensor) -> Tensor:
-    """As own_logits, at SAMPLES stretches of SAMPLE entries, evenly over this rank's shard; all entries of a small one."""
+def some_logits(model: StreamedModel, rows_RD: Tensor, size: int) -> Tensor:
+    """As own_logits, at SAMPLES stretches of SAMPLE entries, evenly over the first `size` of this rank's shard, the same size in every
+    call; all of these where they are few."""
     _, weight, bias = model.head_shard()
-    size = weight.shape[0]
     if size <= SMALL_VOCABULARY:
-        return own_logits(model, rows_RD)
+        return own_logits(model, rows_RD)[:, :size]
     if model.head_sample is None or model.head_sample[0].device != rows_RD.device:  # planned without data at first
         starts = [i * (size - SAMPLE) // (SAMPLES - 1) for i in range(SAMPLES)]
         parts = [slice(i, i + SAMPLE) for i in starts]
@@ -238,7 +238,7 @@ def shifts_between(
 ) -> Tensor:
     """What changes of rows [M, D] (float32) change in the logits of the other head, [M, V] float32; in the first R of these also
     what the other head changes in the logits that rows [R, D] have under base's: rows (W_other - W_base)^T and the difference of
-    the biases, a chunk of the vocabulary at a time. For linear heads only."""
+    the biases, a chunk of the vocabulary that both have at a time. For linear heads only."""
     _, wa, ba = base.head_shard()
     _, wb, bb = other.head_shard()
     out = None if space is None else space.take(other.label, moved_MD.shape[0], wb, moved_MD.device)
@@ -247,7 +247,7 @@ def shifts_between(
     def product(x: Tensor) -> Tensor:
         found = _product(x, wb, None, out)
         first = found.flatten(0, -2)[: rows.shape[0]]
-        for part in _chunks(wa, CHANGE_CHUNK):
+        for part in _chunks(min(wa, wb, key=lambda w: w.shape[0]), CHANGE_CHUNK):
             change = wb[part].to(torch.float32, copy=True).sub_(wa[part])
             first[:, part].addmm_(rows, change.T)
             del change  # one chunk in float32 at a time

@@ -87,6 +87,12 @@ def test_two_vocabularies_are_compared_on_their_common_rows(pairs, tmp_path):
     assert agree.disagreements(reference_of(paths), capture(paths, tmp_path)) == []
 
 
+@pytest.mark.parametrize("sizes", [(4001, 4021), (4021, 4001)])
+def test_small_divergences_keep_their_digits_between_two_vocabularies(sizes, tmp_path):
+    paths = tiny.make_pair("llama", tmp_path / "pair", vocab=sizes[0], sft_vocab=sizes[1], perturb=1e-3)
+    assert agree.disagreements(reference_of(paths), capture(paths, tmp_path / "out")) == []
+
+
 def test_equal_embeddings_and_frozen_layers_give_equal_passes(pairs, tmp_path):
     paths = pairs("qwen2", same_embeddings=True, frozen_layers=(0, 1))
     found = capture(paths, tmp_path)

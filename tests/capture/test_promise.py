@@ -101,6 +101,8 @@ ODD = {  # architecture, its shape, the entry; whether both models have one unem
     "blocks of both behind one unembedding": ("llama", {"vocab": 4001, "num_hidden_layers": 2, "perturb": 1e-3}, {"prompts": prompts(2, 60)} | passes("bbb", "bss", "sbs", "bbs"), False),
     "one unembedding": ("llama", {"vocab": 2003, "num_hidden_layers": 2, "perturb": 1e-3, "hidden_size": 768}, {"prompts": prompts(4, 120), "dtype": "bfloat16"}, True),
     "one unembedding, the plain lens": ("llama", {"vocab": 17001, "num_hidden_layers": 2}, {"prompts": prompts(2, 60), "lens": Lens(compile=False)}, True),
+    "two vocabularies": ("llama", {"vocab": 17001, "sft_vocab": 17101, "num_hidden_layers": 2, "perturb": 1e-3}, {"prompts": prompts(2, 60)}, False),
+    "a smaller vocabulary, the plain lens": ("llama", {"vocab": 17101, "sft_vocab": 16001, "num_hidden_layers": 2, "perturb": 1e-3}, {"prompts": prompts(2, 60), "lens": Lens(compile=False)}, False),
     "logits that are divided": ("granite", {"vocab": 17001, "num_hidden_layers": 2}, {"prompts": prompts(2, 60)}, False),
     "one unembedding, logits that are divided": ("granite", {"vocab": 4001, "num_hidden_layers": 2}, {"prompts": prompts(2, 60)}, True),
 }  # fmt: skip
