@@ -51,7 +51,8 @@ def capture(config: str | None, pair: str | None, out: str | None, force: bool, 
             )
             tell("\n  ".join(["\nnext:", *commands(run.out, [entry])[:2]]))
     elif outcome.state == "interrupted":
-        click.echo(f"pairscope: {entry.name} interrupted; type the same again to start over", err=True)
+        then = " to start over" if force else ", and it goes on after its last commit"
+        click.echo(f"pairscope: {entry.name} interrupted; type the same again{then}", err=True)
         sys.exit(stop.exit_code)
     else:
         what = "a bug, its traceback is" if outcome.bug else "more"

@@ -113,7 +113,7 @@ def test_a_signal_interrupts_and_leaves_a_row(tmp_path: Path, engine: Any, numbe
     engine(obliging)
     result = call(write_config(tmp_path, "a"), "--out", tmp_path / "out")
     assert result.exit_code == code
-    assert "a interrupted" in result.stderr
+    assert "a interrupted; type the same again, and it goes on after its last commit" in result.stderr
     assert [r["state"] for r in RunDir(str(tmp_path / "out")).manifest_rows()] == ["interrupted"]
 
 
