@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from capture.files import ModelFiles
 
 # Raise it when the same settings give other numbers than before; captures made earlier then count as other captures.
-NUMERICS_VERSION = 5
+NUMERICS_VERSION = 6
 
 # Every field of Entry is in one of these two; a test says so. Names in the second: why the field is not in the id.
 IN_ID = frozenset(

@@ -58,7 +58,7 @@ def test_a_model_that_differs_from_itself_stops_the_capture(metric, pairs, tmp_p
 @pytest.mark.parametrize("compiled", ["auto", False])
 def test_a_lens_that_takes_a_curved_head_for_a_plain_one_stops_the_capture(compiled, pairs, tmp_path, monkeypatch):
     """The soft cap of gemma2: shifts of states are no shifts of logits there."""
-    monkeypatch.setattr(logits, "head_is_linear", lambda model: True)
+    monkeypatch.setattr(logits, "heads_scale_alike", lambda models: True)
     with pytest.raises(SelfCheckError, match=r"the lens gives .* where the model's own logits have .*compile: false"):
         capture_pair(entry_of(pairs("gemma2"), lens=Lens(compile=compiled)), str(tmp_path))
     assert not list(tmp_path.rglob("*.parquet"))
