@@ -41,9 +41,13 @@ def ensure(vast: Vast, cluster: str, state: State) -> None:
             raise VastKeyError(f"{GIVEN}: {error}") from error
         keys.write_secret(path, own.key)
         return
-    if path.exists() and _works(path, vast):
-        return
-    forget(vast, cluster, state)  # of a try whose reply was lost, or one that Vast no longer knows
+    with state.alone("head_key"):  # a second `ray up` would take the first one's key for a forgotten one
+        if not (path.exists() and _works(path, vast)):
+            forget(vast, cluster, state)  # of a try whose reply was lost, or one that Vast no longer knows
+            _make(vast, cluster, state)
+
+
+def _make(vast: Vast, cluster: str, state: State) -> None:
     try:
         number, secret = vast.create_key(name(cluster), RIGHTS)
     except VastKeyError as error:
@@ -53,7 +57,7 @@ def ensure(vast: Vast, cluster: str, state: State) -> None:
         ) from error
     with state.edit() as content:
         content["head_key"] = {"id": number}
-    keys.write_secret(path, secret)
+    keys.write_secret(state.folder / keys.API_KEY, secret)
 
 
 def forget(vast: Vast, cluster: str, state: State) -> None:

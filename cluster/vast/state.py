@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from capture.errors import StoreError, why_not_written
 from cluster.vast.labels import check_names
@@ -73,13 +73,7 @@ class State:
     def edit(self) -> Iterator[dict[str, Any]]:
         """The content, to be changed in place; written whole when the block ends without an error. StoreError where it
         cannot be."""
-        with self.lock, self._guard() as guard:
-            try:
-                fcntl.flock(guard, fcntl.LOCK_EX)
-            except OSError as error:  # two processes at once would write over what the other has rented
-                raise StoreError(
-                    f"cannot lock '{guard.name}': {error.strerror}. Set PAIRSCOPE_HOME to a folder on a disk whose file system has locks"
-                ) from error
+        with self.lock, self.alone("state"):  # two processes at once would write over what the other has rented
             content = self.read()
             before = json.dumps(content, sort_keys=True)
             yield content
@@ -92,11 +86,22 @@ class State:
                 except OSError as error:
                     raise not_written(f"'{self.path}'", error) from error
 
-    def _guard(self) -> IO[str]:
+    @contextlib.contextmanager
+    def alone(self, what: str) -> Iterator[None]:
+        """For the length of the block nobody else on this machine is in one of the same name for this cluster; they wait. StoreError
+        where there are no locks. Not to be entered twice by one thread."""
         try:
-            return open(self.folder / "state.lock", "a")
+            guard = open(self.folder / f"{what}.lock", "a")  # noqa: SIM115  closed below
         except OSError as error:
             raise not_written(f"'{self.path}'", error) from error
+        with guard:
+            try:
+                fcntl.flock(guard, fcntl.LOCK_EX)
+            except OSError as error:
+                raise StoreError(
+                    f"cannot lock '{guard.name}': {error.strerror}. Set PAIRSCOPE_HOME to a folder on a disk whose file system has locks"
+                ) from error
+            yield
 
     def begin_anew(self) -> None:
         """Forget a cluster that has ended, its spending included; keep what must not be used or come back.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import stat
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 from fake_server import Fake, hasty
 from provider_stage import HEAD_TAGS, WORKER_TAGS, config, node_config, on_head, on_laptop, ray_up
 
+from cluster.vast import headkey
 from cluster.vast.api import Vast
 from cluster.vast.errors import VastKeyError
 from cluster.vast.offers import Wish, find_offers
@@ -75,6 +77,27 @@ def test_a_key_whose_reply_was_lost_is_deleted_by_its_name(fake: Fake) -> None:
     laptop.create_node(node_config(), HEAD_TAGS, 1)
     (left,) = fake.control("keys")
     assert left["key"] == file(laptop).read_text()
+
+
+def test_of_two_ray_ups_at_once_both_have_a_key_that_vast_knows(fake: Fake, monkeypatch: Any) -> None:
+    first, second = on_laptop(), on_laptop()
+    make, other = (
+        Vast.create_key,
+        threading.Thread(target=lambda: headkey.ensure(second.vast, "pairscope", second.state)),
+    )
+
+    def slowly(self: Vast, name: str, rights: dict[str, Any]) -> tuple[int, str]:
+        made = make(self, name, rights)
+        if self is first.vast:  # the other one comes before this one has written its key down
+            other.start()
+            other.join(1)
+        return made
+
+    monkeypatch.setattr(Vast, "create_key", slowly)
+    headkey.ensure(first.vast, "pairscope", first.state)
+    other.join()
+    (left,) = fake.control("keys")
+    assert file(first).read_text() == left["key"]
 
 
 def test_a_key_that_cannot_be_deleted_is_named(fake: Fake, monkeypatch: Any, caplog: Any) -> None:
