@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import gzip
+import time
 from pathlib import Path
 
 from capture.errors import ConfigError
@@ -22,6 +23,7 @@ def environment(
     return {
         "PAIRSCOPE_K": str(k),
         "PAIRSCOPE_API": api,
+        "PAIRSCOPE_ASKED": str(int(time.time())),
         "PAIRSCOPE_DEADLINE": str(deadline),
         "PAIRSCOPE_SILENCE_S": f"{silence_s:g}",
         "PAIRSCOPE_HEAD": "" if k == HEAD else f"{address(HEAD)}:{block(HEAD) + STATUS}",

@@ -260,7 +260,7 @@ class Fleet:
                 parts = (content[part].get(attempt) for part in ("intents", "unknown", "abandoned"))
                 request = next((found for found in parts if found), None)
                 asked = request["since"] if request else now
-                since = min(asked, node.row.get("start_date") or asked)
+                since = min(asked, node.start or asked)
                 fresh = {"since": since, "kind": node.label.kind, "asked_here": request is not None}
                 if request and request.get("dph"):  # what it was offered for, until Vast says what it costs
                     fresh["dph"] = request["dph"]
@@ -296,7 +296,7 @@ class Fleet:
                     content["abandoned"][attempt] = content["unknown"].pop(attempt)
 
     def _since(self, content: dict[str, Any], node: Node) -> float:
-        known = [node.row.get("start_date"), content["seen"].get(node.id, {}).get("since")]
+        known = [node.start, content["seen"].get(node.id, {}).get("since")]
         return min((float(t) for t in known if t), default=time.time())
 
     def _weed(self, node: Node, now: float) -> bool:

@@ -42,6 +42,13 @@ class Node:
         return float(made_with) if made_with.isdecimal() else None
 
     @property
+    def start(self) -> float | None:
+        """Since when it is there, as Vast says it, in seconds since 1970, and not from before it was asked for: the hours and dollars
+        of a cluster that ends with them are counted from then."""
+        asked, said = self.env.get("PAIRSCOPE_ASKED", ""), self.row.get("start_date")
+        return max(float(said), float(asked) if asked.isdecimal() else 0.0) if said else None
+
+    @property
     def ssh(self) -> tuple[str, int] | None:
         """Where its sshd listens: the machine's own address and the port that 22 is mapped to, else Vast's proxy. Never half of each."""
         mapped = (self.row.get("ports") or {}).get("22/tcp") or []

@@ -24,7 +24,7 @@ class Found:
 
     def row(self) -> dict[str, Any]:
         n = self.node
-        hours = (time.time() - float(n.row.get("start_date") or time.time())) / 3600
+        hours = (time.time() - (n.start or time.time())) / 3600
         return {
             "id": n.id, "cluster": n.label.cluster, "kind": n.label.kind, "k": n.label.k, "type": n.label.type, "status": n.status,
             "gpus": f"{n.row.get('num_gpus')}x {n.row.get('gpu_name')}", "hours": round(hours, 2), "dollars_per_hour": round(n.dph, 4),

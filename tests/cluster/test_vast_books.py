@@ -19,6 +19,7 @@ from provider_stage import HEAD_TAGS, WORKER_TAGS, config, node_config, on_head,
 
 from capture.errors import StoreError
 from cluster.vast import machines
+from cluster.vast.api import Vast
 from cluster.vast.cli import vast as command
 from cluster.vast.fleet import LATE_S
 from cluster.vast.labels import parse
@@ -210,6 +211,20 @@ def test_a_price_that_changes_changes_what_is_to_come_and_not_what_was(fake: Fak
     fake.control(f"vanish/{head}")
     laptop.fleet.refresh(force=True)
     assert (laptop.fleet.bill().rate, laptop.fleet.bill().dollars) == (0, pytest.approx(10 * dph, abs=0.01))
+
+
+def test_a_machine_that_vast_calls_older_than_its_request_does_not_end_its_cluster(
+    fake: Fake, tmp_path: Path, monkeypatch: Any
+) -> None:
+    laptop = up()
+    listed = Vast.instances
+    monkeypatch.setattr(Vast, "instances", lambda self: [row | {"start_date": 1.0} for row in listed(self)])
+    head = on_head(laptop, tmp_path / "head", monkeypatch)
+    assert head.non_terminated_nodes({})
+    assert len(fake.live()) == 1
+    for fleet in (laptop.fleet, head.fleet):
+        fleet.refresh(force=True)
+        assert fleet.bill().hours < 0.1
 
 
 @pytest.mark.parametrize("seen", [{"abc": {}}, {"9" * 40: {}}, {"1": {"since": "x", "dph": []}}, {"7": None}])

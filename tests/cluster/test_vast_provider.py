@@ -305,7 +305,7 @@ def test_a_create_request_carries_no_secret(fake: Fake) -> None:
     laptop = on_laptop()
     laptop.create_node(node_config(), HEAD_TAGS, 1)
     (line,) = fake.live()
-    assert set(line["env"]) == {"PAIRSCOPE_K", "PAIRSCOPE_API", "PAIRSCOPE_DEADLINE", "PAIRSCOPE_SILENCE_S", "PAIRSCOPE_HEAD", "PAIRSCOPE_OWNER", "PAIRSCOPE_LAUNCH", "PAIRSCOPE_REQUEST"}  # fmt: skip
+    assert set(line["env"]) == {"PAIRSCOPE_K", "PAIRSCOPE_API", "PAIRSCOPE_ASKED", "PAIRSCOPE_DEADLINE", "PAIRSCOPE_SILENCE_S", "PAIRSCOPE_HEAD", "PAIRSCOPE_OWNER", "PAIRSCOPE_LAUNCH", "PAIRSCOPE_REQUEST"}  # fmt: skip
     assert len(line["label"]) <= 60
 
 
