@@ -107,9 +107,16 @@ class HeadSource:
         if line is None:
             raise UnreachableError(f"no answer from the head at {link.target}: {_lines(done.stderr)[-1]}")
         try:
-            return as_look(json.loads(line.removeprefix(PREFIX)))
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            answer = json.loads(line.removeprefix(PREFIX))
+        except (ValueError, RecursionError) as error:
             raise UnreachableError(f"the head at {link.target} answered what cannot be read: {error}") from error
+        try:
+            return as_look(answer)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise UnreachableError(
+                f"the head at {link.target} answered what cannot be read ({type(error).__name__}: {error}): its pairscope is of another "
+                "version, it seems; collect with the one that made the cluster"
+            ) from error
 
     def fetch(self, base: str, names: Sequence[str], into: Path, tick: Tick) -> None:
         assert self.out is not None

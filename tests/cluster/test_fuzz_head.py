@@ -87,3 +87,13 @@ def test_an_answer_that_is_none_is_said_in_a_line(tmp_path: Path, answer: str) -
     ssh.chmod(0o755)
     with pytest.raises(UnreachableError, match="answered what cannot be read"):
         HeadSource(lambda: Link((str(ssh),), "root@far")).look()
+
+
+@pytest.mark.parametrize("missing", ["others", "logs", "error"])
+def test_an_answer_of_another_version_of_pairscope_is_told_as_such(tmp_path: Path, missing: str) -> None:
+    ssh = tmp_path / "ssh"
+    (tmp_path / "said").write_text(PREFIX + json.dumps({key: WHOLE[key] for key in WHOLE if key != missing}) + "\n")
+    ssh.write_text(f"#!/bin/sh\ncat '{tmp_path}/said'\n")
+    ssh.chmod(0o755)
+    with pytest.raises(UnreachableError, match=f"'{missing}'.*another version.*made the cluster"):
+        HeadSource(lambda: Link((str(ssh),), "root@far")).look()
