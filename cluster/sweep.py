@@ -247,6 +247,8 @@ def _through_ray(
                     item.capture = item.row["capture"] or item.capture
     except KeyboardInterrupt:
         stop.signal = stop.signal or signal.SIGINT  # pressed while Ray was starting, or a second time
+    except SystemExit:  # of Ray's own handlers of SIGTERM, which it has from the start of its start until ours is back
+        stop.signal = stop.signal or signal.SIGTERM
 
 
 def _with_degrees(todo: list[Item], cluster: Cluster, run: RunDir, show: Show) -> list[Item]:

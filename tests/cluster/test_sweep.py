@@ -5,7 +5,10 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import os
 import re
+import signal
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -86,6 +89,18 @@ class TestWithoutRay:
         (tmp_path / "file").write_text("")
         with pytest.raises(StoreError, match="file/out"):
             sweep(tmp_path / "file" / "out", make_entry("a"))
+
+    def test_a_sigterm_while_ray_starts_is_a_stop_with_a_summary(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def connected(cpus: int | None = None) -> None:
+            signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(number))  # as ray.init does
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        monkeypatch.setattr(cluster.sweep, "connected", connected)
+        summary = sweep(tmp_path, make_entry("a"))
+        assert states(summary) == {"a": "not started"}
+        assert summary.exit_code == 128 + signal.SIGTERM
 
     def test_an_output_of_another_schema_version_is_refused(self, tmp_path: Path) -> None:
         write_complete(tmp_path, "old", version=99)
