@@ -6,6 +6,7 @@ Ray asks its provider for a running head first, so this is done at that question
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -48,6 +49,7 @@ def check(settings: Settings, caps: Caps, fleet: Fleet, heads: Sequence[Node]) -
     """All checks. Shows the price where a head is to be rented, and returns it: dollars an hour. Raises an error of ours that says
     what to do."""
     check_versions(settings.image_versions)
+    check_mounts(settings.mounts)
     if not heads:
         return quote(settings, caps, fleet)
     check_head(fleet.cluster, heads)
@@ -80,6 +82,28 @@ def check_versions(image: Mapping[str, str], constraints: Path | None = None) ->
             f"this machine differs from what provider: image_versions says of the image ({'; '.join(wrong)}). Python's minor version "
             "and Ray's version must be the same on every machine: choose another image, or start `ray` from an environment like it"
         )
+
+
+def check_mounts(mounts: Mapping[str, Any]) -> None:
+    """Raise ConfigError where a file that is to be mounted cannot be read here. Ray reads all of them, once the head is rented, and
+    would leave it there. mounts: the user's file_mounts, remote -> local.
+    """
+    for remote, local in mounts.items():
+        if not isinstance(local, str):
+            raise ConfigError(f"file_mounts: what is mounted at '{remote}' is a path of this machine, not {local!r}")
+        top = os.path.expanduser(local)
+        if not os.path.exists(top):
+            raise ConfigError(
+                f"file_mounts: there is no '{local}', which is to be mounted at '{remote}' (relative paths begin in '{os.getcwd()}'). Type "
+                "`ray up` in the folder that they begin in, or put the path right, or take the line out"
+            )
+        inside = (os.path.join(folder, name) for folder, _, names in os.walk(top) for name in names)
+        for path in inside if os.path.isdir(top) else [top]:
+            if not os.access(path, os.R_OK):
+                raise ConfigError(
+                    f"file_mounts: '{path}', which is to be mounted at '{remote}', cannot be read: it leads nowhere, or is not yours to "
+                    "read. Remove it or make it readable, or mount something else"
+                )
 
 
 def check_clock(ahead_s: float) -> None:

@@ -55,6 +55,7 @@ class Settings:
     head_type: str = ""
     head_config: Mapping[str, Any] = field(default_factory=dict)
     may_grow: Mapping[str, Any] = field(default_factory=dict)
+    mounts: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def places(self) -> int:
@@ -147,6 +148,7 @@ def bootstrap(config: dict[str, Any]) -> dict[str, Any]:
     head = config["head_node_type"]
     user = ssh_user(config.get("auth") or {}, settings.api_url)
     provider |= {"slots": slots, "head_type": head, "head_config": types[head]["node_config"], "user": user}
+    provider["mounts"] = dict(config.get("file_mounts", {}))
     most = {name: min(t.get("max_workers", slots - 1), slots - 1) for name, t in types.items()}
     least = {}
     for name, n in most.items():
@@ -224,5 +226,11 @@ def for_head(config: dict[str, Any], public_key: str, owner: str) -> dict[str, A
     config["file_mounts"] = {
         remote: local for remote, local in config["file_mounts"].items() if remote not in (KNOWN_API_KEY, HUB_LOGIN)
     }
-    config["provider"] = {**config["provider"], "on_head": True, "public_key": public_key, "owner": owner}
+    ours = {
+        "on_head": True,
+        "public_key": public_key,
+        "owner": owner,
+        "mounts": {},
+    }  # where files lie at home is nobody's business
+    config["provider"] = config["provider"] | ours
     return config

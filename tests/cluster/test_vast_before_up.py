@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 import types
 from pathlib import Path
@@ -48,6 +49,26 @@ def test_price_and_limits_are_shown(fake: Fake, monkeypatch: Any) -> None:
     assert shown[0].endswith("; traffic, which is not in the limits, for 60 GB: $0.12")
     assert shown[1] == "While entries wait: up to 3 more of type rtx4090, now $0.441/h each."
     assert "$6/h for all nodes, $40 in all, 12 hours" in shown[2]
+    assert fake.live() == []
+
+
+@pytest.mark.parametrize(
+    ("local", "said"),
+    [
+        ("none/such", r"no '.*none/such', which is to be mounted at '~/data' .*in the folder"),
+        ("folder", r"'.*folder/below/astray', which is to be mounted at '~/data', cannot be read"),
+        (5, r"mounted at '~/data' is a path of this machine, not 5"),
+    ],
+)
+def test_a_mounted_file_that_cannot_be_read_is_told_before_anything_is_rented(
+    fake: Fake, tmp_path: Path, monkeypatch: Any, local: str | int, said: str
+) -> None:
+    (tmp_path / "folder" / "below").mkdir(parents=True)
+    (tmp_path / "folder" / "below" / "astray").symlink_to("nowhere")
+    content = config()
+    content["file_mounts"]["~/data"] = str(tmp_path / local) if isinstance(local, str) else local
+    assert re.search(said, refused(monkeypatch, content))
+    assert on_laptop(content).non_terminated_nodes({}) == [], "other commands than `ray up` work"
     assert fake.live() == []
 
 

@@ -50,6 +50,7 @@ def test_neither_key_is_in_any_config_and_workers_get_none(fake: Fake, tmp_path:
     assert "~/.config/vastai/vast_api_key" in boot["file_mounts"]
     assert "~/.config/vastai/vast_api_key" not in for_head["file_mounts"]
     assert "~/.ray/auth_token" in for_head["file_mounts"]
+    assert for_head["provider"]["mounts"] == {}, "where files lie at home"
     token = Path(boot["file_mounts"]["~/.ray/auth_token"])
     assert stat.S_IMODE(token.stat().st_mode) == 0o600
     head = on_head(laptop, tmp_path / "head", monkeypatch)
