@@ -123,10 +123,20 @@ def check_shape(config: Mapping[str, Any]) -> None:
     check_names(config["cluster_name"], list(types))
 
 
+def complete(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config with what Ray reads only once machines are rented. Raises ConfigError where we cannot say it."""
+    for name in ("head_start_ray_commands", "worker_start_ray_commands"):
+        if not config.get(name):
+            raise ConfigError(
+                f"'{name}' is missing, and without it no Ray starts on a rented machine; take it over from ray_cluster.yaml"
+            )
+    return {"initialization_commands": [], **config}
+
+
 def bootstrap(config: dict[str, Any]) -> dict[str, Any]:
     """The cluster's config with all that the laptop adds. Raises ConfigError before anything is rented."""
     check_shape(config)
-    config = dict(config)
+    config = complete(config)
     provider = dict(config["provider"])
     config["provider"] = provider
     settings = Settings.read(provider)

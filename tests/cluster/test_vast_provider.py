@@ -22,6 +22,7 @@ from cluster.mesh.daemon import UNWATCHED_S
 from cluster.mesh.peers import POLLED, mesh_folder
 from cluster.vast import deadman
 from cluster.vast.errors import NotGoneError, VastBusyError
+from cluster.vast.provider import VastNodeProvider
 from cluster.vast.settings import ssh_user
 
 pytest.importorskip("vastai", reason="the Vast SDK is not installed: pip install 'pairscope[vast]'")
@@ -401,6 +402,8 @@ def test_the_autoscaler_tells_the_head_at_each_poll_when_to_be_gone_should_it_be
             }.items()
         ),
         ({"auth": {"ssh_user": ""}}, "auth: 'ssh_user' is a name"),
+        ({"head_start_ray_commands": None}, "'head_start_ray_commands' is missing"),
+        ({"worker_start_ray_commands": []}, "'worker_start_ray_commands' is missing"),
         ({"provider": {"offers": "hi"}}, "provider: 'offers' is a mapping"),
         ({"provider": {"offers": None}}, "provider: 'offers' is a mapping"),
         ({"provider": {"image_versions": "3.12"}}, "provider: 'image_versions' is a mapping"),
@@ -417,6 +420,12 @@ def test_a_wrong_config_is_an_error_before_anything_is_rented(fake: Fake, change
     with pytest.raises(click.ClickException, match=message):
         on_laptop(content)
     assert fake.live() == []
+
+
+def test_a_config_without_initialization_commands_has_none(fake: Fake) -> None:
+    content = config()
+    del content["initialization_commands"]
+    assert VastNodeProvider.bootstrap_config(content)["initialization_commands"] == []
 
 
 @pytest.mark.parametrize(
