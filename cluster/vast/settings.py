@@ -25,6 +25,7 @@ from cluster.vast.state import cluster_folder
 FROM_RAY = {"type", "module", "_config_cache_path", "disable_node_updaters", "use_internal_ips"}
 OURS = ("offers", "boot_minutes", "head_silence_minutes", "poll_seconds", "onstart", "image_versions")
 ROOT = "root"
+IDLE_MINUTES = 5  # as Ray's documentation has it; its autoscaler keeps idle machines where the config does not say
 SPARE = 4  # places of the mesh for machines on their way out, which keep theirs until they are gone
 KNOWN_API_KEY = "~/.config/vastai/vast_api_key"  # where the SDK looks
 HUB_LOGIN = "~/.cache/huggingface/token"  # where `hf auth login` puts it; mounted by those who need it
@@ -124,13 +125,13 @@ def check_shape(config: Mapping[str, Any]) -> None:
 
 
 def complete(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config with what Ray reads only once machines are rented. Raises ConfigError where we cannot say it."""
+    """The config with what Ray reads only once machines are rented, or takes for never. Raises ConfigError where we cannot say it."""
     for name in ("head_start_ray_commands", "worker_start_ray_commands"):
         if not config.get(name):
             raise ConfigError(
                 f"'{name}' is missing, and without it no Ray starts on a rented machine; take it over from ray_cluster.yaml"
             )
-    return {"initialization_commands": [], **config}
+    return {"initialization_commands": [], "idle_timeout_minutes": IDLE_MINUTES, **config}
 
 
 def bootstrap(config: dict[str, Any]) -> dict[str, Any]:

@@ -428,6 +428,13 @@ def test_a_config_without_initialization_commands_has_none(fake: Fake) -> None:
     assert VastNodeProvider.bootstrap_config(content)["initialization_commands"] == []
 
 
+def test_idle_machines_are_given_back_where_the_config_does_not_say_when(fake: Fake) -> None:
+    content = config()
+    del content["idle_timeout_minutes"]
+    assert VastNodeProvider.bootstrap_config(content)["idle_timeout_minutes"] == 5
+    assert VastNodeProvider.bootstrap_config(config() | {"idle_timeout_minutes": 7})["idle_timeout_minutes"] == 7
+
+
 @pytest.mark.parametrize(
     ("wish", "message"),
     [
