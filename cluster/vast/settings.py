@@ -113,6 +113,13 @@ def check_shape(config: Mapping[str, Any]) -> None:
                 f"node type '{name}': 'node_config' is a mapping such as {{gpus: [RTX 4090], num_gpus: 1}}, not "
                 f"{node_type.get('node_config')!r}; {{}} takes all from provider: offers"
             )
+    for where, part in (("", config), *((f"node type '{name}': ", node_type) for name, node_type in types.items())):
+        docker = part.get("docker")
+        if any(docker.values()) if isinstance(docker, Mapping) else docker:
+            raise ConfigError(
+                f"{where}'docker' is not heeded: a machine of Vast's is a container already. Name its image under provider: offers: image (or "
+                "in a node_config), and take this section out"
+            )
     for name in Settings.__dataclass_fields__:
         if name in config["provider"] and name not in OURS:
             raise ConfigError(

@@ -402,6 +402,7 @@ def test_the_autoscaler_tells_the_head_at_each_poll_when_to_be_gone_should_it_be
             }.items()
         ),
         ({"auth": {"ssh_user": ""}}, "auth: 'ssh_user' is a name"),
+        ({"docker": {"image": "me/mine", "container_name": "ray"}}, "'docker' is not heeded.*offers: image"),
         ({"head_start_ray_commands": None}, "'head_start_ray_commands' is missing"),
         ({"worker_start_ray_commands": []}, "'worker_start_ray_commands' is missing"),
         ({"provider": {"offers": "hi"}}, "provider: 'offers' is a mapping"),
@@ -416,10 +417,20 @@ def test_the_autoscaler_tells_the_head_at_each_poll_when_to_be_gone_should_it_be
 def test_a_wrong_config_is_an_error_before_anything_is_rented(fake: Fake, change: dict[str, Any], message: str) -> None:
     content = config()
     for key, value in change.items():
-        content[key] = content[key] | value if isinstance(value, dict) else value
+        content[key] = content.get(key, {}) | value if isinstance(value, dict) else value
     with pytest.raises(click.ClickException, match=message):
         on_laptop(content)
     assert fake.live() == []
+
+
+def test_a_node_types_own_docker_section_is_refused_and_an_empty_one_is_none(fake: Fake) -> None:
+    content = config()
+    content["docker"] = {"image": "", "container_name": ""}
+    content["available_node_types"]["rtx4090"]["docker"] = {}
+    VastNodeProvider.bootstrap_config(content)
+    content["available_node_types"]["rtx4090"]["docker"] = {"worker_image": "me/mine"}
+    with pytest.raises(click.ClickException, match="node type 'rtx4090': 'docker' is not heeded"):
+        VastNodeProvider.bootstrap_config(content)
 
 
 def test_a_config_without_initialization_commands_has_none(fake: Fake) -> None:
