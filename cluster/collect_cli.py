@@ -88,7 +88,7 @@ def take_down(cluster: str, name: str | None = None) -> int:
     words = ["down", "-y", cluster, *(["-n", name] if name else [])]
     done = subprocess.run([*program, *words], stdin=subprocess.DEVNULL, stdout=sys.stderr, env=dict(os.environ))
     if done.returncode:
-        call = " ".join(["ray", *words])
+        call = shlex.join(["ray", *words])
         click.echo(
             f"pairscope: `{call}` ended with {done.returncode}: look at `pairscope vast nodes`, it may still cost money",
             err=True,

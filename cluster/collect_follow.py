@@ -99,7 +99,7 @@ def why_not_down(look: Look, collector: Collector) -> list[str]:
             n = len(wrong)
             reasons.append(
                 f"'{out}' on the head holds {n} complete capture{'s' * (n != 1)} that are not at home ({name}: {why}); collect with "
-                f"--remote-out {out}, or end the cluster by hand with `ray down`"
+                f"--remote-out {shlex.quote(out)}, or end the cluster by hand with `ray down`"
             )
     return reasons + [f"{c.pair}: {line}" for c in look.captures for line in collector.verify(c)]
 

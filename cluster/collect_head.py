@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import shlex
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,7 +33,7 @@ class HeadWay:
         self.config: dict[str, Any] = {}
         self.provider: Any = None
         self.name = name or _read(path)["cluster_name"]
-        self.up = f"ray up {path}" + (f" -n {name}" if name else "")
+        self.up = shlex.join(["ray", "up", path, *(["-n", name] if name else [])])
 
     def __call__(self) -> Link:
         """Raises ClusterGoneError, UnreachableError, and what the provider says of keys."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import tempfile
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,9 @@ from provider_stage import HEAD_TAGS, config, laptop_home, node_config, on_lapto
 from capture.errors import ConfigError
 from cluster import collect_cli
 from cluster.collect_errors import ClusterGoneError, UnreachableError
+from cluster.collect_follow import why_not_down
 from cluster.collect_head import HeadWay
+from cluster.collect_source import Found, Look
 from cluster.vast.errors import VastKeyError
 
 pytest.importorskip("vastai", reason="the Vast SDK is not installed: pip install 'pairscope[vast]'")
@@ -77,6 +81,21 @@ def test_a_cluster_that_was_given_another_name_is_found_and_ended_by_it(
 def test_a_cluster_without_a_head_is_gone(fake: Fake, cluster: str) -> None:
     with pytest.raises(ClusterGoneError, match=r"has no head: it was never up, or is gone; `ray up .*` makes it"):
         HeadWay(cluster)()
+
+
+def test_commands_that_are_told_can_be_pasted(
+    fake: Fake, cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    spaced = str(tmp_path / "my cluster.yaml")
+    Path(cluster).rename(spaced)
+    with pytest.raises(ClusterGoneError, match=f"`ray up '{re.escape(spaced)}'` makes it"):
+        HeadWay(spaced)()
+    monkeypatch.setattr(collect_cli.subprocess, "run", lambda words, **_: subprocess.CompletedProcess(words, 1))
+    assert collect_cli.take_down(spaced) == 1
+    assert f"`ray down -y '{spaced}'` ended with 1" in capsys.readouterr().err
+    look = Look("/root/out", others={"/root/my out": [Found("a", "0123456789abcdef", {})]})
+    missing: Any = types.SimpleNamespace(verify=lambda found: ["home has none"])
+    assert "--remote-out '/root/my out', or" in why_not_down(look, missing)[0]
 
 
 def test_a_vast_that_does_not_answer_is_for_later_and_one_that_comes_back_is_asked_again(
