@@ -149,10 +149,14 @@ class Desk:
                 self.abandon(token)
 
     def _inside(self, path: str) -> Path:
-        found = Path(os.path.normpath(path))
-        if not found.is_absolute() or not found.is_relative_to(self.root):
+        below = os.path.normpath(
+            path.removeprefix(f"{self.root}/")
+        )  # the root's own `..` are the user's, and lead through links
+        if path == str(self.root):
+            return self.root
+        if not path.startswith(f"{self.root}/") or Path(below).is_absolute() or Path(below).parts[:1] == ("..",):
             raise PermissionError(f"'{path}' is not in the run directory '{self.root}'")
-        return found
+        return self.root / below
 
     def _to_change(self, path: str) -> Path:
         """The same for what is put there or removed: not through a link, as capture/layout.py has it for writers on this node."""

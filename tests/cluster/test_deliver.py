@@ -46,6 +46,19 @@ def test_a_file_is_there_when_it_is_whole_and_not_before(tmp_path: Path) -> None
     assert desk.read(path, 4, 99) == b"two"
 
 
+def test_a_run_directory_may_be_told_by_way_of_its_parents(tmp_path: Path) -> None:
+    (tmp_path / "here").mkdir()
+    run = RunDir(f"{tmp_path}/here/../out")
+    desk = Desk(run.root)
+    token = desk.begin(f"{run.root}/captures/x")
+    desk.append(token, 0, b"one")
+    desk.finish(token, 3, sha(b"one"))
+    assert names(tmp_path / "out") == ["captures/x"]
+    for outside in ("..", "../out2/x", "captures/../../x"):
+        with pytest.raises(PermissionError, match="not in the run directory"):
+            desk.begin(f"{run.root}/{outside}")
+
+
 @pytest.mark.parametrize(("size", "digest"), [(8, sha(b"one two")), (7, sha(b"one twx"))])
 def test_what_is_not_what_was_sent_is_not_kept(tmp_path: Path, size: int, digest: str) -> None:
     desk = Desk(str(tmp_path))
