@@ -146,10 +146,11 @@ function drawFour(s, many) {
 }
 
 async function drawSpectrum(s) {
-  const { spectrum } = s.pair, name = `${s.sheet.variant} ${s.view}`, panel = byId("spectrum-panel");
+  const ticket = (drawSpectrum.ticket = (drawSpectrum.ticket || 0) + 1), { spectrum } = s.pair, name = `${s.sheet.variant} ${s.view}`, panel = byId("spectrum-panel");
   panel.hidden = !spectrum || !spectrum.arrays[`${name} effective_rank`];
   if (panel.hidden) return;
   const get = await open_(spectrum.block, spectrum.arrays), n = spectrum.layers.length, { k } = spectrum;
+  if (ticket !== drawSpectrum.ticket) return; // another pair or comparison came meanwhile
   const take = (measure) => Array.from(get(`${name} ${measure}`, n)), labels = spectrum.layers.map((layer) => layer < 0 ? "emb" : layer === s.pair.facts.n_layers ? "norm" : String(layer));
   const row = s.cell ? spectrum.layers.indexOf(s.data.sheet.layers[s.cell.row]) : n - 1;
   const all = get(`${name} singular_values`, n * k), values = Array.from(all.slice(row * k, (row + 1) * k)).filter(Number.isFinite);

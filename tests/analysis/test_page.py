@@ -427,6 +427,38 @@ def test_the_spectrum_shows_where_there_is_one(made: Made, browser: Browser) -> 
     assert not browser.find("#spectrum-panel").is_displayed()
 
 
+def hold(browser: Browser, block: str) -> None:  # noqa: F811
+    """From here on a block is not read before the page is told: held.go()."""
+    browser.execute_script(
+        """const real = open_, late = arguments[0];
+        window.held = {};
+        open_ = (block, places) => block !== late ? real(block, places)
+          : new Promise((done) => { held.go = () => done(real(block, places)); });""",
+        block,
+    )
+
+
+def settle(browser: Browser) -> None:  # noqa: F811
+    """Let the page do all that it can do now."""
+    browser.driver.execute_async_script("setTimeout(arguments[0], 100)")
+
+
+def test_a_spectrum_that_is_read_late_is_not_drawn_over_that_of_the_pair_chosen_since(
+    made: Made,
+    browser: Browser,  # noqa: F811
+) -> None:
+    browser.open(f"{made.address}#pair=beta&show=BB-SS")
+    hold(browser, "s0")
+    choose(browser, "pair", "alpha")
+    browser.wait("return !!held.go")
+    choose(browser, "pair", "it's")
+    shown = "return [byId('spectrum-layer').textContent, byId('spectrum-values').innerHTML]"
+    own = browser.execute_script(shown)
+    browser.execute_script("held.go()")
+    settle(browser)
+    assert browser.execute_script(shown) == own, "that of alpha came last"
+
+
 def test_cells_without_a_number_and_the_masks_are_told(made: Made, browser: Browser) -> None:  # noqa: F811
     browser.open(f"{made.address}#pair=beta&prompt=0&metric=kl_divergence")
     assert browser.execute_script("return S.values.filter(Number.isFinite).length") == 2, (
