@@ -19,12 +19,13 @@ const showSql = (id, text) => { byId(id).querySelector("pre").textContent = text
 
 async function drawCell(s) {
   const cell = s.hover || s.cell || s.seen, host = byId("cell"), { data } = s;
+  const ticket = (drawCell.ticket = (drawCell.ticket || 0) + 1);
   if (!cell) {
     host.replaceChildren(el("p", { class: "hint" }, "Point at a cell to read it. Click it to keep it and to see its row and column."));
     showSql("cell-sql", "");
     return;
   }
-  const ticket = (drawCell.ticket = (drawCell.ticket || 0) + 1), i = cell.row * data.columns + cell.column, kind = viewKind(s.view);
+  const i = cell.row * data.columns + cell.column, kind = viewKind(s.view);
   const lists = await listsOf(data, s.view, i);
   if (ticket !== drawCell.ticket) return; // another cell came meanwhile
   const rows = [];

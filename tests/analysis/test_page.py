@@ -459,6 +459,18 @@ def test_a_spectrum_that_is_read_late_is_not_drawn_over_that_of_the_pair_chosen_
     assert browser.execute_script(shown) == own, "that of alpha came last"
 
 
+def test_a_cell_that_was_let_go_does_not_come_back_with_its_lists(made: Made, browser: Browser) -> None:  # noqa: F811
+    browser.open(f"{made.address}#pair=alpha&show=BB-SS")
+    hold(browser, "l0-0")
+    browser.execute_script("S.select({ row: 1, column: 1 })")
+    browser.wait("return !!held.go")
+    press(browser, "\ue00c")  # Esc
+    browser.execute_script("held.go()")
+    settle(browser)
+    assert browser.text("#cell").startswith("Point at a cell")
+    assert browser.text("#cell-sql pre") == ""
+
+
 def test_cells_without_a_number_and_the_masks_are_told(made: Made, browser: Browser) -> None:  # noqa: F811
     browser.open(f"{made.address}#pair=beta&prompt=0&metric=kl_divergence")
     assert browser.execute_script("return S.values.filter(Number.isFinite).length") == 2, (
