@@ -142,6 +142,7 @@ function takePair(pair) { S.pair = pair; S.sheet = pair.sheets.find((x) => x.pro
 function takeSheet(sheet) { S.sheet = sheet; if (S.cell?.column >= sheet.tokens.length) S.cell = null; S.seen = null; grid.scroller.scrollLeft = 0; update(); }
 async function jump(i) {
   const spot = S.spots[i];
+  if (spot.data.pair !== S.pair) return; // still the list of the pair before: its sheets would be shown as this one's
   jump.last = i;
   S.sheet = spot.data.sheet;
   S.seen = null;

@@ -471,6 +471,22 @@ def test_a_cell_that_was_let_go_does_not_come_back_with_its_lists(made: Made, br
     assert browser.text("#cell-sql pre") == ""
 
 
+def test_a_hotspot_of_the_pair_before_does_not_bring_its_numbers_under_the_name_of_the_next(
+    made: Made,
+    browser: Browser,  # noqa: F811
+) -> None:
+    browser.open(f"{made.address}#pair=alpha&show=BB-SS")
+    hold(browser, "b2-0")
+    browser.execute_script("takePair(INDEX.pairs[2])")
+    browser.wait("return !!held.go")
+    browser.find("#spots button").click()  # the list is still that of alpha
+    settle(browser)
+    browser.execute_script("held.go()")
+    browser.wait_ready()
+    shown = "return [S.pair.name, S.pair.sheets.includes(S.sheet), S.data.sheet === S.sheet, S.data.rows]"
+    assert browser.execute_script(shown) == ["it's", True, True, 5]
+
+
 def test_cells_without_a_number_and_the_masks_are_told(made: Made, browser: Browser) -> None:  # noqa: F811
     browser.open(f"{made.address}#pair=beta&prompt=0&metric=kl_divergence")
     assert browser.execute_script("return S.values.filter(Number.isFinite).length") == 2, (
