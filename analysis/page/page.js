@@ -107,7 +107,8 @@ async function update() {
   S.data = data;
   S.hover = null; // the pointer read another prompt, pass or metric: it reads again when it moves
   byId("tip").hidden = true;
-  if (S.seen?.row >= data.rows || S.seen?.column >= data.columns) S.seen = null;
+  // keys and clicks choose among the cells that are drawn, which were another sheet's until now
+  for (const name of ["seen", "cell"]) if (S[name]?.row >= data.rows || S[name]?.column >= data.columns) S[name] = null;
   S.values = valuesOf(data, S.view, S.metric);
   S.left = maskOf(S.sheet, skipped(S));
   const floor = noiseFloor(data, S.view, S.metric);
@@ -149,7 +150,7 @@ async function jump(i) {
   S.cell = { row: spot.row, column: spot.column };
   S.hover = null;
   await update();
-  scrollToCell(S.cell);
+  if (S.cell) scrollToCell(S.cell);
 }
 const step = (list, now, by) => list[(list.indexOf(now) + by + list.length) % list.length];
 

@@ -487,6 +487,18 @@ def test_a_hotspot_of_the_pair_before_does_not_bring_its_numbers_under_the_name_
     assert browser.execute_script(shown) == ["it's", True, True, 5]
 
 
+def test_a_key_while_the_next_pair_is_read_chooses_no_cell_that_it_does_not_have(made: Made, browser: Browser) -> None:  # noqa: F811
+    browser.open(f"{made.address}#pair=it%27s&show=BB-SS")
+    hold(browser, "b1-0")
+    browser.execute_script("takePair(INDEX.pairs[1])")
+    browser.wait("return !!held.go")
+    browser.execute_script("for (let i = 0; i < 5; i++) KEYS.ArrowRight()")  # beta has two tokens
+    browser.execute_script("held.go()")
+    browser.wait_ready()
+    assert browser.execute_script("return [S.pair.name, S.cell, S.spots[0].data.pair.name]") == ["beta", None, "beta"]
+    assert browser.logs()[0] == []
+
+
 def test_cells_without_a_number_and_the_masks_are_told(made: Made, browser: Browser) -> None:  # noqa: F811
     browser.open(f"{made.address}#pair=beta&prompt=0&metric=kl_divergence")
     assert browser.execute_script("return S.values.filter(Number.isFinite).length") == 2, (
