@@ -41,11 +41,11 @@ function chart(host, { labels, xTitle, unit = "", lines, band, mark = null, pick
   if (useLog) {
     const positive = numbers.filter((v) => v > 0);
     low = Math.max(positive.reduce((a, b) => Math.min(a, b)), high / 1e6);
-    if (high <= low) high = low * 10;
+    if (high <= low * (1 + 1e-12)) high = low * 10; // quantiles of equal numbers may differ in their last bit
   } else {
     if (low > 0 && low < high * 0.6) low = 0;
     if (high < 0 && high > low * 0.6) high = 0;
-    if (high === low) [low, high] = [Math.min(low, 0), high > 0 ? high : low < 0 ? 0 : 1];
+    if (high - low <= 1e-12 * Math.max(high, -low)) [low, high] = [Math.min(low, 0), high > 0 ? high : low < 0 ? 0 : 1];
   }
   const x = (i) => pad.l + (n < 2 ? 0.5 : i / (n - 1)) * (width - pad.l - pad.r);
   const share = (v) => useLog ? Math.log(Math.max(v, low) / low) / Math.log(high / low) : (v - low) / (high - low);

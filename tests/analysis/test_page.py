@@ -499,6 +499,30 @@ def test_a_key_while_the_next_pair_is_read_chooses_no_cell_that_it_does_not_have
     assert browser.logs()[0] == []
 
 
+@pytest.mark.parametrize("log", ["", "&log=1"])
+def test_a_chart_of_numbers_that_are_equal_but_for_rounding_is_drawn(
+    tmp_path: Path,
+    browser: Browser,  # noqa: F811
+    log: str,
+) -> None:
+    taken = (
+        beta()
+    )  # the lens reads one layer, and its two tokens say the same: a tenth of the way between is not quite it
+    taken.cells[0, "identity", "BB"]["entropy"][2] = 0.1
+    taken.cells[0, "identity", "BB"]["norm_delta"][1:] = -0.1
+    write_capture(tmp_path / "out", taken)
+    page = write_page(open_run(str(tmp_path / "out")), tmp_path / "page.html").path
+    for metric in ("entropy", "norm_delta"):
+        browser.open(f"file://{page}#show=BB&metric={metric}{log}")
+        between = browser.execute_script(
+            "const p = profile([S.data], S.view, S.metric, null); return p.p10[2] - p.p50[2]"
+        )
+        assert 0 < abs(between) < 1e-15
+        assert (
+            1 < browser.execute_script("return document.querySelectorAll('#profile .rule, #profile .zero').length") < 20
+        )
+
+
 def test_cells_without_a_number_and_the_masks_are_told(made: Made, browser: Browser) -> None:  # noqa: F811
     browser.open(f"{made.address}#pair=beta&prompt=0&metric=kl_divergence")
     assert browser.execute_script("return S.values.filter(Number.isFinite).length") == 2, (
