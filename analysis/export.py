@@ -90,5 +90,5 @@ def _statistics(question: Question) -> tuple[str, list[Any]]:
 
 
 def _changes(question: Question) -> tuple[str, list[Any]]:
-    sql, values = changes_sql(question.filters, question.token_ids, question.min_logit)
+    sql, values = changes_sql(question.filters, question.token_ids, question.min_logit, twins=False)
     return f"SELECT * RENAME (label AS comparison) FROM (\n{sql}\n)", values

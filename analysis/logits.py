@@ -13,7 +13,7 @@ from analysis.errors import QueryError
 from analysis.grids import check_tracked
 from analysis.metrics import find_metric, logit_metric
 from analysis.select import Filters, check_filters, one_cell_set
-from analysis.summaries import GROUP, fetch_rows
+from analysis.summaries import GROUP, NO_TWINS, fetch_rows
 
 if TYPE_CHECKING:
     import duckdb
@@ -34,12 +34,14 @@ def changes_sql(
     min_logit: float = MIN_LOGIT,
     min_norm_diff: float = 0.0,
     per_prompt: int | None = None,
+    *,
+    twins: bool = True,
 ) -> tuple[str, list[Any]]:
     """The cells where a tracked token's logit changed by min_logit or more and the states by min_norm_diff or more.
 
     Columns: pair, capture, prompt_idx, variant, label (comparison), layer, position, token_id, name, norm_diff, logit_diff;
-    the largest |logit_diff| first. per_prompt: at most so many for each prompt and comparison. Raises QueryError for a size that
-    is no number.
+    the largest |logit_diff| first. per_prompt: at most so many for each prompt and comparison. twins=False: one of two layers that
+    are the same to the lens. Raises QueryError for a size that is no number.
     """
     check_size("the least change of a logit", min_logit)
     check_size("the least change of a state", min_norm_diff)
@@ -53,7 +55,7 @@ def changes_sql(
     sql = (
         "SELECT pair, capture, prompt_idx, variant, comparison AS label, t.layer, t.position, t.token_id, t.label AS name,\n"
         "  p.norm_diff::DOUBLE AS norm_diff, t.diff AS logit_diff\n"
-        f"FROM (SELECT * FROM tracked_pairwise {where}) AS t\n"
+        f"FROM (SELECT * FROM tracked_pairwise {where or 'WHERE true'}{'' if twins else f' {NO_TWINS}'}) AS t\n"
         "JOIN pairwise AS p USING (pair, capture, prompt_idx, variant, comparison, layer, position)\n"
         f"WHERE isfinite(t.diff) AND abs(t.diff) >= {float(min_logit)} AND p.norm_diff >= {float(min_norm_diff)} {chosen}"
     )

@@ -175,7 +175,9 @@ class _Parts:
         self.changes: Rows = {}
         self.membership: Rows = {}
         if question.metric.record_type == "pairwise":
-            sql, values = changes_sql(filters, question.token_ids, question.min_logit, per_prompt=question.top_n)
+            sql, values = changes_sql(
+                filters, question.token_ids, question.min_logit, per_prompt=question.top_n, twins=False
+            )
             self.changes = _by_key(fetch_rows(con, sql, values))
             if question.token_ids:
                 sql, values = membership_sql(filters, question.token_ids)

@@ -21,6 +21,10 @@ Axis = Literal["layer", "token"]
 AXIS_COLUMN: dict[Axis, str] = {"layer": "layer", "token": "position"}
 GROUP = ("pair", "capture", "prompt_idx", "variant", "label")
 _GROUP = ", ".join(GROUP)
+# what the lens says at L is what it says at L-1
+NO_TWINS = (
+    "AND (pair, capture, layer) NOT IN (SELECT (pair, capture, twin_layer) FROM captures WHERE twin_layer IS NOT NULL)"
+)
 
 
 def cells_sql(
@@ -41,10 +45,8 @@ def cells_sql(
     ]
     if finite:
         lines.append(f"AND isfinite({metric.sql})")
-    if not twins and of_lens(metric.name, metric.unit):  # what the lens says at L is what it says at L-1
-        lines.append(
-            "AND (pair, capture, layer) NOT IN (SELECT (pair, capture, twin_layer) FROM captures WHERE twin_layer IS NOT NULL)"
-        )
+    if not twins and of_lens(metric.name, metric.unit):
+        lines.append(NO_TWINS)
     return "\n".join(lines), values
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from synthetic import ALPHA, PASSES, alpha, write_capture
 
-from analysis import open_run
+from analysis import open_run, relevant_logit_changes
 from analysis.macros import MACROS, NAMES
 from analysis.metrics import metrics
 
@@ -244,7 +244,7 @@ def twins(out: Path) -> None:
 
     made = alpha()
     for (_, _, label), cells in made.cells.items():
-        for name in ("kl_divergence", "norm_diff") if "-" in label else ("entropy",):
+        for name in ("kl_divergence", "norm_diff") if "-" in label else ("entropy", "tracked_logits"):
             cells[name][2] += 100
             cells[name][3] = cells[name][2]
     path = write_capture(out, made) / "capture.json"
@@ -281,6 +281,21 @@ def test_a_report_has_one_of_two_equal_layers_among_the_largest_cells(tmp_path: 
         assert call(*asked, "--export", file, "--export-rows", "hotspots").code == 0
         with file.open(newline="") as stream:
             assert {int(row["layer"]) for row in csv.DictReader(stream)} == expected
+
+
+def test_a_report_has_one_of_two_equal_layers_among_the_logits_that_changed(
+    tmp_path: Path, call: Callable[..., Any]
+) -> None:
+    twins(tmp_path / "out")
+    file = tmp_path / "changes.csv"
+    asked = ("report", tmp_path / "out", "--comparison", "BB-SS", "--min-logit", 0)
+    changes = [row for section in call(*asked, "--top-n", 99, "--json").rows for row in section["changes"]]
+    assert {row["layer"] for row in changes} == {-1, 0, 1}
+    assert call(*asked, "--export", file, "--export-rows", "changes").code == 0
+    with file.open(newline="") as stream:
+        assert [int(row["layer"]) for row in csv.DictReader(stream)] == [row["layer"] for row in changes]
+    everything = relevant_logit_changes(open_run(str(tmp_path / "out")), min_abs_logit=0, comparison="BB-SS")
+    assert {row["layer"] for row in everything} == {-1, 0, 1, 2}, "who asks for all cells gets them"
 
 
 @pytest.mark.parametrize("layers", [[-1, 0, 2], [-1, 0, 1], None])
