@@ -66,15 +66,16 @@ _ORDER = "abs(logit_diff) DESC, layer, position, token_id"
 
 
 def membership_sql(filters: Filters, token_ids: Sequence[int]) -> tuple[str, list[Any]]:
-    """Per prompt, comparison, token and direction: in how many cells it is among the k largest shifts, and the largest there."""
+    """Per prompt, comparison, token and direction: in how many cells it is among the k largest shifts, and the largest there; at
+    ties the lower layer, then the earlier position."""
     where, values = filters.where("comparison")
     ids = ", ".join(str(int(i)) for i in token_ids)
     sql = (
+        "SELECT * EXCLUDE hot, hot.value AS largest, -hot.minus_layer AS layer, -hot.minus_position AS position\nFROM (\n"
         "SELECT pair, capture, prompt_idx, variant, comparison AS label, token_id, direction, count(*) AS cells,\n"
-        "  arg_max(shift, abs(shift)) AS largest, arg_max(layer, abs(shift)) AS layer,\n"
-        "  arg_max(position, abs(shift)) AS position\n"
+        "  max(struct_pack(size := abs(shift), minus_layer := -layer, minus_position := -position, value := shift)) AS hot\n"
         f"FROM topk_shift {where or 'WHERE true'} AND token_id IN ({ids})\n"
-        f"GROUP BY ALL\nORDER BY {_GROUP}, token_id, direction DESC"
+        f"GROUP BY ALL\n)\nORDER BY {_GROUP}, token_id, direction DESC"
     )
     return sql, values
 

@@ -13,13 +13,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import numpy as np
 import pytest
 from pyarrow import parquet
 from synthetic import TRACKED, make_capture, write_capture
 
 from analysis import make_report, open_run
+from analysis.logits import membership_sql
 from analysis.report import ask
+from analysis.select import Filters
+from analysis.summaries import fetch_rows
 
 RUNS = ("norm", "norm_delta", "cosine_prev", "entropy")
 PAIRWISE = (
@@ -312,6 +316,18 @@ def test_a_token_id_says_how_often_it_is_among_the_largest_shifts(tmp_path: Path
     assert (row["token_id"], row["direction"], row["cells"]) == (7, "increased", 2)
     assert (row["layer"], row["position"]) in [(0, 0), (1, 1)]
     assert "among the largest shifts" in call("report", tmp_path, "--token-id", 7).out
+
+
+def test_of_equal_shifts_the_lower_layer_is_told_in_whatever_order_the_rows_come() -> None:
+    # two layers that are the same to the lens have equal ones, and several threads read a long prompt
+    con = duckdb.connect()
+    con.execute(
+        "CREATE TABLE topk_shift AS SELECT 'p' AS pair, 'c' AS capture, 0 AS prompt_idx, 'identity' AS variant, 'BB-SS' AS comparison, "
+        "'decreased' AS direction, 7 AS token_id, layer::SMALLINT AS layer, position::INTEGER AS position, -2.5::FLOAT AS shift "
+        "FROM range(3) AS a(layer), range(4) AS b(position) ORDER BY layer DESC, position DESC"
+    )
+    sql, values = membership_sql(Filters(), [7])
+    assert fetch_rows(con, sql, values)[0].items() >= {"cells": 12, "largest": -2.5, "layer": 0, "position": 0}.items()
 
 
 @pytest.mark.parametrize("kind", ["hotspots", "statistics", "changes"])
