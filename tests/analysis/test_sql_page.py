@@ -112,3 +112,15 @@ def test_passes_make_up_their_mind_at_a_layer_that_the_lens_reads(tmp_path: Path
     (query,) = [sql for number, _, _, sql in QUESTIONS if number == "28"]
     with analysis.open(str(tmp_path / "out")) as run:
         assert run.sql(query).fetchall() == [("pydoc", "BB", 1.5, 1.5)]
+
+
+def test_the_depth_at_which_pairs_differ_is_between_0_and_1(tmp_path: Path) -> None:
+    for pair, most in (("entry", 0), ("third", 1), ("end", 3)):
+        made = make_capture(pair, f"c{most}", ("BB", "SS"), 2, {(0, "identity"): ["a", "b"]}, {-1, 0, 1, 2}, 1)
+        made.cells[0, "identity", "BB"]["norm"][:] = 1
+        made.cells[0, "identity", "BB-SS"]["norm_diff"][most] = 100
+        write_capture(tmp_path / "out", made)
+    (query,) = [sql for number, _, _, sql in QUESTIONS if number == "29"]
+    with analysis.open(str(tmp_path / "out")) as run:
+        depths = {pair: depth for pair, _, depth in run.sql(query).fetchall()}
+    assert depths == {"entry": 0, "third": pytest.approx(1 / 3), "end": 1}
