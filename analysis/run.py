@@ -80,12 +80,19 @@ def open_run(
     )
     if sandbox:
         # what a name of a file is compared with is the pattern itself, and each file that it matches
-        reachable = [quote(root) for root in dict.fromkeys((run.root, as_pattern(run.root)))] if run.is_local else []
-        con.execute(f"SET allowed_directories = [{', '.join(reachable)}]::VARCHAR[]")
+        reachable = dict.fromkeys((run.root, as_pattern(run.root), *_linked(con))) if run.is_local else {}
+        con.execute(f"SET allowed_directories = [{', '.join(map(quote, reachable))}]::VARCHAR[]")
         con.execute("SET enable_external_access = false")
         con.execute("SET python_enable_replacements = false")  # a name in SQL is no variable of the caller
         con.execute("SET lock_configuration = true")
     return con
+
+
+def _linked(con: duckdb.DuckDBPyConnection) -> list[str]:
+    """Where complete captures lie that are reached by a link, on a larger disk say: DuckDB asks where a file really is. Not those
+    without a marker: a link in a run directory that somebody gave us may lead anywhere."""
+    paths = [path for (path,) in con.execute("SELECT path FROM captures WHERE complete").fetchall()]
+    return [real for path in paths if (real := os.path.realpath(path)) != path]
 
 
 def spill_directory() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,26 @@ def test_other_files_are_read_where_that_is_asked_for(synthetic: Any, tmp_path: 
     assert call("sql", synthetic.out, query, "--any-file", "--json").rows == [{"b": 2}]
     with analysis.open(str(synthetic.out), any_file=True) as opened:
         assert opened.sql(query).fetchall() == [(2,)]
+
+
+@pytest.mark.parametrize("below", ["captures", "captures/pair=alpha", f"captures/pair=alpha/capture={ALPHA}"])
+def test_captures_that_lie_on_another_disk_behind_a_link_can_be_asked(
+    synthetic: Any, tmp_path: Path, call: Any, below: str
+) -> None:
+    out, disk = tmp_path / "out", tmp_path / "disk"
+    shutil.copytree(synthetic.out, out)
+    (out / below).rename(disk)
+    (out / below).symlink_to(disk)
+    secret = tmp_path / "elsewhere" / "more.csv"
+    secret.parent.mkdir()
+    secret.write_text("a,b\n1,2\n")
+    (out / "captures" / "pair=beta" / "capture=none").symlink_to(secret.parent)
+    asked = "SELECT count(*) AS n FROM runs WHERE pair = 'alpha'"
+    assert call("sql", out, asked, "--json").rows == call("sql", synthetic.out, asked, "--json").rows
+    for more in ((), ("--include-partial",)):
+        assert call("sql", out, f"FROM read_csv('{secret}')", *more).code == 2, (
+            "a link to what is no capture opens nothing"
+        )
 
 
 def test_what_does_not_fit_in_memory_still_spills_in_the_sandbox(run: Any) -> None:
