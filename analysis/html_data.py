@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from analysis.errors import QueryError, near
 from analysis.html_pack import Packer
+from analysis.select import is_imported
 from capture.schema import BY_NAME, Column
 
 if TYPE_CHECKING:
@@ -111,7 +112,8 @@ def _pair(con: duckdb.DuckDBPyConnection, row: tuple[Any, ...]) -> PairData:
     )
     first = [*key, data.prompts[0].prompt_idx, data.prompts[0].variant]
     for labels, column, view in ((data.runs, "run", "runs"), (data.comparisons, "comparison", "pairwise")):
-        found = con.execute(f"SELECT DISTINCT {column} FROM {view} WHERE {_CELL} ORDER BY 1", first).fetchall()
+        there, values = (here, key) if is_imported(con, name, capture) else (f"WHERE {_CELL}", first)
+        found = con.execute(f"SELECT DISTINCT {column} FROM {view} {there} ORDER BY 1", values).fetchall()
         labels += [label for (label,) in found]
     return data
 

@@ -103,16 +103,37 @@ def labels(con: duckdb.DuckDBPyConnection, filters: Filters, metric: Metric) -> 
 
 def _labels(con: duckdb.DuckDBPyConnection, filters: Filters, view: str, column: str) -> list[str]:
     where, values = replace(filters, label=None).where("''")
-    # One prompt of each capture tells: all prompts of a capture have the same ones. Equalities alone let DuckDB skip row
-    # groups, which a join with prompts would not.
+    # One prompt of each capture tells: all prompts of a capture have the same ones, but for those of a file. Equalities alone
+    # let DuckDB skip row groups, which a join with prompts would not.
     firsts = con.execute(f"SELECT pair, capture, min(prompt_idx) FROM prompts {where} GROUP BY ALL", values).fetchall()
     found: set[str] = set()
-    for key in firsts:
-        rows = con.execute(
-            f"SELECT DISTINCT {column} FROM {view} WHERE pair = ? AND capture = ? AND prompt_idx = ?", list(key)
-        ).fetchall()
+    for pair, capture, first in firsts:
+        where, values = "WHERE pair = ? AND capture = ? AND prompt_idx = ?", [pair, capture, first]
+        if is_imported(con, pair, capture):
+            where, values = replace(filters, pair=pair, capture=capture, label=None).where("''")
+        rows = con.execute(f"SELECT DISTINCT {column} FROM {view} {where}", values).fetchall()
         found |= {name for (name,) in rows}
     return sorted(found)
+
+
+def is_imported(con: duckdb.DuckDBPyConnection, pair: str, capture: str) -> bool:
+    """Whether a capture came from a JSON file: each of its records may have passes and comparisons of its own."""
+    return bool(
+        con.execute("SELECT 1 FROM imported WHERE pair = ? AND capture = ? LIMIT 1", [pair, capture]).fetchall()
+    )
+
+
+def _first_record(
+    con: duckdb.DuckDBPyConnection, filters: Filters, metric: Metric, pair: str, capture: str
+) -> tuple[str, str, int, str] | None:
+    """Pair, capture, prompt and variant of the first record of a file that has cells of the kind of the metric's."""
+    where, values = replace(filters, pair=pair, capture=capture).where(metric.label)
+    rows = con.execute(
+        f"SELECT pair, capture, prompt_idx, variant FROM {metric.record_type} {where} "
+        "ORDER BY prompt_idx, variant <> 'identity', variant LIMIT 1",
+        values,
+    ).fetchall()
+    return rows[0] if rows else None
 
 
 def one_cell_set(con: duckdb.DuckDBPyConnection, filters: Filters, metric: Metric) -> Filters:
@@ -134,7 +155,8 @@ def one_cell_set(con: duckdb.DuckDBPyConnection, filters: Filters, metric: Metri
     ).fetchall()
     default = filters.label or ("BB" if metric.record_type == "runs" else "BB-SS")
     for row in rows:  # the cells of a damaged capture may be left out, and its prompts be there
-        chosen = Filters(*row)
+        first = _first_record(con, filters, metric, *row[:2]) if is_imported(con, *row[:2]) else None
+        chosen = Filters(*(first or row))
         known = labels(con, chosen, metric)
         if default in known or (known and filters.label is None):
             return chosen.with_label(default if default in known else known[0])

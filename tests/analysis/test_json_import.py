@@ -393,3 +393,27 @@ def test_a_files_name_gives_the_pair() -> None:
     assert pair_of("residual_compare_20251127_032959_Qwen_0_5B.json") == "Qwen_0_5B"
     assert pair_of("a b?.json") == "a-b"
     assert pair_of(".json") == "imported"
+
+
+def test_the_first_record_of_a_file_does_not_say_which_comparisons_the_others_have(
+    tmp_path: Path, call: Callable[..., Any]
+) -> None:
+    from analysis.html_data import choose_pairs
+
+    said = [record(random.Random(i), i, ["a", "b"]) for i in range(3)]
+    said[0]["pairwise"] = []
+    said[1]["pairwise"] = [p for p in said[1]["pairwise"] if (p["base_run"], p["sft_run"]) == ("BB", "SB")]
+    out = str(tmp_path / "out")
+    assert call("import-json", write(tmp_path / "f.json", said), "--out", out, "--pair", "p").code == 0
+    con = open_run(out)
+    compared = [name for (name,) in con.execute("SELECT DISTINCT comparison FROM pairwise ORDER BY 1").fetchall()]
+    assert len(compared) == 6
+    assert choose_pairs(con)[0].comparisons == compared
+    sections = call("report", out, "--json").rows
+    assert {s["comparison"] for s in sections if s["metrics"][0]["statistics"]} == set(compared)
+    assert call("grid", out, "--metric", "norm_diff").out.startswith("norm_diff of BB-SB, pair p, prompt 1")
+    assert call("grid", out, "--comparison", "BB-SS", "--metric", "norm_diff").out.startswith(
+        "norm_diff of BB-SS, pair p, prompt 2"
+    )
+    assert call("grid", out, "--run", "BB").out.startswith("norm of BB, pair p, prompt 0")
+    assert "no comparison" in call("grid", out, "--prompt", 0).err
