@@ -162,6 +162,9 @@ def _snapshot(
         # By the branch's name, not by its commit: only then does the cache know the branch when the network is gone.
         patterns = [glob.escape(n) for n in sizes]
         path = Path(hub.snapshot_download(repo, revision=revision, token=token, allow_patterns=patterns))
+        if path.name != info.sha:
+            # The branch has moved meanwhile; or the hub did not answer, and the library gave what the cache has of the branch.
+            path = Path(hub.snapshot_download(repo, revision=info.sha, token=token, allow_patterns=patterns))
         _check_hashes(repo, path, missing)
         return path
     except (OSError, HTTPError, EntryNotFoundError, HFValidationError) as error:

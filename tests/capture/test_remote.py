@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -211,6 +212,32 @@ def test_what_an_ended_capture_had_kept_is_not_fetched_again(
     assert first
     assert second < 0.8 * total
     assert len(kept(tmp_path)) == len([p for label in ("base", "sft") for p in served.files(f"org/{label}") if p.endswith("safetensors")])  # fmt: skip
+
+
+def test_small_files_and_weights_are_of_one_commit_though_the_hub_fails_between_them(
+    pairs: Callable[..., Any], at_hub: Callable[..., LocalHub], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The library then gives what the cache has of the branch, which may be an older commit."""
+    copied = shutil.copytree(pairs("llama").base.parent, tmp_path / "pair")
+    served = at_hub(SimpleNamespace(base=copied / "base"))
+    old = resolve_model("org/base").revision
+    shutil.copy(copied / "sft" / "model.safetensors", copied / "base" / "model.safetensors")
+    new, real = served.commit("org/base"), hub._check_disk
+    assert new != old
+
+    def fail_next(*args: Any) -> None:
+        real(*args)
+        served.faults.append(Fault("status", where="hub", part="api/models/org/base", status=500))
+
+    monkeypatch.setattr(hub, "_check_disk", fail_next)
+    source = Source(keep=True)
+    try:
+        files = resolve_model("org/base", source=source)
+        assert files.revision == new
+        assert [f.commit for f in source.files.values()] == [new]
+    finally:
+        source.close()
+    assert not [f for f in served.faults if f.times], "the hub failed between the two"
 
 
 def test_a_disk_that_is_too_small_keeps_nothing_and_the_capture_goes_on(
