@@ -265,6 +265,7 @@ def hub_error(repo: str, revision: str | None, error: Exception) -> CheckpointEr
         GatedRepoError,
         HfHubHTTPError,
         HFValidationError,
+        LocalEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
@@ -280,6 +281,8 @@ def hub_error(repo: str, revision: str | None, error: Exception) -> CheckpointEr
         text = f"'{repo}' has no revision '{revision}' on the hub; check base_revision and sft_revision"
     elif isinstance(error, HFValidationError):
         text = f"'{repo}' is neither a directory here nor a name on the hub"
+    elif isinstance(error, LocalEntryNotFoundError):
+        text = f"the hub did not answer for '{repo}', and not all of it is in the cache: {_one_line(error)}; run again"
     elif isinstance(error, EntryNotFoundError):
         text = f"'{repo}' lacks a file on the hub: {_one_line(error)}"
     elif isinstance(error, HfHubHTTPError):
