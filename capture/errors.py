@@ -34,6 +34,10 @@ class CheckpointError(PairscopeError):
     """A checkpoint is missing, corrupt, gated, in the wrong format, or lacks weights."""
 
 
+class HubFailedError(CheckpointError):
+    """The hub failed in the middle of its answers; asked again it may not."""
+
+
 class UnsupportedModelError(PairscopeError):
     """The architecture, or this combination of two models, cannot be compared."""
 

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from capture.errors import CheckpointError
+from capture.errors import CheckpointError, HubFailedError
 from capture.printable import without_logins
 from capture.ranges import RemoteFile
 from capture.weights import choose_weights
@@ -165,6 +165,8 @@ def _snapshot(
         if path.name != info.sha:
             # The branch has moved meanwhile; or the hub did not answer, and the library gave what the cache has of the branch.
             path = Path(hub.snapshot_download(repo, revision=info.sha, token=token, allow_patterns=patterns))
+        if not all((path / name).exists() for name in sizes):  # it gave what the cache has of the commit, likewise
+            raise HubFailedError(f"the hub did not answer for '{repo}', and not all of it is in the cache; run again")
         _check_hashes(repo, path, missing)
         return path
     except (OSError, HTTPError, EntryNotFoundError, HFValidationError) as error:

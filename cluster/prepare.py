@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from capture.config import Entry
-from capture.errors import CheckpointError
+from capture.errors import CheckpointError, HubFailedError
 from capture.progress import Progress
 from cluster.prepare_disk import GIB, Keeping, in_use, make_room, mark_fetched, one_at_a_time
 from cluster.prepare_files import cache_bytes, download, hub_models
@@ -186,9 +186,13 @@ def _online_again() -> Iterator[None]:
 
 def overrun(error: CheckpointError) -> bool:
     """True where the hub said 429, or failed itself."""
-    response = getattr(error.__cause__, "response", None)
-    status = getattr(response, "status_code", 0) or 0
-    return status == 429 or status >= 500
+    cause: BaseException | None = error
+    while cause is not None:  # the library may have put an error of its own before what the hub said
+        status = getattr(getattr(cause, "response", None), "status_code", 0) or 0
+        if status == 429 or status >= 500:
+            return True
+        cause = cause.__cause__
+    return isinstance(error, HubFailedError)
 
 
 def wants_login(error: CheckpointError) -> bool:

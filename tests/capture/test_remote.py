@@ -6,6 +6,7 @@ import json
 import shutil
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,8 +21,8 @@ from walked import CPU, open_pair, walk
 from capture import fetch, hub, ranges, remote
 from capture.checkpoint import StreamedModel
 from capture.config import FOUR_PASSES, Entry
-from capture.errors import CheckpointError
-from capture.files import resolve_model
+from capture.errors import CheckpointError, HubFailedError
+from capture.files import resolve_model, resolve_tokenizer
 from capture.footprint import MODES
 from capture.layout import RunDir
 from capture.ledger import Ledger
@@ -238,6 +239,21 @@ def test_small_files_and_weights_are_of_one_commit_though_the_hub_fails_between_
     finally:
         source.close()
     assert not [f for f in served.faults if f.times], "the hub failed between the two"
+
+
+def test_a_hub_that_fails_before_the_small_files_have_come_is_told(
+    pairs: Callable[..., Any], at_hub: Callable[..., LocalHub]
+) -> None:
+    """The library then gives the folder as it is, without a word: with the config, and without a tokenizer's files."""
+    served = at_hub(pairs("llama", sharded=True))
+    for ask in (resolve_model, resolve_tokenizer, partial(resolve_model, source=Source(keep=False))):
+        served.faults = [Fault("status", where="hub", part="/tree/", status=404)]
+        with pytest.raises(
+            HubFailedError, match=r"the hub did not answer for 'org/base'.*not all .* in the cache.*again"
+        ):
+            ask("org/base")
+        assert not served.faults[0].times
+    assert resolve_model("org/base").weight_bytes
 
 
 def test_a_disk_that_is_too_small_keeps_nothing_and_the_capture_goes_on(

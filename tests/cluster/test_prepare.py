@@ -14,12 +14,12 @@ from typing import Any
 import huggingface_hub
 import pytest
 from huggingface_hub import constants
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
 
 from capture import files, hub
 from capture import run as capture_run
 from capture.config import Entry
-from capture.errors import CheckpointError
+from capture.errors import CheckpointError, HubFailedError
 from capture.progress import Progress
 from cluster import prepare as prepare_module
 from cluster import prepare_disk
@@ -224,6 +224,16 @@ def test_a_hub_that_is_overrun_is_asked_again_after_a_pause_for_all(fake: FakeHu
     fake.refuses = [hub_error(HfHubHTTPError, 429), hub_error(HfHubHTTPError, 503)]
     run(entry(), gate)
     assert len(paused) == 2
+    assert fake.fetched[:2] == ["org/base", "org/sft"]
+
+
+def test_a_hub_that_is_overrun_in_the_middle_of_its_answers_is_asked_again_too(fake: FakeHub) -> None:
+    """What the library was told lies behind its own error then, or it says nothing of it."""
+    hidden = CheckpointError("the hub did not answer")
+    hidden.__cause__ = LocalEntryNotFoundError("not in the cache")
+    hidden.__cause__.__cause__ = hub_error(HfHubHTTPError, 429).__cause__
+    fake.refuses = [hidden, HubFailedError("the hub did not answer")]
+    run(entry(), NoWait())
     assert fake.fetched[:2] == ["org/base", "org/sft"]
 
 
