@@ -67,6 +67,8 @@ def open_model(
                 f"{str(error).splitlines()[0]}"
             ) from error
         raise CheckpointError(f"{where} cannot be opened: {text or type(error).__name__}") from error
+    for config in (model.config, model.config.get_text_config()):
+        config.return_dict = True  # whatever its config.json says: what it returns is asked for by name
     if model.get_input_embeddings() is None or model.get_output_embeddings() is None:
         raise UnsupportedModelError(f"{type(model).__name__} has no input embedding or no unembedding")
     if whole:

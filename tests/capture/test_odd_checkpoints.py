@@ -125,6 +125,13 @@ def test_odd_values_of_a_tokenizer_are_one_line(
     assert f"the tokenizer '{tokenizer}'" in refused(tokenizer)
 
 
+def test_a_config_that_would_have_tuples_returned_is_read_like_any_other(made: Any, sft: Path, tmp_path: Path) -> None:
+    say(sft, return_dict=False)
+    entry = Entry(name="a", base_model=str(made.base), sft_model=str(sft), tokenizer=str(made.tokenizer), device="cpu",
+                  prompts=("a b",), top_k=3)  # fmt: skip
+    assert capture_pair(entry, str(tmp_path / "out")).state == "complete"
+
+
 def test_an_index_that_is_a_directory_is_named(sft: Path, refused: Callable[..., str]) -> None:
     (sft / "model.safetensors").unlink()
     (sft / "model.safetensors.index.json").mkdir()
