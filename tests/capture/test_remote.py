@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -165,6 +166,30 @@ def test_what_passes_is_kept_and_the_next_capture_asks_for_no_weights(
     record = json.loads((Path(first.path) / "capture.json").read_text())["from_the_hub"]
     assert (record["weights"], record["files_kept"]) == ("cache", 10)
     assert json.loads((Path(again.path) / "capture.json").read_text())["from_the_hub"] is None
+
+
+def test_a_files_bytes_are_on_the_disk_before_it_has_its_name_in_the_cache(
+    pairs: Callable[..., Any], at_hub: Callable[..., LocalHub], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its size is right from the beginning: after a power cut nothing else would tell that bytes are missing."""
+    at_hub(pairs("llama"))
+    synced: set[int] = set()
+    sync, move, early = os.fsync, os.replace, []
+
+    def syncing(fd: int) -> None:
+        sync(fd)
+        synced.add(os.fstat(fd).st_ino)
+
+    def moving(source: Any, target: Any) -> None:
+        if str(source).endswith(".pairscope") and os.stat(source).st_ino not in synced:
+            early.append(source)
+        move(source, target)
+
+    monkeypatch.setattr(os, "fsync", syncing)
+    monkeypatch.setattr(os, "replace", moving)
+    capture_pair(entry_of("cache"), str(tmp_path / "out"))
+    assert kept(tmp_path)
+    assert early == []
 
 
 def test_wrong_bytes_end_the_capture_and_leave_nothing(
