@@ -77,7 +77,12 @@ def resolve_model(
             model, revision, download=download, allow_pickle=allow_pickle, token=token, check_config=check
         )
     weights = _local_weights(path, model, allow_pickle, trust_remote_code)
-    total, weight_map = check_weights(path, weights)
+    try:
+        total, weight_map = check_weights(path, weights)
+    except CheckpointError as error:
+        if missing:
+            raise
+        raise CheckpointError(f"{error}: remove it from the hub's cache and run again") from error
     return ModelFiles("hub", str(path), snapshot.name, weights.files, total, weight_map,
                       "pickle" if weights.pickle else "safetensors", remote=bool(missing))  # fmt: skip
 

@@ -168,6 +168,19 @@ def test_what_passes_is_kept_and_the_next_capture_asks_for_no_weights(
     assert json.loads((Path(again.path) / "capture.json").read_text())["from_the_hub"] is None
 
 
+def test_a_damaged_file_in_the_cache_is_told_with_what_has_it_fetched_again(
+    pairs: Callable[..., Any], at_hub: Callable[..., LocalHub], tmp_path: Path
+) -> None:
+    """The cache takes it for whole, and asking again would give the same file."""
+    at_hub(pairs("llama"))
+    file = Path(resolve_model("org/base").path, "model.safetensors")
+    file.write_bytes(file.read_bytes()[:-5])
+    with pytest.raises(CheckpointError, match=r"is corrupt: .* remove it from the hub's cache and run again"):
+        resolve_model("org/base")
+    file.resolve().unlink()
+    assert resolve_model("org/base").weight_bytes
+
+
 def test_a_files_bytes_are_on_the_disk_before_it_has_its_name_in_the_cache(
     pairs: Callable[..., Any], at_hub: Callable[..., LocalHub], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
