@@ -117,6 +117,26 @@ def record(
     return Recording(entry, [(rest, kw) for _, _, rest, kw in recorded], tail)
 
 
+@contextmanager
+def _no_placeholders(model: Any) -> Iterator[None]:
+    """Let the embedding answer what is equal to nothing. A model that is given embeddings asks it for one thing alone: which of them are
+    a placeholder's of an image (Gemma 4), of which a prompt has none; and its weights are not here. Any other use ends in a residual of
+    NaN, which `record` refuses."""
+    embedding, size = model.get_input_embeddings(), model.config.get_text_config().hidden_size
+
+    def answer(ids: Tensor, *_: Any, **__: Any) -> Tensor:
+        return torch.full((*ids.shape, size), torch.nan, device=ids.device)
+
+    own = vars(embedding).get("forward")
+    embedding.forward = answer
+    try:
+        yield
+    finally:
+        del embedding.forward
+        if own is not None:
+            embedding.forward = own
+
+
 def _dry_run(
     streamed: StreamedModel, embeds_BTD: Tensor, mask_BT: Tensor | None, positions_BT: Tensor | None
 ) -> tuple[list[Call], list[nn.Module], Any]:
@@ -135,6 +155,7 @@ def _dry_run(
             with (  # a clone: CTRL's forward multiplies what it is given, in place
                 stubbed(streamed.layers, recorded, answer),
                 tail_modules(streamed.base, streamed.layers, recorded, tail),
+                _no_placeholders(streamed.model),
             ):
                 output = streamed.base(
                     inputs_embeds=embeds_BTD.clone(), attention_mask=mask_BT, use_cache=False, **kwargs

@@ -61,9 +61,12 @@ PART = 1 << 14  # entries of the vocabulary in float64 at a time
 def tiny_config(config: Any, keys: Collection[str] = tuple(TINY)) -> Any:
     """A copy of a config, cut to two narrow layers; everything that is not a size stays. keys: what is cut, of TINY."""
     small = copy.deepcopy(config)
+    for name in getattr(config, "sub_configs", ()):  # of a text model in a wrapper for images
+        if getattr(small, name, None) is not None:
+            setattr(small, name, tiny_config(getattr(config, name), keys))
     for key in keys:
         value = TINY[key]
-        current = getattr(small, key, None)
+        current = _of_all_layers(small, key)
         if current is None or key in getattr(small, "attribute_map", {}):
             continue
         if key in KINDS:
@@ -80,6 +83,14 @@ def tiny_config(config: Any, keys: Collection[str] = tuple(TINY)) -> Any:
     ):  # latent attention rotates only this part of a head
         small.head_dim, small.qk_head_dim = small.qk_rope_head_dim, small.qk_nope_head_dim + small.qk_rope_head_dim
     return small
+
+
+def _of_all_layers(config: Any, key: str) -> Any:
+    """What a config says; None where it does not, or names none for all of its layers (head_dim in Gemma 4)."""
+    try:
+        return getattr(config, key, None)
+    except RuntimeError:
+        return None
 
 
 class _Whole:

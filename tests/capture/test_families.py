@@ -13,7 +13,7 @@ import tiny
 import torch
 from safetensors.torch import load_file
 from test_capture import captured, entry_of
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Gemma4Config, Gemma4ForConditionalGeneration, Gemma4VisionConfig
 from transformers.utils import logging as transformers_logging
 from walked import open_pair
 
@@ -251,3 +251,28 @@ def test_an_unembedding_of_another_width_than_the_layers_is_refused(mode: str, t
     paths = tiny.make_pair("opt", tmp_path / "pair", word_embed_proj_dim=24, do_layer_norm_before=False)
     with pytest.raises(UnsupportedModelError, match="takes states of 24 numbers, and its layers have 48"):
         captured(entry_of(paths, mode=mode), tmp_path / "out")
+
+
+def test_a_text_model_in_a_wrapper_that_looks_for_images_is_read_like_itself(pairs: Any, tmp_path: Path) -> None:
+    """Gemma 4's larger checkpoints are such: its wrapper compares what it is given with the embedding of an image's placeholder."""
+    paths, inside = pairs("gemma4"), {}
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1,
+             "head_dim": 16}  # fmt: skip
+    for owner in ("base", "sft"):
+        text = AutoModelForCausalLM.from_pretrained(getattr(paths, owner))
+        config = Gemma4Config(text_config=text.config, vision_config=Gemma4VisionConfig(**small), audio_config=None)
+        config.image_token_id = config.video_token_id = config.audio_token_id = 50  # one that its vocabulary has
+        whole = Gemma4ForConditionalGeneration(config)
+        whole.model.language_model.load_state_dict(text.model.state_dict())
+        whole.lm_head.load_state_dict(text.lm_head.state_dict())
+        whole.save_pretrained(tmp_path / owner)
+        inside[owner] = tmp_path / owner
+    wrapped = tiny.PairPaths(inside["base"], inside["sft"], paths.tokenizer)
+    for mode in ("resident", "streamed", "sub-layer"):
+        one, two = (captured(entry_of(p, mode=mode), tmp_path / f"{mode}{p is wrapped}")[0] for p in (paths, wrapped))
+        for table in ("runs", "pairwise", "runs_topk"):
+            mine, theirs = (
+                pq.read_table(next(Path(r.path).glob(f"{table}*.parquet"))).drop_columns(["capture"])
+                for r in (one, two)
+            )
+            assert mine.equals(theirs), (mode, table)

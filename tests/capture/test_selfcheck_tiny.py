@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from capture import selfcheck
@@ -27,6 +28,18 @@ def test_it_is_made_of_every_family_s_own_config(family: str, monkeypatch: pytes
     monkeypatch.setattr(selfcheck, "SHALLOW", ())  # narrow at the first attempt
     monkeypatch.setattr(selfcheck, "MOST_WEIGHTS", 1 << 20)
     assert selfcheck.replay_check(opened(family)) == "bitwise"
+
+
+@pytest.mark.parametrize("name", ["Gemma3", "Gemma4", "Llava", "Qwen3VL"])
+def test_a_text_model_in_a_wrapper_for_images_is_made_small_with_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selfcheck, "MOST_WEIGHTS", 1 << 23)
+    config = getattr(transformers, f"{name}Config")()
+    if name == "Gemma4":  # of the larger ones, whose layers hand each other the residual alone
+        config.text_config.hidden_size_per_layer_input = config.text_config.num_kv_shared_layers = 0
+    with torch.device("meta"):
+        model = getattr(transformers, f"{name}ForConditionalGeneration")(config)
+    streamed: Any = SimpleNamespace(model=model, layers_name="model.language_model.layers")
+    assert selfcheck.replay_check(streamed) == "bitwise"
 
 
 def test_where_a_class_cannot_be_so_narrow_its_own_widths_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
