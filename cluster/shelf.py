@@ -6,6 +6,7 @@ Prints one line: PREFIX and a JSON object. Reads only.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from typing import Any
 
@@ -19,12 +20,15 @@ PREFIX = "pairscope-shelf "
 def shelf(out: str | None) -> dict[str, Any]:
     """The sweeps that were noted; of the run directory `out` (by default the last sweep's) all that is complete, and the manifest.
 
-    others: run directories of other sweeps, with the captures that are complete in each. unread: notes and such directories that
-    cannot be read, with the reason. error: in words, where `out` cannot be read. A run directory in an object store is only named:
-    whoever asks can look there himself.
+    sweeps: those into `out` name it as it is named here, by whatever way it was named to them. others: run directories of other
+    sweeps, with the captures that are complete in each. unread: notes and such directories that cannot be read, with the reason.
+    error: in words, where `out` cannot be read. A run directory in an object store is only named: whoever asks can look there
+    himself.
     """
     notes, unread = read_notes()
     out = out or (notes[-1]["out"] if notes else None)
+    # here alone it is known where links lead
+    notes = [note | {"out": out} if out and _same(note["out"], out) else note for note in notes]
     found: dict[str, Any] = {
         "sweeps": notes, "out": out, "captures": [], "rows": [], "logs": [], "others": {}, "unread": unread,
         "error": None,
@@ -44,6 +48,11 @@ def shelf(out: str | None) -> dict[str, Any]:
             except (PairscopeError, OSError) as error:
                 unread[other] = str(error)
     return found
+
+
+def _same(one: str, other: str) -> bool:
+    """Whether two run directories of this machine are one, by way of links or `..`."""
+    return not any("://" in out for out in (one, other)) and os.path.realpath(one) == os.path.realpath(other)
 
 
 def _captures(run: RunDir) -> list[dict[str, Any]]:

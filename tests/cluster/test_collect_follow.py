@@ -422,6 +422,19 @@ def test_a_store_with_a_slash_at_its_end_is_the_same_store(far: Far, tmp_path: P
 
 
 @pytest.mark.usefixtures("near")
+@pytest.mark.parametrize("by", ["..", "a link"])
+def test_a_directory_of_the_heads_is_the_same_whatever_way_leads_there(far: Far, tmp_path: Path, by: str) -> None:
+    far.capture("one")
+    (far.folder / "home" / "x").mkdir()
+    (far.folder / "home" / "link").symlink_to(far.run.root)
+    another = str(far.folder / "home" / ("x/../out" if by == ".." else "link"))
+    for noted, asked in ((another, far.run.root), (far.run.root, another)):
+        far.note(("one", "complete", ID), out=noted)
+        run = Run(far, tmp_path / "home", teardown=True, remote_out=asked)
+        assert (run(), run.down) == (0, 1), run.said
+
+
+@pytest.mark.usefixtures("near")
 def test_a_directory_into_which_nothing_was_swept_is_named_with_those_that_are_known(far: Far, tmp_path: Path) -> None:
     far.capture("one")
     far.note(("one", "complete", ID))
