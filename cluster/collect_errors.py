@@ -9,6 +9,10 @@ class UnreachableError(PairscopeError):
     """No connection, or one that broke: tried again after a pause."""
 
 
+class StrangeHeadError(UnreachableError):
+    """The head answers, and of another version than is understood here: some more tries, then it is the user's."""
+
+
 class ClusterGoneError(PairscopeError):
     """The cluster has no head any more: nothing else will come from there."""
 

@@ -14,7 +14,7 @@ from capture.layout import RunDir
 from capture.show import Show
 from capture.stop import Stop
 from cluster.collect import Collector, Round, settle_away
-from cluster.collect_errors import ClusterGoneError, UnreachableError
+from cluster.collect_errors import ClusterGoneError, StrangeHeadError, UnreachableError
 from cluster.collect_source import HeadSource, Look, StoreSource
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 2.0, 60.0  # between tries at a head that does not answer
@@ -119,7 +119,7 @@ class Follow:
 
     def run(self) -> int:
         """0: the sweep has ended and all of it is at home (with `once`: all that is complete so far). 1: something failed or is
-        missing. Raises KeyboardInterrupt after a stop."""
+        missing. Raises KeyboardInterrupt after a stop, StrangeHeadError, and with `once` UnreachableError."""
         tries = 0
         while True:
             try:
@@ -130,7 +130,9 @@ class Follow:
                 tries = 0
             except UnreachableError as error:
                 tries += 1
-                if self.once and tries >= ONCE_TRIES:
+                if tries >= ONCE_TRIES and (self.once or isinstance(error, StrangeHeadError)):
+                    if self.tear_down:
+                        self.show.note("the cluster stays up, and costs money")
                     raise
                 pause = min(FIRST_PAUSE_S * 2 ** (tries - 1), LONGEST_PAUSE_S) * random.uniform(0.8, 1.2)
                 self.show.note(f"{error}; trying again in {duration(pause)}")

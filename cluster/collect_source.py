@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from capture.errors import ConfigError, StoreError, cannot_write
 from capture.layout import RunDir
-from cluster.collect_errors import UnreachableError
+from cluster.collect_errors import StrangeHeadError, UnreachableError
 from cluster.shelf import PREFIX, logs
 
 Tick = Callable[[], None]  # called several times a second while something is fetched; may raise to end it
@@ -113,7 +113,7 @@ class HeadSource:
         try:
             return as_look(answer)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise UnreachableError(
+            raise StrangeHeadError(
                 f"the head at {link.target} answered what cannot be read ({type(error).__name__}: {error}): its pairscope is of another "
                 "version, it seems; collect with the one that made the cluster"
             ) from error

@@ -24,7 +24,7 @@ from capture.manifest import Attempt
 from capture.show import Show
 from capture.stop import Stop
 from cluster.collect_cli import collect
-from cluster.collect_errors import ClusterGoneError, UnreachableError
+from cluster.collect_errors import ClusterGoneError, StrangeHeadError, UnreachableError
 from cluster.collect_follow import Follow
 from cluster.collect_source import HeadSource
 
@@ -320,6 +320,30 @@ def test_a_lost_connection_is_outlasted_while_following(far: Far, tmp_path: Path
     assert run() == 0
     assert run.said.count("No route to host") == 3
     assert "trying again in" in run.said
+
+
+@pytest.mark.usefixtures("near", "hasty")
+@pytest.mark.parametrize("from_the_start", [True, False])
+def test_a_head_of_another_version_ends_it_after_some_tries_and_stays_up(
+    far: Far, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, from_the_start: bool
+) -> None:
+    far.capture("one")
+    far.note(alive=True)
+    look, looks = HeadSource.look, iter([] if from_the_start else [1, 2])
+
+    def changed(source: HeadSource) -> Any:
+        if next(looks, None):
+            return look(source)
+        far._note("strange")
+        assert far.calls("strange") < 6
+        raise StrangeHeadError("the head answered what cannot be read: its pairscope is of another version")
+
+    monkeypatch.setattr(HeadSource, "look", changed)
+    run = Run(far, tmp_path / "home", once=False, teardown=True)
+    with pytest.raises(StrangeHeadError, match="another version"):
+        run()
+    assert (far.calls("strange"), run.down) == (3, 0)
+    assert "the cluster stays up, and costs money" in run.said
 
 
 @pytest.mark.usefixtures("hasty")

@@ -16,7 +16,7 @@ from capture.layout import RunDir
 from capture.schema import SCHEMA_VERSION
 from capture.show import Show
 from cluster.collect import Collector
-from cluster.collect_errors import UnreachableError
+from cluster.collect_errors import StrangeHeadError, UnreachableError
 from cluster.collect_follow import verdict, why_not_down
 from cluster.collect_source import HeadSource, Link, Look, as_look
 from cluster.shelf import PREFIX
@@ -95,5 +95,5 @@ def test_an_answer_of_another_version_of_pairscope_is_told_as_such(tmp_path: Pat
     (tmp_path / "said").write_text(PREFIX + json.dumps({key: WHOLE[key] for key in WHOLE if key != missing}) + "\n")
     ssh.write_text(f"#!/bin/sh\ncat '{tmp_path}/said'\n")
     ssh.chmod(0o755)
-    with pytest.raises(UnreachableError, match=f"'{missing}'.*another version.*made the cluster"):
+    with pytest.raises(StrangeHeadError, match=f"'{missing}'.*another version.*made the cluster"):
         HeadSource(lambda: Link((str(ssh),), "root@far")).look()
