@@ -71,6 +71,10 @@ def read_wish(values: Mapping[str, Any], where: str) -> Wish:
         elif kind == "str":
             if not isinstance(value, str):
                 raise ConfigError(f"{where}: '{name}' is text, not {value!r}")
+            if any(letter.isspace() for letter in value):  # Vast rents, and the machine never boots
+                raise ConfigError(
+                    f"{where}: '{name}' is the name of a Docker image, which has no spaces, not {value!r}"
+                )
         elif isinstance(value, bool) or not isinstance(value, int | float):
             raise ConfigError(f"{where}: '{name}' is a number, not {value!r}")
         elif kind == "int" and (not isinstance(value, int) or value < 1):

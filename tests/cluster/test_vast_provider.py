@@ -455,6 +455,8 @@ def test_idle_machines_are_given_back_where_the_config_does_not_say_when(fake: F
         ({"num_gpus": 2}, "resources say 1 GPU"),
         ({"num_gpus": 0}, "'num_gpus' is a whole number above 0"),
         ({"image": 5}, "'image' is text"),
+        ({"image": "vastai/base-image: cuda"}, "'image' is the name of a Docker image.*'vastai/base-image: cuda'"),
+        ({"image": "vastai/base-image\n"}, "'image' is the name of a Docker image"),
     ],
 )
 def test_a_wrong_node_type_is_an_error_that_names_it(fake: Fake, wish: dict[str, Any], message: str) -> None:
