@@ -68,14 +68,19 @@ def make_room(need: int, wanted: Sequence[str], keeping: Keeping = EVERYTHING, *
     """See that `need` bytes fit the disk of the cache, and the bound, by removing models that nobody uses any more.
 
     Removed are those that the sweep does not need any more, then, unless `ahead`, those that only later entries need; of each
-    kind those first that were not read for the longest time. On a machine that was not rented nothing is removed but what this
-    sweep fetched, and that only for a bound. wanted: the models to come, which stay. Raises CheckpointError where there is too
-    little room all the same.
+    kind those first that were not read for the longest time, and of the second none where all of them are not enough.
+    On a machine that was not rented nothing is removed but what this sweep fetched, and that only for a bound. wanted: the models
+    to come, which stay. Raises CheckpointError where there is too little room all the same.
     """
     cache = hub_cache()
     if _lacking(need, wanted, keeping):
         ours = [m for m in _removable(keeping) if m.repo not in wanted and not (ahead and m.repo in keeping.needed)]
-        for model in sorted(ours, key=lambda m: (m.repo in keeping.needed, m.read)):
+        ours.sort(key=lambda m: (m.repo in keeping.needed, m.read))
+        for n, model in enumerate(ours):
+            if need and model.repo in keeping.needed:
+                gain = sum(m.nbytes for m in ours[n:] if _is_free(m.repo))
+                if _lacking(need - gain, wanted, keeping):
+                    break  # later entries would fetch all of it once more, for nothing
             with _nobody_uses(model.repo) as free:
                 if free:
                     log.info("removing %s from the cache (%.1f GiB) to make room", model.repo, model.nbytes / GIB)
@@ -178,6 +183,11 @@ def _nobody_uses(repo: str) -> Iterator[bool]:
             yield False
             return
         yield True
+
+
+def _is_free(repo: str) -> bool:
+    with _nobody_uses(repo) as free:
+        return free
 
 
 def _note(repo: str) -> Path:

@@ -190,6 +190,34 @@ def test_a_bound_is_kept_by_what_is_done_then_by_what_comes_later_and_never_by_w
     assert other.exists()
 
 
+@pytest.mark.parametrize("bound", ["the disk's", "cache_gib"])
+def test_a_pair_for_which_all_is_not_enough_costs_later_entries_nothing(
+    hub: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bound: str
+) -> None:
+    mib = 1 << 20
+    node = prepare_disk.mesh_folder() / "node.json"
+    node.parent.mkdir(parents=True)
+    node.write_text("{}")
+    later, used, done = (
+        put(tmp_path / "cache", f"org/{name}", by="this one", read=at)
+        for at, name in enumerate(("later", "used", "done"))
+    )
+
+    def free(path: Path) -> usage:
+        held = sum(file.stat().st_size for file in Path(path).glob("models--*/blobs/*"))
+        return usage(0, 0, prepare_disk.SPARE_BYTES + 4 * mib - held)
+
+    if bound != "cache_gib":
+        monkeypatch.setattr(prepare_disk.shutil, "disk_usage", free)
+    kept = Keeping("this one", frozenset({"org/later", "org/used"}), 4 * mib if bound == "cache_gib" else None)
+    with in_use("org/used"):
+        with pytest.raises(CheckpointError, match="org/large"):
+            make_room(4 * mib, ["org/large"], kept)
+        assert (later.exists(), used.exists(), done.exists()) == (True, True, False)
+        make_room(3 * mib, ["org/fits"], kept)
+        assert (later.exists(), used.exists()) == (False, True)
+
+
 def test_a_pair_larger_than_the_bound_fails_with_download_and_is_streamed_with_cache(hub: LocalHub) -> None:
     with pytest.raises(CheckpointError, match=r"cache_gib is 0\.001; raise it, or set weights: stream"):
         turn(entry("a", cache_gib=0.001), hub)
