@@ -41,10 +41,12 @@ def start_script(first: str = "") -> str:
         [
             "touch ~/.no_auto_tmux",
             "mkdir -p ~/.pairscope && rm -f ~/.pairscope/deadman.beat",
-            f"echo {packed} | base64 -d | gunzip > ~/.pairscope/deadman.py",
+            # in memory where the disk takes no file: full, as that of a machine that starts again may be, or not to be written to
+            f'at=~/.pairscope; put() {{ echo {packed} | base64 -d | gunzip > "$at/deadman.py"; }}',
+            "put || { at=$(mktemp -d -p /dev/shm); put; }",
             # python3 of the image, whatever it is: nothing is installed yet. Again and again: whatever kills it, as a kernel that
             # is out of memory does, must not leave a machine without it
-            "nohup sh -c 'while :; do python3 ~/.pairscope/deadman.py; sleep 5; done' > ~/.pairscope/deadman.log 2>&1 < /dev/null &",
+            """nohup sh -c 'while :; do python3 "$0/deadman.py"; sleep 5; done' "$at" > "$at/deadman.log" 2>&1 < /dev/null &""",
             *([first] if first else []),
         ]
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -94,6 +95,24 @@ def test_a_switch_that_is_killed_is_there_again_and_does_its_work(fake: Fake, tm
         assert ended_by(fake, id_) == ""
         (tmp_path / ".pairscope" / "deadline").write_text(f"{time.time() - 1}\n")
         assert wait_for(lambda: ended_by(fake, id_), 60) == "itself"
+
+
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="it is kept in /dev/shm")
+@pytest.mark.parametrize("home", ["full", "not to be written to"])
+def test_a_machine_whose_disk_takes_no_file_has_its_switch_all_the_same(fake: Fake, tmp_path: Path, home: str) -> None:
+    if home == "full":
+        (tmp_path / ".pairscope").mkdir()
+        (tmp_path / ".pairscope" / "deadman.py").symlink_to("/dev/full")
+    else:
+        (tmp_path / ".pairscope").write_text("no folder")
+    with node(fake, tmp_path, deadline=time.time() + 3) as id_:
+        (pid,) = wait_for(lambda: switches(tmp_path))
+        place = Path(Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[1].decode()).parent
+        try:
+            assert wait_for(lambda: ended_by(fake, id_)) == "itself"
+        finally:
+            if place.parent == Path("/dev/shm"):
+                shutil.rmtree(place)
 
 
 def test_a_switch_that_comes_after_another_counts_the_heads_silence_on(
