@@ -119,12 +119,13 @@ class Daemon:
         ssh = Path.home() / ".ssh"
         ssh.mkdir(mode=0o700, exist_ok=True)
         for path in (ssh / "authorized_keys", ssh / "authorized_keys2"):
-            lines = path.read_text().splitlines() if path.exists() else []
+            # comments of other keys, in whatever encoding, stay as they are
+            lines = path.read_text("utf-8", "surrogateescape").splitlines() if path.exists() else []
             if line not in lines:
                 key = line.split()[-2]
                 kept = [old for old in lines if key not in old]
                 tmp = path.with_name(path.name + ".pairscope")
-                tmp.write_text("\n".join([*kept, line]) + "\n")
+                tmp.write_text("\n".join([*kept, line]) + "\n", "utf-8", "surrogateescape")
                 tmp.chmod(0o600)
                 os.replace(tmp, path)
 

@@ -61,6 +61,23 @@ def test_a_full_disk_ends_no_tunnel(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert not running.is_alive()
 
 
+def test_a_key_with_a_comment_of_any_encoding_keeps_its_place_and_ends_no_daemon(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    theirs = "ssh-rsa AAAAtheirs jürgen@büro".encode("latin-1")
+    (tmp_path / ".ssh").mkdir()
+    (tmp_path / ".ssh" / "authorized_keys").write_bytes(theirs + b"\n")
+    (tmp_path / "node.json").write_text(Mesh(1, 4).node_text)
+    (tmp_path / "key.pub").write_text("ssh-ed25519 AAAAours pairscope\n")
+    one = mesh_daemon.Daemon(tmp_path)
+    for _ in range(2):
+        one.let_workers_in()
+        first, ours = (tmp_path / ".ssh" / "authorized_keys").read_bytes().splitlines()
+        assert first == theirs
+        assert ours.endswith(b"ssh-ed25519 AAAAours pairscope")
+
+
 def test_it_is_started_again_when_it_dies_and_not_when_it_was_told_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mesh_daemon.time, "sleep", lambda _: None)
     ends = iter(["import os; os.kill(os.getpid(), 9)", "raise OSError(28, 'full')", ""])
