@@ -52,9 +52,8 @@ SHALLOW = (
     *KINDS,
 )
 MOST_WEIGHTS = 1 << 26  # of a model that is made to be checked
-ROUNDED = (
-    2e-5  # of the largest logit: what a float32 logit may differ by, made in another product, as a sum or through TF32
-)
+# Of the largest logit: what a float32 logit may differ by, made in another product, as a sum or through TF32.
+ROUNDED = 2e-5
 PART = 1 << 14  # entries of the vocabulary in float64 at a time
 
 

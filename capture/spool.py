@@ -141,9 +141,8 @@ class Spool:
             )
         blob = self.part.with_name(str(self.file.etag))
         try:
-            os.fsync(
-                self._fd
-            )  # it has its size already: who finds it in the cache would not see that bytes are missing
+            # it has its size already: who finds it in the cache would not see that bytes are missing
+            os.fsync(self._fd)
             self.note.unlink(missing_ok=True)
             os.replace(self.part, blob)
             self.pointer.parent.mkdir(parents=True, exist_ok=True)

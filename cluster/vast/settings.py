@@ -244,11 +244,7 @@ def for_head(config: dict[str, Any], public_key: str, owner: str) -> dict[str, A
     config["file_mounts"] = {
         remote: local for remote, local in config["file_mounts"].items() if remote not in (KNOWN_API_KEY, HUB_LOGIN)
     }
-    ours = {
-        "on_head": True,
-        "public_key": public_key,
-        "owner": owner,
-        "mounts": {},
-    }  # where files lie at home is nobody's business
+    # where files lie at home is nobody's business
+    ours = {"on_head": True, "public_key": public_key, "owner": owner, "mounts": {}}
     config["provider"] = config["provider"] | ours
     return config

@@ -108,12 +108,13 @@ def test_a_lens_that_finds_another_number_stops_the_capture(statistic, wrong, co
     assert not list(tmp_path.rglob("*.parquet"))
 
 
-def test_the_lens_is_checked_whatever_its_rows_and_vocabularies(pairs, tmp_path):
-    """One token; and one that nothing follows, whose log-probability is no number."""
+def test_the_lens_is_checked_on_one_row_that_nothing_follows(pairs, tmp_path):
+    """The log-probability of its next token is no number."""
     result = capture_pair(entry_of(pairs("llama"), prompts=("a",), add_special_tokens=False), str(tmp_path))
     errors = json.loads((Path(result.path) / "capture.json").read_text())["self_checks"]["lens_error"]
     assert errors.keys() == {"entropy", "kl", "logit"}
-    assert all(0 < error < 1e-4 for error in errors.values())
+    assert all(0 <= error < 1e-4 for error in errors.values())
+    assert errors["entropy"] > 0, "float32 terms, beside float64; two products of logits may be the same"
 
 
 def test_a_model_that_does_more_than_its_modules_after_the_last_layer_is_refused(pairs, tmp_path, monkeypatch):
