@@ -25,6 +25,7 @@ from capture.weights import joined
 log = logging.getLogger(__name__)
 
 BLOCK = 8 << 20
+SETTLE = 256 << 20  # bytes that may wait for the disk before it is told to write them
 
 
 def part_of(file: RemoteFile, snapshot: Path) -> Path:
@@ -52,6 +53,7 @@ class Spool:
         # SHA-256; of a file that the hub keeps in git, the SHA-1 that git gives it
         self._sha: Any = hashlib.sha256() if file.sha256 else hashlib.sha1(b"blob %d\0" % file.size)
         self._hashed, self._hashing = 0, threading.Lock()
+        self._unsettled = 0  # bytes written since the disk was last told to
         self._lock = threading.RLock()  # held while the file is used: a number of a closed file may be another's
 
     @classmethod
@@ -117,6 +119,21 @@ class Spool:
                 self.discard()
                 return
             self._have = list(joined([*self._have, (start, start + len(view))]))
+            self._unsettled += len(view)
+
+    def settle(self) -> None:
+        """Have the disk write what has come, where that is much: else all of it is waited for at the end, with nothing beside it."""
+        with self._lock:
+            if self._fd is None or self._unsettled < SETTLE:
+                return
+            fd, self._unsettled = os.dup(self._fd), 0
+        try:
+            os.fsync(fd)
+        except OSError as error:  # told once: the end's own fsync would not hear of it
+            log.warning("%s is not kept: %s", self.file, _why(error))
+            self.discard()
+        finally:
+            os.close(fd)
 
     @property
     def given_up(self) -> bool:
@@ -206,7 +223,7 @@ class Spool:
 
 
 class Hasher:
-    """A thread that hashes what has come of the spools, while the rest is on its way."""
+    """A thread that hashes what has come of the spools, and has the disk write it, while the rest is on its way."""
 
     def __init__(self, spools: Sequence[Spool]) -> None:
         self.spools, self.stop = spools, threading.Event()
@@ -217,6 +234,7 @@ class Hasher:
         while not self.stop.wait(0.1):
             for spool in self.spools:
                 spool.hash()
+                spool.settle()
 
     def close(self) -> None:
         self.stop.set()

@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 from local_hub import Fault, LocalHub
 
-from capture import keep, ranges
+from capture import keep, ranges, spool
 from capture.errors import CheckpointError
 from capture.hub import model_without_weights
 from capture.keep import Keeper
 from capture.ranges import Stopped
 from capture.remote import Source
-from capture.spool import is_begun, part_of
+from capture.spool import Hasher, Spool, is_begun, part_of
 
 SIZE = 3_000_000
 PART = 256 << 10
@@ -192,6 +192,55 @@ def test_a_full_disk_ends_it_and_leaves_nothing_of_the_file(hub: LocalHub, monke
     with pytest.raises(CheckpointError, match="cannot be kept: the disk refuses it"):
         Keeper(connections=2).fetch(files)
     assert not part_of(*files[0]).exists()
+
+
+def test_much_that_came_is_written_to_the_disk_before_the_file_is_whole(
+    hub: LocalHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (file, folder), *_ = missing()
+    monkeypatch.setattr(spool, "SETTLE", PART)
+    spooled = Spool.open(file, folder)
+    assert spooled is not None
+    sync, synced = os.fsync, []
+
+    def fsync(fd: int) -> None:
+        sync(fd)
+        synced.append(os.fstat(fd).st_ino)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    spooled.write(0, memoryview(bytes(PART - 1)))
+    spooled.settle()
+    assert synced == [], "little is left to the system"
+    spooled.write(PART - 1, memoryview(bytes(1)))
+    hasher = Hasher([spooled])
+    try:
+        ended = time.monotonic() + 30
+        while not synced:
+            assert time.monotonic() < ended, "nothing was written"
+            time.sleep(0.01)
+    finally:
+        hasher.close()
+    assert synced == [part_of(file, folder).stat().st_ino], "once for all that came"
+    spooled.discard()
+
+
+def test_a_disk_that_fails_meanwhile_keeps_nothing_of_the_file(hub: LocalHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Linux tells it once: the fsync at the end would say that all is well."""
+    (file, folder), *_ = missing()
+    monkeypatch.setattr(spool, "SETTLE", PART)
+    spooled = Spool.open(file, folder)
+    assert spooled is not None
+
+    def fails(fd: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    spooled.write(0, memoryview(bytes(PART)))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fails)
+        spooled.settle()
+    assert spooled.given_up
+    assert not spooled.finish()
+    assert not part_of(file, folder).exists()
 
 
 def test_a_hub_that_refuses_is_told(hub: LocalHub) -> None:
