@@ -1,14 +1,15 @@
 """A streamed capture from a cold disk, over the time that reading both checkpoints once takes from the same cold disk.
 
-    python tests/bench/bench_cold.py [--rounds 6] [--layers 12]
+    python tests/bench/bench_cold.py [--rounds 6] [--layers 12] [--large-layers 24]
 
 The pair is that of bench_hub.py: wide layers, few tokens, no lens, so that reading dominates. Before each part the system is told
 to forget the pages of these files (posix_fadvise DONTNEED), and asked whether it has (mincore). The floor reads both files in
 blocks of 8 MiB, four at a time. The parts come in turns, each first every other time, since a disk's own memory may favour the second.
 
-A local checkpoint is fingerprinted before its first capture, which is to read all of it (up to 4 GiB); what was found is remembered
-below PAIRSCOPE_HOME. So there are two kinds: the first capture of a checkpoint, whose fingerprint nobody knows, and later ones.
-Models of a hub have no fingerprints. Both have the bar.
+A local checkpoint is fingerprinted before its first capture, and what was found is remembered below PAIRSCOPE_HOME. Up to 4 GiB all of
+it is hashed; of a larger one, which is where reading takes long, samples are. So there are three kinds, all with the bar: the first
+capture of a small checkpoint, whose fingerprint nobody knows; later ones; and the first of a large one. Models of a hub have no
+fingerprints.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import tempfile
 import threading
 import time
 import zlib
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -35,6 +37,11 @@ from measured import CACHE, Bench, at_least, ratios
 BAR = 1.3
 BLOCK = 8 << 20
 READERS = 4
+WHAT = {
+    "later": "its fingerprint known",
+    "first": "the first of this checkpoint, fingerprinted first",
+    "large": "the first of this checkpoint, which is above 4 GiB",
+}
 STAY = 0.01  # of a file's pages that may stay in memory
 
 
@@ -107,40 +114,60 @@ def main() -> int:
     parser.add_argument(
         "--layers", type=at_least(1), default=SHAPE["num_hidden_layers"], help="layers of each model (default 12)"
     )
+    parser.add_argument(
+        "--large-layers",
+        type=at_least(0),
+        default=24,
+        help="layers of each model above 4 GiB (default 24; 0: leave it out)",
+    )
     parser.add_argument("--json", type=Path, help="where the figures go (default .cache/bench/cold.json)")
     args = parser.parse_args()
     import torch
     import transformers.models.llama.modeling_llama  # noqa: F401  its import is no part of a capture
 
-    shape = SHAPE | {"num_hidden_layers": args.layers}
-    paths = pairs.make_pair(CACHE / f"wide-{zlib.crc32(repr(sorted(shape.items())).encode()):08x}" / "org", shape)
-    files = sorted(f for p in (paths.base, paths.sft) for f in p.glob("*.safetensors"))
+    from capture.weights import FULL_HASH_BYTES
+
     bench = Bench("cold", "make bench", threads=torch.get_num_threads())
     with tempfile.TemporaryDirectory(prefix="bench-") as home:
-        measure(bench, paths, files, args.rounds, Path(home))
+        paths = pair_of(args.layers)
+        parts = {
+            "later": partial(capture, paths, files_of(paths), Path(home)),
+            "first": partial(capture, paths, files_of(paths)),
+        }
+        parts["later"]()
+        measure(bench, files_of(paths), args.rounds, parts)
+    if args.large_layers:
+        paths = pair_of(args.large_layers)
+        if (
+            size := min(sum(f.stat().st_size for f in p.glob("*.safetensors")) for p in (paths.base, paths.sft))
+        ) <= FULL_HASH_BYTES:
+            parser.error(f"--large-layers {args.large_layers} make {size / 2**30:.1f} GiB, which is hashed in full")
+        measure(bench, files_of(paths), -(-args.rounds // 2), {"large": partial(capture, paths, files_of(paths))})
     return bench.write(args.json)
 
 
-def measure(bench: Bench, paths: Any, files: list[Path], rounds: int, home: Path) -> None:
-    """All parts in turns, after a capture that only makes the fingerprints known."""
-    parts = {
-        "reading": partial(read_once, files),
-        "later": partial(capture, paths, files, home),
-        "first": partial(capture, paths, files),
-    }
-    parts["later"]()
+def pair_of(layers: int) -> Any:
+    """The wide pair with so many layers, made once."""
+    shape = SHAPE | {"num_hidden_layers": layers}
+    return pairs.make_pair(CACHE / f"wide-{zlib.crc32(repr(sorted(shape.items())).encode()):08x}" / "org", shape)
+
+
+def files_of(paths: Any) -> list[Path]:
+    return sorted(f for p in (paths.base, paths.sft) for f in p.glob("*.safetensors"))
+
+
+def measure(bench: Bench, files: list[Path], rounds: int, captures: dict[str, Callable[[], float]]) -> None:
+    """Each of these captures and the reading of their files, in turns."""
+    parts = {"reading": partial(read_once, files)} | captures
     seconds: dict[str, list[float]] = {name: [] for name in parts}
     for turn in range(rounds):
         for name in sorted(parts, reverse=turn % 2 == 0):
             seconds[name].append(parts[name]())
     nbytes = sum(f.stat().st_size for f in files)
     note = f"{nbytes / 1e9:.2f} GB, read at {nbytes / 1e6 / min(seconds['reading']):.0f} MB/s at best"
-    for name, what in (
-        ("later", "its fingerprint known"),
-        ("first", "the first of this checkpoint, fingerprinted first"),
-    ):
+    for name in captures:
         bench.add(
-            f"cold, {name}", f"a whole streamed capture, page cache cold, {what}", ratios(seconds[name], seconds["reading"]),
+            f"cold, {name}", f"a whole streamed capture, page cache cold, {WHAT[name]}", ratios(seconds[name], seconds["reading"]),
             over="reading both checkpoints once, cold", bar=BAR, note=note,
         )  # fmt: skip
 

@@ -1,10 +1,11 @@
-"""A pair 20 times larger than the memory given to it, streamed, against the same pair resident, in one run.
+"""Captures that stream their weights against the same captures with them resident, in one run, from a warm page cache.
 
-    python tests/bench/bench_streaming.py [--rounds 5] [--threads N] [--layers 82]
+    python tests/bench/bench_streaming.py [--rounds 5] [--threads N] [--cases tight 12 64] [--layers 82]
 
-Both models are random llamas of many equal layers; `device_memory_gib` is a twentieth of both checkpoints, so that `auto` must
-stream. Each round is one resident and one streamed capture, in turns, after one of each that only warms the page cache.
-Compared is the walk with the writing of the tables; opening is shown too. Exits 1 where the median ratio is above the bar.
+tight: random llamas of many equal layers; `device_memory_gib` is a twentieth of both checkpoints, so that `auto` must stream.
+12 and 64: the pair in SmolLM2-135M's shape that bench_capture.py measures, one prompt of so many tokens, with all statistics and
+without the lens, with `mode: streamed` asked for. Each round is one resident and one streamed capture, in turns, after one of each
+that only warms the page cache. Compared is the walk with the writing of the tables. Exits 1 where a median ratio is above the bar.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import pairs
 from measured import Bench, at_least, ratios
 
 BAR, TIMES = 1.15, 20
+CASES = ("tight", "12", "64")
 SHAPE: dict[str, Any] = {
     "vocab": 4096,
     "tokenizer_size": 4096,
@@ -33,31 +35,34 @@ SHAPE: dict[str, Any] = {
 }
 
 
-def run(paths: Any, out: Path, mode: str, cap_bytes: float | None) -> dict[str, Any]:
-    """One capture; its capture.json, which says what it took."""
-    from capture.config import Lens
-
-    prompts = tuple(str(n) * 23 for n in range(4))
-    cap = None if cap_bytes is None else cap_bytes / 2**30
-    entry = pairs.entry_of(
-        paths, prompts, mode=mode, lens=Lens(layers=20), noise_floor=False, device_memory_gib=cap, tracked_token_ids=()
-    )
-    return pairs.captured(entry, out)
-
-
-def measure(bench: Bench, paths: Any, rounds: int) -> dict[str, Any]:
-    """Both in turns; the figures, and the last streamed capture's record with the cap and the bytes stored."""
-    stored = sum(f.stat().st_size for p in (paths.base, paths.sft) for f in p.glob("*.safetensors"))
-    cap = stored / TIMES
-    seconds: dict[str, list[float]] = {"resident": [], "streamed": []}
+def in_turns(entries: dict[str, Any], rounds: int) -> tuple[dict[str, list[float]], dict[str, Any]]:
+    """Captures of these, one after the other, `rounds` times after one that does not count: seconds of each by name, and the last
+    record of each."""
+    seconds: dict[str, list[float]] = {name: [] for name in entries}
+    last: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="bench-") as out:
         for turn in range(rounds + 1):
-            for name, mode, limit in (("resident", "resident", None), ("streamed", "auto", cap)):
-                found = run(paths, Path(out), mode, limit)
+            for name, entry in entries.items():
+                last[name] = pairs.captured(entry, Path(out))
                 if turn:
-                    seconds[name].append(pairs.work(found))
-                if name == "streamed":
-                    streamed = found
+                    seconds[name].append(pairs.work(last[name]))
+    return seconds, last
+
+
+def tight(bench: Bench, paths: Any, rounds: int) -> dict[str, Any]:
+    """A pair that does not fit; the last streamed capture's record with the cap and the bytes stored."""
+    from capture.config import Lens
+
+    stored = sum(f.stat().st_size for p in (paths.base, paths.sft) for f in p.glob("*.safetensors"))
+    cap = stored / TIMES
+    asked = {"lens": Lens(layers=20), "noise_floor": False, "tracked_token_ids": ()}
+    prompts = tuple(str(n) * 23 for n in range(4))
+    entries = {
+        "resident": pairs.entry_of(paths, prompts, mode="resident", **asked),
+        "streamed": pairs.entry_of(paths, prompts, device_memory_gib=cap / 2**30, **asked),
+    }
+    seconds, last = in_turns(entries, rounds)
+    streamed = last["streamed"]
     planned, alive = streamed["planned_memory_bytes"], streamed["bytes"]["weights_peak"]
     note = (
         f"{stored / 2**20:.0f} MiB of checkpoints, cap {cap / 2**20:.1f} MiB, mode {streamed['mode']}, page cache warm; layers 256 "
@@ -72,14 +77,35 @@ def measure(bench: Bench, paths: Any, rounds: int) -> dict[str, Any]:
     return streamed | {"cap_bytes": cap, "stored_bytes": stored}
 
 
+def plain(bench: Bench, paths: Any, tokens: int, rounds: int) -> None:
+    """The 135M shape with so many tokens, with all statistics and without the lens."""
+    from capture.config import Lens
+
+    for what, lens in (("all statistics", Lens()), ("statistics without the lens", Lens(enabled=False))):
+        entries = {
+            mode: pairs.entry_of(paths, pairs.prompts_of(tokens), mode=mode, lens=lens) for mode in ("resident", "streamed")
+        }  # fmt: skip
+        seconds, last = in_turns(entries, rounds)
+        walk, peak = last["streamed"]["seconds"]["walk"], last["streamed"]["bytes"]["weights_peak"]
+        bench.add(
+            f"{tokens} {what}", f"{what}, 135M shape, one prompt of {tokens} tokens, streamed",
+            ratios(seconds["streamed"], seconds["resident"]), over="the same resident", bar=BAR,
+            note=f"its walk {walk:.2f} s, its weights alive at most {peak / 2**20:.0f} MiB",
+        )  # fmt: skip
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=at_least(1), default=3, help="captures of each that count (default 3)")
     parser.add_argument(
         "--threads", type=at_least(1), default=None, help="threads of torch (default: as torch chooses)"
     )
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), help="what to capture (default all)")
     parser.add_argument(
-        "--layers", type=at_least(1), default=SHAPE["num_hidden_layers"], help="layers of each model (default 82)"
+        "--layers",
+        type=at_least(1),
+        default=SHAPE["num_hidden_layers"],
+        help="layers of each model of `tight` (default 82)",
     )
     parser.add_argument("--json", type=Path, help="where the figures go (default .cache/bench/streaming.json)")
     args = parser.parse_args()
@@ -88,7 +114,11 @@ def main() -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     bench = Bench("streaming", "make bench", threads=torch.get_num_threads())
-    measure(bench, pairs.kept_pair(SHAPE | {"num_hidden_layers": args.layers}), args.rounds)
+    for case in args.cases:
+        if case == "tight":
+            tight(bench, pairs.kept_pair(SHAPE | {"num_hidden_layers": args.layers}), args.rounds)
+        else:
+            plain(bench, pairs.kept_pair(pairs.SMOL), int(case), args.rounds)
     return bench.write(args.json)
 
 
