@@ -9,6 +9,7 @@ import json
 import logging
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,6 +23,7 @@ from capture.weights import choose_weights
 log = logging.getLogger(__name__)
 
 GIB = 1 << 30
+WAIT_S = 1.0
 # Beside the weights: config, tokenizer and chat template files of the top directory, never original/ or onnx/.
 SMALL_FILES = (".json", ".txt", ".model", ".tiktoken", ".jinja")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -48,7 +50,30 @@ def model_snapshot(
     in the cache is taken. Raises CheckpointError.
     """
     want = _model_files(repo, allow_pickle, check_config)
-    return _snapshot(repo, revision, download, token, want, known_file="config.json")
+
+    def by_ranges(info: Any) -> None:
+        """Large files come by several connections, are hashed meanwhile, and are gone on with after an end; the library has one
+        connection for a file, and checks no hash. It is left what cannot come so."""
+        import huggingface_hub as hub
+
+        from capture.keep import Keeper
+        from capture.spool import is_written, part_of
+
+        sizes, files = _needed(repo, info, token, want), _remote_weights(repo, info, token, want)
+        _check_disk(repo, _missing(repo, info.sha, sizes), sizes)
+        if not files:
+            return
+        folder = Path(hub.hf_hub_download(repo, "config.json", revision=info.sha, token=token)).parent
+        while files:
+            try:
+                Keeper(token).fetch((file, folder) for file in files)
+            except CheckpointError as error:
+                log.warning("%s; it is downloaded by the hub's own library", error)
+            files = [file for file in files if is_written(part_of(file, folder))]
+            if files:  # what another process fetches is waited for; where it ends, its work is gone on with
+                time.sleep(WAIT_S)
+
+    return _snapshot(repo, revision, download, token, want, "config.json", by_ranges)
 
 
 def model_without_weights(
@@ -63,20 +88,28 @@ def model_without_weights(
 
     Offline, or where the hub cannot be reached, what is in the cache is taken. Raises CheckpointError.
     """
-    want, remote = _model_files(repo, allow_pickle, check_config), []
+    want = _model_files(repo, allow_pickle, check_config)
+    remote: list[RemoteFile] = []
 
     def want_small(sizes: Mapping[str, int], read: Read) -> list[str]:
         return [n for n in want(sizes, read) if not n.endswith(".safetensors")]
 
     def rest(info: Any) -> None:
-        sizes = _needed(repo, info, token, want)
-        by_name = {s.rfilename: s for s in info.siblings or []}
-        for name in _missing(repo, info.sha, [n for n in sizes if n.endswith(".safetensors")]):
-            sha256 = by_name[name].lfs.sha256 if by_name[name].lfs else None
-            remote.append(RemoteFile(repo, info.sha, name, sizes[name], sha256 or by_name[name].blob_id, sha256))
+        remote.extend(_remote_weights(repo, info, token, want))
 
     path = _snapshot(repo, revision, True, token, want_small, "config.json", rest)
     return path, remote
+
+
+def _remote_weights(repo: str, info: Any, token: str | bool | None, want: Want) -> list[RemoteFile]:
+    """The safetensors files that are not in the cache."""
+    sizes = _needed(repo, info, token, want)
+    by_name = {s.rfilename: s for s in info.siblings or []}
+    found = []
+    for name in _missing(repo, info.sha, [n for n in sizes if n.endswith(".safetensors")]):
+        sha256 = by_name[name].lfs.sha256 if by_name[name].lfs else None
+        found.append(RemoteFile(repo, info.sha, name, sizes[name], sha256 or by_name[name].blob_id, sha256))
+    return found
 
 
 def download_bytes(repo: str, revision: str | None, *, allow_pickle: bool, token: str | bool | None) -> int:

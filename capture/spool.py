@@ -38,6 +38,21 @@ def is_begun(part: Path) -> bool:
     return _note_of(part).exists()
 
 
+def is_written(part: Path) -> bool:
+    """Whether a process, this or another, is writing a file that is not whole now. part: as part_of gives it."""
+    try:
+        fd = os.open(part, os.O_RDWR)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno == errno.EWOULDBLOCK
+    finally:
+        os.close(fd)
+    return False
+
+
 def _note_of(part: Path) -> Path:
     return part.with_name(part.name + ".json")
 

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from capture.config import Entry
-from capture.errors import CheckpointError
 from cluster.prepare_disk import model_folder
 
 if TYPE_CHECKING:
     from capture.ranges import RemoteFile
-
-log = logging.getLogger(__name__)
 
 
 def hub_models(entry: Entry) -> list[tuple[str, str | None]]:
@@ -34,7 +30,6 @@ def download(entry: Entry) -> None:
     if way_of_weights(entry) != "download":
         without_weights(entry)
         return
-    _finish_begun(entry)
     remote = bool(entry.model_kwargs.get("trust_remote_code"))
     for repo, revision in hub_models(entry):
         model_snapshot(
@@ -59,22 +54,6 @@ def without_weights(entry: Entry) -> list[tuple[RemoteFile, Path]]:
         missing += [(file, folder) for file in files]
     _tokenizer(entry)
     return missing
-
-
-def _finish_begun(entry: Entry) -> None:
-    """Go on with weight files that were fetched ahead and are not whole; whatever fails is fetched anew by the hub's library."""
-    from capture.keep import Keeper
-    from capture.spool import is_begun, part_of
-
-    if not any(
-        is_begun(file) for repo, _ in hub_models(entry) for file in model_folder(repo).glob("blobs/*.pairscope")
-    ):
-        return
-    try:
-        files = [(f, folder) for f, folder in without_weights(entry) if is_begun(part_of(f, folder))]
-        Keeper(entry.model_kwargs.get("token")).fetch(files)
-    except CheckpointError as error:
-        log.warning("%s; it is downloaded anew", error)
 
 
 def _tokenizer(entry: Entry) -> None:

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from capture import hub as ours
 from capture.errors import CheckpointError, UnsupportedModelError
 from capture.files import resolve_model, resolve_tokenizer
+from capture.keep import Keeper
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -49,7 +50,12 @@ class FakeHub:
         assert files_metadata
         self.revisions.append(revision)
         files = [p for p in self.remote.rglob("*") if p.is_file()]
-        siblings = [SimpleNamespace(rfilename=str(p.relative_to(self.remote)), size=p.stat().st_size) for p in files]
+        siblings = [
+            SimpleNamespace(
+                rfilename=str(p.relative_to(self.remote)), size=p.stat().st_size, lfs=None, blob_id="0" * 40
+            )
+            for p in files
+        ]
         return SimpleNamespace(sha=COMMIT, siblings=siblings)
 
     def hf_hub_download(self, repo: str, name: str, *, revision: str, token: Any) -> str:
@@ -88,6 +94,13 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeHub:
     monkeypatch.setattr(hub, "try_to_load_from_cache", lambda repo, name, revision: None)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+
+    def no_ranges(*_: Any) -> int:
+        raise CheckpointError("the server sends no ranges")
+
+    monkeypatch.setattr(
+        Keeper, "fetch", no_ranges
+    )  # so that the library does all: tests/faults has a server for the rest
     return made
 
 

@@ -138,7 +138,6 @@ class Stage:
             "notes": {p.stem: json.loads(p.read_text()) for p in (self.out / "notes").glob("*.json")},
             "bytes": {repo: sum(r.range[1] - r.range[0] + 1 for r in content if r.range and repo in r.path)
                       for repo in sorted({"/".join(r.path.strip("/").split("/")[:2]) for r in content})},
-            "whole_files": [r.path for r in content if r.range is None and r.method == "GET"],
             "logs": {name: (self.out / row["log"]).read_text() for name, row in rows.items()},
             "most": self.most, "file": len(header()) + SIZE,
         }  # fmt: skip

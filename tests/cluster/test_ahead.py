@@ -44,10 +44,8 @@ def test_the_next_entrys_weights_are_there_before_the_present_one_ends(seen: dic
 
 def test_nothing_is_fetched_twice(seen: dict[str, Any]) -> None:
     found = seen["bounded"]
-    sizes = {repo: n for repo, n in found["bytes"].items() if not repo.startswith("org/g")}
-    assert len(sizes) == 6
-    assert set(sizes.values()) == {found["file"]}, "each of them once, by ranges"
-    assert sorted(found["whole_files"]) == [f"/org/g-{kind}/model.safetensors" for kind in ("base", "sft")]
+    assert len(found["bytes"]) == 8
+    assert set(found["bytes"].values()) == {found["file"]}, "each of them once"
 
 
 def test_it_is_told_on_the_screen_and_in_the_attempts_log(seen: dict[str, Any]) -> None:
@@ -73,8 +71,8 @@ def test_what_cannot_be_fetched_ahead_harms_nothing_and_its_own_turn_tells_why(t
     assert "x: not fetched ahead: CheckpointError: no model 'org/x-base'" in found["said"]
     assert found["errors"]["x"].startswith("no model 'org/x-base' on the hub")
     assert "e: not fetched ahead: CheckpointError: 'org/e-sft'" in found["said"]
-    assert "/org/e-sft/model.safetensors" in found["whole_files"], "its own turn fetched what was damaged"
-    assert "/org/e-base/model.safetensors" not in found["whole_files"], "and only that"
+    assert found["bytes"]["org/e-sft"] == 2 * found["file"], "its own turn fetched what was damaged"
+    assert found["bytes"]["org/e-base"] == found["file"], "and only that"
 
 
 @pytest.mark.slow
@@ -91,7 +89,7 @@ def test_without_it_nothing_comes_before_its_turn(tmp_path: Path) -> None:
     found = scenarios(tmp_path, 1, "alone")["alone"]
     assert all_complete(found), found["said"]
     assert "ahead" not in found["said"]
-    assert len(found["whole_files"]) == 4
+    assert list(found["bytes"].values()) == [found["file"]] * 4
 
 
 @pytest.mark.slow

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import re
 import shutil
 import threading
 from collections import namedtuple
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from local_hub import Fault, LocalHub
 from safetensors.torch import save_file
 
 from capture import hub as ours
+from capture import ranges
 from capture.errors import CheckpointError, PairscopeError
 from capture.files import resolve_model
 
@@ -92,10 +95,10 @@ def shown(said: str) -> str:
     )
 
 
-def test_a_shard_that_came_with_other_bytes_is_not_kept_and_comes_again(
+def test_a_shard_that_came_with_other_bytes_comes_again_and_the_second_time_is_refused(
     hub: LocalHub, repo: Path, tmp_path: Path, told: Any
 ) -> None:
-    hub.faults = [Fault("wrong", part=SHARDS[1])]
+    hub.faults = [Fault("wrong", part=SHARDS[1], times=2)]
     said = refused()
     assert f"'{SHARDS[1]}': the bytes that came are not those of the hub" in said
     assert "Run again" in said
@@ -105,14 +108,25 @@ def test_a_shard_that_came_with_other_bytes_is_not_kept_and_comes_again(
     files = resolve_model("org/model")
     assert len(hub.seen("content", SHARDS[0])) == 1, "what was right is kept"
     assert (Path(files.path) / SHARDS[1]).read_bytes() == (repo / SHARDS[1]).read_bytes()
-    seen = "`CheckpointError: '<repo>', '<shard>': the bytes that came are not those of the hub … Run again`"
+    seen = "a warning, and the file comes again; `CheckpointError: '<repo>', '<shard>': the bytes that came are not those of the hub … Run again` where that brings other bytes too"
     told("shard-wrong", sees=seen, again="the file is downloaded")
 
 
-def test_after_a_download_that_was_cut_for_good_only_what_is_missing_comes(
-    hub: LocalHub, repo: Path, told: Any
+def test_a_shard_that_came_with_other_bytes_once_is_downloaded_by_the_hubs_library(
+    hub: LocalHub, repo: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    hub.faults = [Fault("cut", part=SHARDS[1], after=700_000, times=100)]
+    hub.faults = [Fault("wrong", part=SHARDS[1])]
+    files = resolve_model("org/model")
+    assert "it is downloaded by the hub's own library" in caplog.text
+    for shard in SHARDS:
+        assert (Path(files.path) / shard).read_bytes() == (repo / shard).read_bytes()
+
+
+def test_after_a_download_that_was_cut_for_good_only_what_is_missing_comes(
+    hub: LocalHub, repo: Path, monkeypatch: pytest.MonkeyPatch, told: Any
+) -> None:
+    monkeypatch.setattr(ranges, "FIRST_PAUSE_S", 0.001)
+    hub.faults = [Fault("cut", part=SHARDS[1], after=0, times=100)]
     assert "run again, files that are whole are not fetched again" in refused()
     hub.faults = []
     files = resolve_model("org/model")
@@ -124,6 +138,44 @@ def test_after_a_download_that_was_cut_for_good_only_what_is_missing_comes(
         sees="`CheckpointError: downloading '<repo>' failed …; run again, files that are whole are not fetched again`",
         again="files that were not whole are downloaded",
     )
+
+
+def test_a_file_that_another_process_fetches_is_waited_for(
+    hub: LocalHub, repo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited, go_on = threading.Event(), threading.Event()
+
+    def wait(seconds: float) -> None:
+        waited.set()
+        assert go_on.wait(60)
+
+    monkeypatch.setattr("time.sleep", wait)
+    blobs = tmp_path / "cache" / "models--org--model" / "blobs"
+    blobs.mkdir(parents=True)
+    with (blobs / f"{hub.sha256(repo / SHARDS[1])}.pairscope").open("wb") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with ThreadPoolExecutor(1) as pool:
+            files = pool.submit(resolve_model, "org/model")
+            try:
+                assert waited.wait(60)
+                assert len(hub.seen("content", SHARDS[0])) == 1
+                assert hub.seen("content", SHARDS[1]) == []
+            finally:
+                other.close()  # as if it were killed
+                go_on.set()
+            path = Path(files.result().path)
+    assert (path / SHARDS[1]).read_bytes() == (repo / SHARDS[1]).read_bytes()
+    assert len(hub.seen("content", SHARDS[1])) == 1
+
+
+def test_a_line_that_gives_a_file_in_small_pieces_gives_all_of_it(
+    hub: LocalHub, repo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ranges, "FIRST_PAUSE_S", 0.001)
+    hub.faults = [Fault("cut", part=SHARDS[1], after=100_000, times=100)]
+    files = resolve_model("org/model")
+    assert len(hub.seen("content", SHARDS[1])) == 1 + len((repo / SHARDS[1]).read_bytes()) // 100_000
+    assert (Path(files.path) / SHARDS[1]).read_bytes() == (repo / SHARDS[1]).read_bytes()
 
 
 def test_a_download_cut_now_and_then_is_whole_in_the_end(
