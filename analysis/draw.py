@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import textwrap
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -154,7 +155,7 @@ def plot(
     except ImportError:
         raise QueryError("a figure needs matplotlib: pip install 'pairscope[plots]'") from None
 
-    panels = list(grid) if isinstance(grid, GridStack) else [grid]
+    panels = _panels(grid) if isinstance(grid, GridStack) else [grid]
     first = panels[0]
     if first.values.size == 0:
         raise QueryError("no cell is left to draw: the masks and filters leave no token or no layer")
@@ -208,6 +209,28 @@ def plot(
         bar.ax.tick_params(labelsize=_SMALL, length=2, width=0.5)
         bar.outline.set_visible(False)
     return figure
+
+
+def _panels(stack: GridStack) -> list[Grid]:
+    """The grids of a stack, each over the layers and positions of all: that in which a file breaks off lacks some."""
+    panels = []
+    for grid, values in zip(stack, stack.values, strict=True):
+        floor = None
+        if grid.floor is not None:
+            floor = np.full(len(stack.layers), np.nan)
+            floor[np.searchsorted(stack.layers, grid.layers)] = grid.floor
+        panels.append(
+            replace(
+                grid,
+                values=values,
+                layers=stack.layers,
+                positions=stack.positions,
+                tokens=stack.tokens,
+                special=(),
+                floor=floor,
+            )
+        )
+    return panels
 
 
 def _norm(finite: np.ndarray, log: bool, low: float | None, high: float | None) -> tuple[Any, bool]:

@@ -18,7 +18,7 @@ from synthetic import alpha, keep_layers, write_capture
 
 from analysis import QueryError, build_residual_grid, build_run_grid, open_run
 from analysis.draw import DIVERGING, SEQUENTIAL, colour, colour_scale, draw, short_number, token_label, write_png
-from analysis.grid import Grid
+from analysis.grid import Grid, stack
 from analysis.grids import build_stack
 from analysis.metrics import find_metric
 from analysis.select import Filters
@@ -189,6 +189,21 @@ def test_comparisons_share_one_scale(con: Any) -> None:
     assert [p.get_title() for p in panels] == ["BB-BS", "BB-SB", "BB-SS", "BS-SB", "BS-SS", "SB-SS"]
     assert len({id(p.images[0].norm) for p in panels}) == 1
     assert bar.get_ylabel() == "norm_diff [residual]"
+
+
+def test_a_comparison_that_lacks_layers_and_tokens_is_drawn_at_its_place(con: Any) -> None:
+    pytest.importorskip("matplotlib")
+    whole = build_stack(con, find_metric("pairwise", "norm_diff"), Filters("alpha", prompt=0))
+    first, *_, last = whole
+    cut = replace(last.filter_layers(lambda layer: layer in (0, 2)).at(1, 3), floor=np.array([0.5, 1.0]))
+    *panels, _bar = stack((cut, first, last)).plot().axes
+    drawn = panels[0].images[0].get_array()
+    assert drawn.shape == (4, 5)
+    assert np.argwhere(~np.ma.getmaskarray(drawn)).tolist() == [[1, 1], [1, 2], [3, 1], [3, 2]]
+    assert np.array_equal(drawn.compressed(), cut.values.ravel())
+    assert [label.get_text() for label in panels[0].get_yticklabels()] == ["emb", "0", "1", "2"]
+    dots = panels[0].collections[0].get_offsets()
+    assert np.array_equal(np.sort(dots[:, 0]), np.sort(np.nonzero(cut.below_floor)[1] + 1))
 
 
 def test_figures_are_written(synthetic: Any, call: Callable[..., Any], tmp_path: Path, con: Any) -> None:
