@@ -39,7 +39,8 @@ class Imported:
 
 @dataclass
 class Prompt:
-    """A record as the tables know it. runs, pairs: name (or names) of each part, by its number."""
+    """A record as the tables know it. runs, pairs: name (or names) of each part, by its number; last_layer: as the file
+    numbers the state after the final norm, where it says so."""
 
     record: int
     prompt_idx: int
@@ -49,6 +50,7 @@ class Prompt:
     runs: dict[int, str] = field(default_factory=dict)
     pairs: dict[int, tuple[str, str]] = field(default_factory=dict)
     complete: bool = True
+    last_layer: int | None = None
 
 
 def import_json(
@@ -74,8 +76,8 @@ def import_json(
     capture = hashlib.sha256(f"imported {SCHEMA_VERSION} {digest}".encode()).hexdigest()[:16]
     run = RunDir(out)
     if not force and run.is_complete(name, capture):
-        said = run.read_bytes(f"{run.capture_path(name, capture)}/capture.json")
-        if b'"cut_short": null' in said:
+        document = run.read_bytes(f"{run.capture_path(name, capture)}/capture.json")
+        if b'"cut_short": null' in document:
             return Imported(file, name, capture, "there")
     directory = Path(tempfile.mkdtemp(prefix="pairscope-import-"))
     try:
@@ -84,6 +86,9 @@ def import_json(
             why = broken or "it holds no cell"
             raise QueryError(f"'{file}' is no file of residual comparisons: {why}; nothing was imported")
         last = walk.whole_layers if walk.whole_layers >= 0 else None
+        said = {p.last_layer for p in prompts}
+        if len(said) == 1 and (only := said.pop()) is not None and stage.last_layer <= only:
+            last = only
         shape = Shape(name, capture, prompts, last, tuple(stage.tracked_ids))
         found: dict[str, Any] = {
             "file": path.name, "sha256": digest, "bytes": size, "records": len(prompts),
@@ -161,7 +166,10 @@ def _finish(record: Record, prompts: list[Prompt], stage: Stage) -> None:
     texts += [""] * (record.last_position + 1 - len(texts))
     text = next((plain(str(h["prompt"])) for h in (header, *(p.header for p in record.parts)) if "prompt" in h), "")
     taken = {(p.prompt_idx, p.variant) for p in prompts}
-    prompt = Prompt(record.number, index, _variant(metadata, index, taken), text, texts, complete=record.complete)
+    last = metadata.get("last_layer")
+    last = last if type(last) is int and 0 <= last < (1 << 15) - 1 else None
+    variant = _variant(metadata, index, taken)
+    prompt = Prompt(record.number, index, variant, text, texts, complete=record.complete, last_layer=last)
     stage.rest(record, "record", {"number": record.number, "header": header, "complete": record.complete})
     for part in record.parts:
         if not part.legacy:

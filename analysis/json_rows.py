@@ -107,8 +107,10 @@ class Names:
         return found
 
     def _metadata(self, prompt: dict[str, Any]) -> dict[str, Any]:
+        # last_layer: as the format numbers it; where a capture has some layers alone, the highest in the file may be another
         return {"prompt_idx": prompt["prompt_idx"], "variant_name": prompt["variant"], "pair": self.pair,
-                "capture": self.capture, "lens_norm": self.lens_norm}  # fmt: skip
+                "capture": self.capture, "lens_norm": self.lens_norm,
+                "last_layer": None if self.last is None else self.last - 1}  # fmt: skip
 
     def _swap_options(self, base: str, sft: str) -> dict[str, Any]:
         known = {name: (embeddings, unembedding) for name, _, embeddings, unembedding in self.passes}

@@ -26,7 +26,7 @@ _KEYS = "prompt_idx, variant"
 
 @dataclass(frozen=True)
 class Shape:
-    """What a file turned out to hold. last: its highest layer, the state after the final norm; None where it is not known."""
+    """What a file turned out to hold. last: its number of the state after the final norm: its highest layer unless it says another; None where it is not known."""
 
     pair: str
     capture: str
@@ -107,7 +107,7 @@ def _prepare(con: duckdb.DuckDBPyConnection, shape: Shape, stage: Stage) -> None
         table = pa.Table.from_pylist([dict(zip(schema.names, row, strict=True)) for row in rows], schema=schema)
         con.register(f"_{name}", table)
         con.execute(f"CREATE TABLE {name} AS FROM _{name}")
-    # the file's highest layer is the state after the final norm: our layer L, with L = that + 1
+    # the file's last layer is the state after the final norm: our layer L, with L = that + 1
     layer = "layer" if shape.last is None else f"(CASE WHEN layer = {shape.last} THEN {shape.last + 1} ELSE layer END)"
     for name in ("run", "pairwise", "rest"):
         con.execute(

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from seed_files import record, single, write
-from synthetic import alpha, write_capture
+from synthetic import alpha, keep_layers, write_capture
 
 import analysis.json_stream
 from analysis import build_residual_grid, build_run_grid, open_run
@@ -200,6 +200,24 @@ def test_a_capture_goes_out_and_comes_back(call: Callable[..., Any], tmp_path: P
     here, there = (open_run(str(tmp_path / d)).execute(sql).fetchall() for d in ("out", "again"))
     assert here == there
     assert len(here) == 4 * 2 * 8
+
+
+@pytest.mark.parametrize(("kept", "back"), [((-1, 0), [0]), ((0, 1, 2), [0, 2]), ((2,), [2])])
+def test_layers_of_a_capture_that_has_some_alone_come_back_as_the_same(
+    call: Callable[..., Any], tmp_path: Path, kept: tuple[int, ...], back: list[int]
+) -> None:
+    write_capture(tmp_path / "out", keep_layers(alpha(), *kept))
+    for file, options in (("all.json", ()), ("one.json", ("--single", "BB-SS"))):
+        assert call("export-json", tmp_path / "out", *options, "-o", tmp_path / file).code == 0
+        assert call("import-json", tmp_path / file, "--out", tmp_path / "again").code == 0
+        sql = f"SELECT layer, sum(norm_diff) FROM pairwise WHERE layer IN {(*back, -9)} AND comparison = 'BB-SS' GROUP BY 1 ORDER BY 1"
+        here = open_run(str(tmp_path / "out")).execute(sql).fetchall()
+        con = open_run(str(tmp_path / "again"))
+        pair = file.removesuffix(".json")
+        assert con.execute(sql.replace("WHERE", f"WHERE pair = '{pair}' AND")).fetchall() == here
+        assert con.execute("SELECT n_layers FROM captures WHERE pair = ?", [pair]).fetchall() == [(2,)]
+        assert call("export-json", tmp_path / "again", "--pair", pair, "-o", tmp_path / "e.json").code == 0
+        assert (tmp_path / "e.json").read_bytes() == (tmp_path / file).read_bytes()
 
 
 def test_a_capture_in_a_store_goes_out_as_from_a_disk(
