@@ -45,7 +45,9 @@ def overview_lines(con: duckdb.DuckDBPyConnection, question: Question) -> Iterat
         return
     yield f"  largest |{metric.name}| of all"
     rows = [{**h, metric.label: h["label"]} for h in top_rows(con, metric, question.top_n, question.filters)]
-    yield from table_lines(rows, (*keys[:-1], "prompt_idx", metric.label, "layer", "position", "token", "value"))
+    variant = ("variant",) if any(row["variant"] != "identity" for row in rows) else ()
+    place = ("prompt_idx", *variant, metric.label, "layer", "position")
+    yield from table_lines(rows, (*keys[:-1], *place, "token", "value"))
     yield ""
 
 

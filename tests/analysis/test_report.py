@@ -221,6 +221,20 @@ def test_the_text_has_an_overview_and_sections_and_says_what_is_left_out(
     assert "(mirror_halves)" in call("report", synthetic.out, "--pair", "beta").out
 
 
+def test_the_largest_cells_of_all_name_the_variant_where_there_are_several(
+    synthetic: Any, call: Callable[..., Any]
+) -> None:
+    lines = call("report", synthetic.out, "--pair", "beta", "--top-n", "12").out.splitlines()
+    at = lines.index("  largest |norm_diff| of all")
+    cells = [dict(zip(lines[at + 1].split(), line.split(), strict=True)) for line in lines[at + 2 : at + 14]]
+    for cell in cells:
+        i = synthetic.beta.layers.index(int(cell["layer"]))
+        value = synthetic.beta.cells[0, cell["variant"], "BB-SS"]["norm_diff"][i, int(cell["position"])]
+        assert float(cell["value"]) == pytest.approx(value, rel=1e-5)
+    assert {cell["variant"] for cell in cells} == {"identity", "mirror_halves"}
+    assert "variant" not in call("report", synthetic.out, "--pair", "alpha").out
+
+
 def test_a_metric_without_numbers_says_so(tmp_path: Path, call: Callable[..., Any]) -> None:
     write_capture(tmp_path, make_capture("p", "c", ("BB", "SS"), 1, {(0, "identity"): ["x"]}, set(), 0))
     out = call("report", tmp_path, "--metric", "kl_div").out
