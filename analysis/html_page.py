@@ -27,7 +27,7 @@ from analysis.html_data import (
     read_spectrum,
     scalars,
 )
-from analysis.tables import jsonable
+from analysis.tables import discard, jsonable
 from analysis.views import BY_VIEW
 from capture.errors import StoreError
 
@@ -250,4 +250,4 @@ def _write(path: Path, text: str) -> None:
     except OSError as error:
         raise StoreError(f"cannot write the page '{path}': {error.strerror or error}") from error
     finally:
-        tmp.unlink(missing_ok=True)
+        discard(tmp)

@@ -20,6 +20,7 @@ from analysis.json_file import HERE
 from analysis.json_import import sides_of
 from analysis.json_rows import Names, hold, let_go, pair_rows, rests, run_rows
 from analysis.select import EVERYTHING, Filters
+from analysis.tables import discard
 from capture.errors import StoreError
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def export_json(
     except OSError as error:
         raise StoreError(f"cannot write '{path}': {error.strerror or error}") from error
     finally:
-        tmp.unlink(missing_ok=True)
+        discard(tmp)
         let_go(con)
     return path
 

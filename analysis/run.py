@@ -13,6 +13,7 @@ from analysis.captures import captures_table, manifest_table
 from analysis.damage import broken
 from analysis.errors import QueryError
 from analysis.macros import MACROS, comment_sql, create_macros
+from analysis.tables import discard
 from analysis.views import (
     CAPTURES,
     MANIFEST_VIEW,
@@ -137,8 +138,8 @@ def write_catalog(
     except (OSError, duckdb.Error) as error:  # of a path with a question mark DuckDB makes a wrong one for its log
         raise StoreError(f"cannot write the catalog '{path}': {str(error).splitlines()[0]}") from error
     finally:
-        tmp.unlink(missing_ok=True)
-        Path(f"{tmp}.wal").unlink(missing_ok=True)
+        discard(tmp)
+        discard(Path(f"{tmp}.wal"))
     return path
 
 

@@ -13,6 +13,7 @@ import sys
 import uuid
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from decimal import Decimal
 from pathlib import Path
 from types import SimpleNamespace
@@ -184,6 +185,12 @@ def copy_path(file: str) -> Path:
     return path
 
 
+def discard(tmp: Path) -> None:
+    """Remove what is half written, if it is there. A file system that did not take it may refuse that too, and is told of already."""
+    with suppress(OSError):
+        tmp.unlink(missing_ok=True)
+
+
 def copy_query(con: duckdb.DuckDBPyConnection, sql: str, values: list[Any], file: str) -> Path:
     """Write a query's rows to FILE.csv, FILE.json (one object a line) or FILE.parquet, whole or not at all."""
     import duckdb
@@ -199,7 +206,7 @@ def copy_query(con: duckdb.DuckDBPyConnection, sql: str, values: list[Any], file
     except (duckdb.IOException, OSError) as error:
         raise StoreError(f"cannot write '{path}': {str(error).splitlines()[0]}") from error
     finally:
-        tmp.unlink(missing_ok=True)
+        discard(tmp)
     return path
 
 

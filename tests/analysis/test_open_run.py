@@ -151,6 +151,27 @@ def test_a_catalog_that_cannot_be_written_is_an_error(tmp_path: Path, call: Call
     assert call("catalog", tmp_path / "run?x", "-o", tmp_path / "c.duckdb").code == 0
 
 
+@pytest.mark.parametrize(
+    ("verb", "ending"),
+    [
+        (("catalog", "-o"), "duckdb"),
+        (("html", "-o"), "html"),
+        (("report", "--export"), "csv"),
+        (("grid", "-o"), "json"),
+        (("export-json", "--pair", "alpha", "-o"), "json"),
+    ],
+)
+def test_what_a_file_system_does_not_take_is_one_line_and_leaves_nothing(
+    synthetic: Any, tmp_path: Path, call: Callable[..., Any], verb: tuple[str, ...], ending: str
+) -> None:
+    # both are refused to who removes what is half written too, as on a file system that is only read
+    (tmp_path / "file").touch()
+    for name in ("x" * 240 + f".{ending}", f"file/x.{ending}"):
+        answer = call(verb[0], synthetic.out, *verb[1:], tmp_path / name)
+        assert (answer.code, answer.err.count("cannot write")) == (1, 1), answer.err
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def test_the_arrow_table_of_rows_without_values_is_typed(synthetic: Any) -> None:
     from analysis.captures import manifest_table
 
