@@ -11,6 +11,7 @@ import click
 
 from analysis.cli import HELP, asking, example, lenient_option
 from analysis.errors import QueryError
+from capture.errors import StoreError
 from capture.printable import escape
 
 
@@ -113,7 +114,10 @@ def export_json(
                 f"'{output}' is a file, and {len(found)} captures are asked for: name a directory, or --pair"
             )
         if several:
-            target.mkdir(parents=True, exist_ok=True)
+            try:
+                target.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise StoreError(f"cannot make the directory '{output}': {error.strerror or error}") from error
         for i, (name, one) in enumerate(found):
             what = f"{name} ({i + 1} of {len(found)})" if several else name
             file = target / f"{name}-{one}.json" if several else target

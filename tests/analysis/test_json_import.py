@@ -272,6 +272,17 @@ def test_one_comparison_of_an_imported_file_goes_out_alone(call: Callable[..., A
         assert one["layers"] == next(p for p in whole["pairwise"] if p["name"] == "BS-SB")["layers"]
 
 
+def test_several_captures_need_a_directory_that_can_be_made(
+    synthetic: Any, call: Callable[..., Any], tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    assert "is a file, and 2 captures" in call("export-json", synthetic.out, "-o", tmp_path / "file").err
+    answer = call("export-json", synthetic.out, "-o", tmp_path / "file" / "all")
+    assert (answer.code, "cannot make the directory" in answer.err) == (1, True)
+    assert call("export-json", synthetic.out, "-o", tmp_path / "all").code == 0
+    assert len(list((tmp_path / "all").iterdir())) == 2
+
+
 def test_a_comparison_of_passes_with_hyphens_goes_out_alone(call: Callable[..., Any], tmp_path: Path) -> None:
     records = two_records()
     for one in records:
