@@ -84,7 +84,8 @@ def draw(grid: Grid, columns: int = 80) -> Text:
     n = max(1, min(len(grid.tokens), (columns - _LABEL) // (CELL + 1)))
     low, high, ramp = colour_scale(grid.values)
     text = Text(no_wrap=True)
-    text.append(fit(f"{grid.title}{f' [{grid.unit}]' if grid.unit not in ('', '1') else ''}", columns) + "\n", "bold")
+    unit = f" [{grid.unit}]" if grid.unit not in ("", "1") else ""
+    text.append(fit(escape(grid.title) + unit, columns) + "\n", "bold")
     text.append("layer".ljust(_LABEL) + "".join(f" {p:>{CELL}}" for p in grid.positions[:n]) + "\n", "dim")
     labels = [token_label(t) for t in grid.tokens[:n]]
     text.append(" " * _LABEL + "".join(" " + " " * (CELL - width(t)) + t for t in labels) + "\n")

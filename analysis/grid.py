@@ -157,7 +157,7 @@ class Grid:
 
     def __repr__(self) -> str:
         rows, columns = self.values.shape
-        return f"<Grid {self.title}: {rows} layers x {columns} tokens{_unit(self.unit)}>"
+        return f"<Grid {escape(self.title)}: {rows} layers x {columns} tokens{_unit(self.unit)}>"
 
     def _repr_html_(self) -> str:
         from analysis.notebook import grid_html
@@ -237,7 +237,7 @@ class GridStack:
         )
 
     def __repr__(self) -> str:
-        names = ", ".join(self.labels)
+        names = escape(", ".join(self.labels))
         return f"<GridStack {self.metric} of {names}: {' x '.join(map(str, self.values.shape))}>"
 
     def _repr_html_(self) -> str:

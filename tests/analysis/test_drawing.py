@@ -67,6 +67,14 @@ def test_no_line_is_wider_than_the_terminal_and_the_rest_is_announced(grid: Grid
     assert lines[1].split()[-1] == str(n - 1)
 
 
+def test_names_of_passes_and_variants_do_not_steer_the_terminal(grid: Grid) -> None:
+    strange = replace(grid, label="B\x1b[32mB-SS", variant="two\nlines\u202e")
+    first = draw(strange, 200).plain.splitlines()[0]
+    assert first == "kl_divergence of B\\x1b[32mB-SS, pair alpha, prompt 0 (two\\nlines\\u202e) [nats]"
+    assert repr(strange).isprintable()
+    assert repr(stack((strange,))).isprintable()
+
+
 def test_notes_are_wrapped_and_not_cut(grid: Grid) -> None:
     nothing = replace(wide(grid, 40), values=np.full((4, 40), np.nan), metric="kl_divergence", unit="nats")
     said = " ".join(draw(nothing, 60).plain.split("\n", 3)[3].split())
