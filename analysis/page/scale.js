@@ -55,6 +55,7 @@ function makeScale(arrays, log, theme) {
 function show(value, digits = 4) { // a number for people
   if (value === undefined || value === null || Number.isNaN(value)) return "–";
   if (value === 0) return "0";
+  if (!Number.isFinite(value)) return value > 0 ? "∞" : "−∞"; // of a pass in float16, say
   const size = Math.abs(value);
   if (size >= 1e5 || size < 1e-3) {
     const [m, e] = value.toExponential(Math.max(digits - 2, 0)).split("e");

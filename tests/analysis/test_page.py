@@ -533,6 +533,23 @@ def test_cells_without_a_number_and_the_masks_are_told(made: Made, browser: Brow
     assert "without first and special tokens" in browser.text("#spots-scope")
 
 
+def test_a_cell_of_an_infinite_norm_is_read_like_any_other(tmp_path: Path, browser: Browser) -> None:  # noqa: F811
+    made = alpha()
+    made.cells[0, "identity", "BB"]["norm"][1, 1] = np.inf
+    write_capture(tmp_path / "out", made)
+    page = write_page(open_run(str(tmp_path / "out")), tmp_path / "page.html").path
+    for view, metric, said in (
+        ("BB", "norm", "norm∞residual"),
+        ("BB-SS", "norm_delta", "norm_delta∞residual"),
+        ("embeddings", "norm", "norm−∞residual"),
+    ):
+        browser.open(f"file://{page}#show={view}&metric={metric}&cell=0.1")
+        assert said in browser.text("#cell").replace(" ", "")
+        point(browser, 1, 1)
+        assert browser.text("#tip").endswith(said.removeprefix(metric).removesuffix("residual"))
+    assert browser.logs()[0] == []
+
+
 def test_an_imported_pass_with_a_hyphen_in_its_name_is_a_pass(tmp_path: Path, browser: Browser) -> None:  # noqa: F811
     names = {"SB": "my-pass", "SS": "x-y"}
     said = record(random.Random(1), 0, ["a", "b"])
