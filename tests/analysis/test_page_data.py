@@ -41,6 +41,19 @@ def test_half_precision_keeps_three_digits_over_eight_decades_and_no_number_over
     assert to_half(np.zeros(3, np.float32))[1] == 1.0
 
 
+def test_numbers_that_half_precision_would_take_the_digits_of_are_packed_whole() -> None:
+    packer = Packer()
+    small = np.array([7.0, 2.0**-26, 0, np.nan, np.inf], np.float32)
+    packer.half("fits", small)
+    packer.half("spans", np.array([7.0, 3e-11, 0, np.nan, -np.inf], np.float32))
+    packer.half("agrees", np.array([True, False]))
+    assert {name: place[0] for name, place in packer.places.items()} == {"fits": "f2", "spans": "f4", "agrees": "f2"}
+    raw = gzip.decompress(base64.b64decode(packer.block()))
+    at = packer.places["spans"][1]
+    values = np.frombuffer(raw[at : at + 20], np.uint8).reshape(4, 5).T.copy().view("<f4")[:, 0]
+    np.testing.assert_array_equal(values, np.array([7.0, 3e-11, 0, np.nan, np.nan], np.float32))
+
+
 def test_equal_arrays_are_packed_once() -> None:
     packer = Packer()
     values = np.arange(100, dtype=np.float32)
