@@ -87,7 +87,8 @@ function drawHead() {
   const tick = (share) => `${share === 1 && scale.most > scale.high * 1.001 ? "≥ " : share === 0 && scale.least < scale.low ? "≤ " : ""}${show(scale.at(share), 2)}`;
   byId("bar-ticks").replaceChildren(...(scale.empty ? [] : [0, 0.5, 1].map((share) => el("span", {}, tick(share)))));
   const notes = [];
-  if (scale.empty) notes.push("No cell has a number: was the lens on, and this layer among lens.layers?");
+  if (scale.empty) notes.push(S.values?.some(Number.isFinite) ? "Every token that has a number is left out."
+    : "No cell has a number: was the lens on, and this layer among lens.layers?");
   else if (scale.allZero) notes.push("Exactly zero everywhere: the two do not differ.");
   if (S.log && !scale.log) notes.push("No log scale: nothing is positive.");
   if (S.log && scale.signed) notes.push("Linear within a thousandth of zero.");

@@ -608,6 +608,7 @@ def test_the_number_of_first_tokens_to_leave_out_is_chosen(made: Made, browser: 
     ]
     browser.open(f"{made.address}#pair=alpha&mask=1&first=400")
     assert browser.execute_script("return S.spots.length") == 0, "every token is left out"
+    assert browser.text("#grid-note").startswith("Every token that has a number is left out.")
     browser.open(f"{made.address}#pair=alpha&mask=1&first=x")
     assert browser.execute_script("return S.first") == 1
     assert browser.logs()[0] == []
