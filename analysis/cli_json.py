@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -108,8 +109,8 @@ def export_json(
         where, values = filters.where("''")
         found = con.execute(f"SELECT DISTINCT pair, capture FROM prompts {where} ORDER BY 1, 2", values).fetchall()
         target = Path(output).expanduser()
-        several = len(found) > 1 or target.is_dir()
-        if several and target.is_file():
+        several = len(found) > 1 or os.path.isdir(target)
+        if several and os.path.isfile(target):
             raise QueryError(
                 f"'{output}' is a file, and {len(found)} captures are asked for: name a directory, or --pair"
             )

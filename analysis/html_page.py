@@ -78,7 +78,7 @@ def write_page(
     Raises QueryError where nothing is asked for that is there, or not even one prompt fits; StoreError for the file.
     """
     path = Path(file).expanduser().absolute()
-    if path.is_dir():
+    if os.path.isdir(path):  # a name that is too long is told when it is written
         raise StoreError(f"cannot write the page '{path}': it is a directory")
     pairs = choose_pairs(con, entries)
     not_there: dict[str, list[str]] = {}

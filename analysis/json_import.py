@@ -68,9 +68,9 @@ def import_json(
         raise QueryError(f"there is no file '{file}'")
     size = path.stat().st_size
     name = pair or pair_of(path.name)
-    if not re.fullmatch(r"[A-Za-z0-9._-]+", name):
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*", name):  # as in a config
         raise QueryError(
-            f"'{name}' is no name of a pair: letters, digits, points, hyphens and underscores; name it with --pair"
+            f"'{name}' is no name of a pair: a letter or digit, then letters, digits and . _ + -; name it with --pair"
         )
     digest = _sha256(path)
     capture = hashlib.sha256(f"imported {SCHEMA_VERSION} {digest}".encode()).hexdigest()[:16]
@@ -112,7 +112,7 @@ def pair_of(name: str) -> str:
     stem = re.sub(r"\.json$", "", name)
     stem = re.sub(r"^(residual_compare|multi_pass)_", "", stem)
     stem = re.sub(r"^\d{8}_\d{6}_", "", stem)
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-.") or "imported"
+    return re.sub(r"[^A-Za-z0-9._+-]+", "-", stem).strip("-.").lstrip("-._+") or "imported"
 
 
 def _sha256(path: Path) -> str:

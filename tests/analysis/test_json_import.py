@@ -421,6 +421,8 @@ def test_a_break_in_the_middle_says_where() -> None:
 def test_a_files_name_gives_the_pair() -> None:
     assert pair_of("residual_compare_20251127_032959_Qwen_0_5B.json") == "Qwen_0_5B"
     assert pair_of("a b?.json") == "a-b"
+    assert pair_of("a+b.json") == "a+b", "as a config may name a pair"
+    assert pair_of("__a.json") == "a"
     assert pair_of(".json") == "imported"
 
 

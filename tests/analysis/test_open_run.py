@@ -166,7 +166,7 @@ def test_what_a_file_system_does_not_take_is_one_line_and_leaves_nothing(
 ) -> None:
     # both are refused to who removes what is half written too, as on a file system that is only read
     (tmp_path / "file").touch()
-    for name in ("x" * 240 + f".{ending}", f"file/x.{ending}"):
+    for name in ("x" * 240 + f".{ending}", "x" * 300 + f".{ending}", f"file/x.{ending}"):
         answer = call(verb[0], synthetic.out, *verb[1:], tmp_path / name)
         assert (answer.code, answer.err.count("cannot write")) == (1, 1), answer.err
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
