@@ -11,7 +11,7 @@ from torch import Tensor
 from capture.batches import Batch
 from capture.checkpoint import StreamedModel
 from capture.config import Owner, Pass
-from capture.errors import UnsupportedModelError
+from capture.errors import CheckpointError, UnsupportedModelError
 from capture.groups import EMBEDDING
 from capture.home import Home
 from capture.replay import Recording, calls_hold_states, check_padding, record
@@ -39,7 +39,7 @@ class Entering:
                 self.embeds[owner] = list(self.embeds["base"])
                 continue
             model.load(EMBEDDING)
-            self.embeds[owner] = [self.home.put([model.embed(b.ids_BT)])[0] for b in self.batches]
+            self.embeds[owner] = [self.home.put([self._embedded(owner, b.ids_BT)])[0] for b in self.batches]
             if not model.tied:
                 model.free(EMBEDDING)
         self.same_embeddings = all(map(torch.equal, self.embeds["base"], self.embeds["sft"]))
@@ -49,6 +49,20 @@ class Entering:
             if self._source(p) not in sources:
                 sources.append(self._source(p))
         self.stacked = len({len(s) for s in self.sources.values()}) == 1
+
+    def _embedded(self, owner: Owner, ids_BT: Tensor) -> Tensor:
+        """[B, T, D]. Raises CheckpointError where one that a pass begins with is not finite: nothing in a batch with it could be
+        checked, and what follows the layers would get the blame."""
+        model = self.models[owner]
+        embeds_BTD = model.embed(ids_BT)
+        if any(p.embeddings == owner for p in self.passes) and not bool(embeds_BTD.isfinite().all()):
+            token = int(ids_BT[~embeds_BTD.isfinite().all(-1)][0])
+            raise CheckpointError(
+                f"{model.label} model '{model.directory}': its embedding of token {token} holds NaN or infinity in "
+                f"{str(embeds_BTD.dtype).removeprefix('torch.')}, so that there is nothing to compare; name another checkpoint or dtype, or "
+                "prompts without that token"
+            )
+        return embeds_BTD
 
     def _source(self, p: Pass) -> Owner:
         return "base" if self.same_embeddings else p.embeddings

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import make_pair
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from capture.config import Entry
-from capture.errors import PairscopeError, UnsupportedModelError
+from capture.config import FOUR_PASSES, Entry
+from capture.errors import CheckpointError, PairscopeError, UnsupportedModelError
 from capture.files import resolve_model
 from capture.layout import RunDir
 from capture.run import capture_pair
@@ -136,3 +136,21 @@ def test_an_index_that_is_a_directory_is_named(sft: Path, refused: Callable[...,
     (sft / "model.safetensors").unlink()
     (sft / "model.safetensors.index.json").mkdir()
     assert "'model.safetensors.index.json' cannot be read" in refused()
+
+
+@pytest.mark.parametrize("mode", ["streamed", "sub-layer"])
+def test_an_embedding_that_is_no_number_is_told_of_the_model_that_has_it(
+    mode: str, made: Any, sft: Path, tmp_path: Path
+) -> None:
+    """Not of the architecture, nor of the other model, whose blocks are given it as well."""
+    weights = load_file(sft / "model.safetensors")
+    weights["model.embed_tokens.weight"][1, 5] = torch.nan  # <s>, which every prompt has
+    save_file(weights, sft / "model.safetensors", metadata={"format": "pt"})
+    entry = Entry(name="a", base_model=str(made.base), sft_model=str(sft), tokenizer=str(made.tokenizer), device="cpu",
+                  prompts=("a b",), top_k=3, mode=mode)  # fmt: skip
+    with pytest.raises(
+        CheckpointError, match=r"^sft model '.*sft': its embedding of token 1 holds NaN or infinity in float32"
+    ):
+        capture_pair(entry, str(tmp_path / "out"))
+    others = entry.model_copy(update={"passes": FOUR_PASSES[:2], "comparisons": ()})
+    assert capture_pair(others, str(tmp_path / "out")).state == "complete"  # both begin with base's embeddings
