@@ -6,8 +6,9 @@
 
 A span's files are written whole or not at all, columns first, each with a checksum of all that is in it. An attempt at the
 same capture, here or on another node that sees the same run directory, goes on after the last span committed; the numbers are
-those of an undisturbed run. A file that cannot be read or holds other bytes than were written counts as none; one that is whole and
-does not fit the walk is not ours, and an error (`of_ours`).
+those of an undisturbed run. A file that cannot be read, holds other bytes than were written, or was made with another torch or
+transformers, whose layers may compute otherwise, counts as none; one that is whole and does not fit the walk is not ours, and an error
+(`of_ours`).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from safetensors.torch import load, save
 from torch import Tensor
 
@@ -34,6 +36,11 @@ from capture.parcels import pack_states, unpack_states
 log = logging.getLogger(__name__)
 
 SUM = "sha256"
+
+
+def made_with() -> str:
+    """The versions that numbers may depend on; not for which device torch was built, as any machine may go on."""
+    return f"torch {torch.__version__.partition('+')[0]}, transformers {transformers.__version__}"
 
 
 @dataclass(frozen=True)
@@ -125,7 +132,8 @@ class SpanStore:
         return unpack_states(found, device)
 
     def read(self, path: str) -> tuple[dict[str, Tensor], str]:
-        """(tensors, meta) of a file of ours. Raises StoreError where it holds other bytes than were written, or is gone."""
+        """(tensors, meta) of a file of ours. Raises StoreError where it holds other bytes than were written, was made with other
+        versions, or is gone."""
         try:
             data = self.run.read_bytes(path)
         except FileNotFoundError as error:
@@ -140,10 +148,12 @@ class SpanStore:
             raise StoreError(f"'{path}' is broken: {' '.join(str(error).split())}; run again") from error
         if said.get(SUM) != _sum(tensors, meta):
             raise StoreError(f"'{path}' holds other bytes than were written; run again")
+        if (other := said.get("made_with")) != made_with():
+            raise StoreError(f"'{path}' was made with {other or 'another version'}, not {made_with()}; run again")
         return tensors, meta
 
     def _write(self, path: str, tensors: dict[str, Tensor], meta: str = "") -> None:
-        self.run.write_bytes(path, save(tensors, {"meta": meta, SUM: _sum(tensors, meta)}))
+        self.run.write_bytes(path, save(tensors, {"meta": meta, "made_with": made_with(), SUM: _sum(tensors, meta)}))
 
     def _whole(self, path: str) -> tuple[dict[str, Tensor], str] | None:
         """As `read`; None, and a line in the log, where a file cannot be relied on."""

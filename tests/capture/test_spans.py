@@ -1,6 +1,7 @@
 """Spans: what is committed is not computed again, and a walk that was cut or killed gives the same numbers."""
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -111,6 +112,22 @@ def test_force_begins_anew(pairs, tmp_path, monkeypatch):
     ledgers = reads_of(monkeypatch)
     capture_pair(entry, str(tmp_path), force=True)
     assert any("layers.0." in key for key in ledgers[0].reads)
+
+
+def test_what_another_transformers_committed_is_computed_again(pairs, tmp_path, monkeypatch, caplog):
+    """Its layers may compute otherwise, and capture.json names one version for all layers."""
+    entry = entry_of(pairs("llama"), spans=CUT)
+    with monkeypatch.context() as broken:
+        broken.setattr(work.Work, "_write", lambda *_: pytest.fail("no room"))
+        broken.setattr("capture.spans.made_with", lambda: "torch 2.13.0, transformers 5.22.1")
+        with pytest.raises(pytest.fail.Exception):
+            capture_pair(entry, str(tmp_path))
+    ledgers = reads_of(monkeypatch)
+    capture_pair(entry, str(tmp_path))
+    assert {key.split("layers.")[1][0] for key in ledgers[0].reads if "layers." in key} == set("0123")
+    assert re.search(
+        r"was made with torch .*, transformers 5\.22\.1, not .*; its layers are computed again", caplog.text
+    )
 
 
 def test_short_walks_commit_nothing(pairs, tmp_path):
