@@ -199,7 +199,8 @@ class Renter:
         if heads:
             raise HeadError(
                 f"cluster '{self.fleet.cluster}' has a head already, or one is being rented: {', '.join(heads)}. Is another `ray up` at "
-                "work? Nothing was rented here; wait for it, or look with `pairscope vast nodes`"
+                "work? Nothing was rented here; wait for it, or look with `pairscope vast nodes`. Where none is, `ray down` clears what one that was "
+                "interrupted has left"
             )
 
     def _find(self, label: Label) -> Node | None:
