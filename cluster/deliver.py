@@ -120,7 +120,8 @@ class Desk:
     def abandon(self, token: str) -> None:
         upload = self.uploads.pop(token, None)
         if upload is not None:
-            upload.stream.close()
+            with contextlib.suppress(OSError):  # a full disk takes the last bytes no better now
+                upload.stream.close()
             upload.temporary.unlink(missing_ok=True)
 
     def create_dir(self, path: str) -> None:

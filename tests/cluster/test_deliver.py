@@ -160,6 +160,21 @@ def test_nothing_is_written_or_deleted_through_a_link(tmp_path: Path) -> None:
     assert desk.read(f"{pair}/x.parquet", 0, 99) == b"mine"
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has a disk that is always full")
+def test_a_file_for_which_the_disk_has_no_room_leaves_nothing_there(tmp_path: Path) -> None:
+    desk = Desk(str(tmp_path))
+    first, second = (desk.begin(f"{tmp_path}/captures/{name}") for name in ("x", "y"))
+    for token in (first, second):
+        desk.uploads[token].stream.close()
+        desk.uploads[token].stream = open("/dev/full", "wb")  # noqa: SIM115  closed by the desk
+        desk.append(token, 0, b"one")
+    with pytest.raises(OSError, match="No space left"):
+        desk.finish(first, 3, sha(b"one"))
+    desk.abandon(first)
+    desk.close()
+    assert names(tmp_path) == []
+
+
 def test_two_writers_of_one_file_do_not_mix(tmp_path: Path) -> None:
     desk = Desk(str(tmp_path))
     path = f"{tmp_path}/x"
