@@ -268,7 +268,7 @@ class Settings(Frozen):
         description="in a sweep: GiB that the models in a node's hub cache may take. Beyond it models are removed that no entry of the "
         "sweep needs any more, then those that only later entries need, never one in use; on a machine that was not rented only "
         "what this sweep fetched counts and is removed. A pair that does not fit by itself fails with weights: download, and is "
-        "read without being kept with weights: cache. null: room is made when a rented node's disk is full",
+        "read without being kept with weights: cache. null: room is made when a rented node's disk is nearly full",
     )
     batching: Batching = Field(default=Batching(), description="how prompts are batched")
     output: Output = Field(default=Output(), description="how tables are written")

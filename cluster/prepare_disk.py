@@ -22,6 +22,9 @@ log = logging.getLogger(__name__)
 GIB = 1 << 30
 NOT_OURS = (errno.EACCES, errno.EPERM, errno.EROFS)  # of a cache that somebody else keeps, and we may only read
 SPARE_BYTES = 2 * GIB  # for logs, staged tables and what else a node writes
+RESULTS_BYTES = (
+    16 * GIB
+)  # that weights which the sweep is done with leave to its results: the head's disk gets those of all nodes
 
 
 def hub_cache() -> Path:
@@ -73,6 +76,7 @@ def make_room(need: int, wanted: Sequence[str], keeping: Keeping = EVERYTHING, *
     to come, which stay. Raises CheckpointError where there is too little room all the same.
     """
     cache = hub_cache()
+    _leave_room_for_results(need, wanted, keeping)
     if _lacking(need, wanted, keeping):
         ours = [m for m in _removable(keeping) if m.repo not in wanted and not (ahead and m.repo in keeping.needed)]
         ours.sort(key=lambda m: (m.repo in keeping.needed, m.read))
@@ -81,11 +85,7 @@ def make_room(need: int, wanted: Sequence[str], keeping: Keeping = EVERYTHING, *
                 gain = sum(m.nbytes for m in ours[n:] if _is_free(m.repo))
                 if _lacking(need - gain, wanted, keeping):
                     break  # later entries would fetch all of it once more, for nothing
-            with _nobody_uses(model.repo) as free:
-                if free:
-                    log.info("removing %s from the cache (%.1f GiB) to make room", model.repo, model.nbytes / GIB)
-                    shutil.rmtree(model.folder, ignore_errors=True)
-                    _mark(model.repo).unlink(missing_ok=True)
+            _remove(model)
             if not _lacking(need, wanted, keeping):
                 return
     if not need:
@@ -103,6 +103,26 @@ def make_room(need: int, wanted: Sequence[str], keeping: Keeping = EVERYTHING, *
             f"{names} on disk and {SPARE_BYTES / GIB:.0f} to spare, "
             f"{cache} has {free_bytes / GIB:.1f} GiB free; rent with a larger disk_gb, or set HF_HOME to a larger disk"
         )
+
+
+def _leave_room_for_results(need: int, wanted: Sequence[str], keeping: Keeping) -> None:
+    """On a rented node remove what the sweep is done with until RESULTS_BYTES stay free beside `need`, or nothing of it is left."""
+    if not keeping.sweep or not _is_rented():
+        return
+    done = [m for m in _models() if m.repo not in wanted and m.repo not in keeping.needed]
+    for model in sorted(done, key=lambda m: m.read):
+        if need + RESULTS_BYTES <= shutil.disk_usage(hub_cache()).free:
+            return
+        _remove(model)
+
+
+def _remove(model: _Model) -> None:
+    """Remove a model from the cache unless somebody uses it."""
+    with _nobody_uses(model.repo) as free:
+        if free:
+            log.info("removing %s from the cache (%.1f GiB) to make room", model.repo, model.nbytes / GIB)
+            shutil.rmtree(model.folder, ignore_errors=True)
+            _mark(model.repo).unlink(missing_ok=True)
 
 
 def _lacking(need: int, wanted: Sequence[str], keeping: Keeping, *, of_disk: bool = True) -> bool:

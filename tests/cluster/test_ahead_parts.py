@@ -218,6 +218,34 @@ def test_a_pair_for_which_all_is_not_enough_costs_later_entries_nothing(
         assert (later.exists(), used.exists()) == (False, True)
 
 
+def test_weights_that_a_sweep_is_done_with_leave_a_rented_nodes_disk_to_its_results(
+    hub: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A head writes down what all nodes find out, long after it made room for its own next pair."""
+    cache, mib = tmp_path / "cache", 1 << 20
+    later, here, used, old, done = (
+        put(cache, f"org/{name}", by="this one", read=at)
+        for at, name in enumerate(("later", "here", "used", "old", "done"))
+    )
+
+    def free(path: Path) -> usage:
+        held = sum(file.stat().st_size for file in Path(path).glob("models--*/blobs/*"))
+        return usage(0, 0, prepare_disk.RESULTS_BYTES + 5 * mib - held)
+
+    monkeypatch.setattr(prepare_disk.shutil, "disk_usage", free)
+    kept = Keeping("this one", frozenset({"org/later", "org/used"}))
+    with in_use("org/done"):
+        make_room(mib, ["org/here"], kept)
+        assert old.exists(), "it is nobody's disk but its owner's"
+        node = prepare_disk.mesh_folder() / "node.json"
+        node.parent.mkdir(parents=True)
+        node.write_text("{}")
+        make_room(0, ["org/here"], kept)
+        assert old.exists(), "there is room"
+        make_room(3 * mib, ["org/here"], kept)
+    assert [p.exists() for p in (later, here, used, old, done)] == [True, True, True, False, True]
+
+
 def test_a_pair_larger_than_the_bound_fails_with_download_and_is_streamed_with_cache(hub: LocalHub) -> None:
     with pytest.raises(CheckpointError, match=r"cache_gib is 0\.001; raise it, or set weights: stream"):
         turn(entry("a", cache_gib=0.001), hub)
