@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -24,6 +26,14 @@ def _end_with_parent() -> None:
     """In a new ssh: end when the daemon does, however that ends; else its forwards would be in the next one's way."""
     if _LIBC is not None:
         _LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _as_ssh() -> None:
+    """In a new ssh. A worker's listens on every port of every other node, and a container may begin with 1,024 open files."""
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    _end_with_parent()
 
 
 class Tunnel:
@@ -106,7 +116,7 @@ class Tunnel:
         with open(self.log, "wb") as log:
             self.process = subprocess.Popen(
                 ["ssh", "-N", "-F", str(self.config), peer.alias], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                preexec_fn=_end_with_parent,
+                preexec_fn=_as_ssh,
             )  # fmt: skip
         self.started = time.monotonic()
         self.starts += 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import resource
 import subprocess
 import sys
 import threading
@@ -37,6 +39,26 @@ def test_a_tunnel_that_cannot_be_started_says_why_and_tries_again(
     one.next_start = 0.0
     one.tend()
     assert one.starts == 1
+    one.stop()
+
+
+def test_a_tunnel_has_files_for_all_its_ports_where_the_machine_begins_with_few(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    ssh = tmp_path / "ssh"
+    ssh.write_text(f"#!/bin/sh\nulimit -n > {tmp_path}/files\n")
+    ssh.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    one = Tunnel(peer(1), [], tmp_path)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(512, hard), hard))
+    try:
+        one.tend()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert one.process is not None
+    assert one.process.wait(30) == 0
+    assert (tmp_path / "files").read_text().strip() == ("unlimited" if hard == resource.RLIM_INFINITY else str(hard))
     one.stop()
 
 
