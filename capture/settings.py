@@ -252,8 +252,8 @@ class Settings(Frozen):
     weights: Weights = Field(
         default="cache",
         description="how weights come that are on the hub and not in its cache here. stream: a layer is fetched while the one "
-        "before computes, and nothing is written to disk. cache: the same, and what passes is checked against the hub's hashes "
-        "and kept in its cache. download: all of it is downloaded and checked first; so are, with cache, weights for tensor_parallel and "
+        "before computes, and nothing is written to disk; mode sub-layer fetches layers once for every batch. cache: as stream, and "
+        "what passes is checked against the hub's hashes and kept in its cache. download: all of it is downloaded and checked first; so are, with cache, weights for tensor_parallel and "
         "quantized ones. All give the same numbers",
     )
     fetch_ahead: Bool = Field(

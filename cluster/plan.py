@@ -108,7 +108,8 @@ def plan_entry(
     on = [_shared(here, asked.degree or 1)] if entry.device == "cpu" else offers
     cap = None if entry.device_memory_gib is None else entry.device_memory_gib * 2**30
     mode = asked.mode(entry)
-    found = tuple(options(on, asked.pair, work, mode=mode, cap_bytes=cap, degree=asked.degree))
+    kept = entry.weights != "stream"
+    found = tuple(options(on, asked.pair, work, mode=mode, cap_bytes=cap, degree=asked.degree, kept=kept))
     warnings = (*_warnings(pair), *asked.notes)
     made = EntryPlan(entry.name, asked.pair, work, found, warnings=warnings, modes=asked.modes, degree=asked.degree)
     return made if found else replace(made, error=f"DeviceMemoryError: {_why_none(made, on, mode, cap)}")
@@ -185,7 +186,7 @@ def plan_sweeps(entries: Sequence[EntryPlan], nodes: int, boot_hours: float) -> 
         if choice is not None:
             offer = choice.offer
             here &= offer.here
-            traffic = sum(m.download_bytes for m in entry.models) / 1e9 * offer.usd_per_gb
+            traffic = choice.traffic_gb * offer.usd_per_gb
             disk = min(disk, offer.disk_gb)
             jobs.append(
                 Job(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from capture.degrees import degree_error
 from capture.footprint import (
@@ -51,7 +51,8 @@ class Stages:
 class Option:
     """One mode on one machine. degree: GPUs that the capture is split over. Bytes are those of one GPU.
 
-    usd: hours x (the machine's price + its disk) + traffic. readable: this version reads checkpoints of that dtype.
+    usd: hours x (the machine's price + its disk) + traffic. traffic_gb: from the hub. readable: this version reads checkpoints of
+    that dtype.
     """
 
     offer: Offer
@@ -63,6 +64,7 @@ class Option:
     hours: float
     usd: float
     disk_gb: float
+    traffic_gb: float
     readable: bool
 
     @property
@@ -121,11 +123,13 @@ def options(
     mode: str = "auto",
     cap_bytes: float | None = None,
     degree: int | None = None,
+    kept: bool = True,
 ) -> list[Option]:
     """Every mode on every machine that it fits, cheapest first. models: base and sft, or one where both are the same.
 
     mode: the entry's; auto leaves all open. cap_bytes: the config's cap on device memory. degree: split over so many
-    GPUs, which the models must allow; None takes as many of a machine's as they do.
+    GPUs, which the models must allow; None takes as many of a machine's as they do. kept: whether what was fetched stays on the
+    machine; with `weights: stream` sub-layer mode fetches all of it once more for every batch.
     """
     single = {(o.gpu, o.memory_mib) for o in offers if o.gpus == 1}
     found: list[Option] = []
@@ -139,12 +143,12 @@ def options(
         else:
             counts = [degree] if degree <= offer.gpus else []
         for count in counts:
-            found += _on(offer, count, models, work, mode, cap_bytes)
+            found += _on(offer, count, models, work, mode, cap_bytes, kept)
     return sorted(found, key=cost_order)
 
 
 def _on(
-    offer: Offer, degree: int, models: Sequence[ModelSizes], work: Work, mode: str, cap_bytes: float | None
+    offer: Offer, degree: int, models: Sequence[ModelSizes], work: Work, mode: str, cap_bytes: float | None, kept: bool
 ) -> Iterator[Option]:
     shares = [rank_share(m.weights, degree) for m in models]
 
@@ -152,7 +156,7 @@ def _on(
         return activations(work.walk, tile_bytes)
 
     room = min(offer.room_bytes, cap_bytes or float("inf"))
-    times = stages(offer, models, work, degree)
+    once = stages(offer, models, work, degree)
     readable = all(m.stored in RUNNABLE_STORED for m in models)
     for name in MODES if mode == "auto" else (mode,):
         if name == "sub-layer" and degree > 1:
@@ -161,11 +165,13 @@ def _on(
         way = next(fits, None)
         if way is None:
             continue
+        fetches = work.batches if name == "sub-layer" and not kept else 1
+        times, traffic = replace(once, download=fetches * once.download), fetches * download_gb(models)
         hours = times.seconds(name, work.batches) / 3600
         disk = disk_gb(models)
         yield Option(
             offer, name, degree, way.need.weights, way.need.peak, times, hours,
-            usd(offer, hours, download_gb(models), disk), disk, readable,
+            usd(offer, hours, traffic, disk), disk, traffic, readable,
         )  # fmt: skip
 
 

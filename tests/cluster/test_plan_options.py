@@ -6,10 +6,10 @@ import dataclasses
 
 import pytest
 
-from capture.config import load_config
+from capture.config import Batching, load_config
 from capture.degrees import degree_error
 from cluster.offers import assumed_offers, prices, this_machine
-from cluster.plan import plan_entry
+from cluster.plan import plan_entry, plan_sweeps
 from cluster.plan_facts import CONFIGS, sizes_from_facts
 from cluster.plan_guide import CELLS, offers_of
 from cluster.plan_models import Models
@@ -187,3 +187,20 @@ def test_a_lens_that_is_off_or_thinned_costs_less():
     )
     assert full.lens_flop > thin.lens_flop > off.lens_flop == 0
     assert not off.walk.lens
+
+
+def test_sublayer_mode_fetches_all_of_a_streamed_pair_once_for_every_batch():
+    """Its traffic is billed each time; where what was fetched is kept it is read again from the disk."""
+    few = Batching(max_tokens=100)
+    kept, streamed = (
+        planned(entry(mode="sub-layer", batching=few, weights=way)).options[0] for way in ("cache", "stream")
+    )
+    assert (kept.offer, kept.traffic_gb) == (streamed.offer, pytest.approx(30.5, abs=0.1))
+    assert streamed.traffic_gb == 4 * kept.traffic_gb
+    assert streamed.stages.download == 4 * kept.stages.download
+    more = 3 * kept.traffic_gb * kept.offer.usd_per_gb
+    assert streamed.usd - kept.usd > more > 0
+    (sweep,) = plan_sweeps([planned(entry(mode="sub-layer", batching=few, weights="stream"))], 1, 0.0)
+    assert sweep.usd == pytest.approx(streamed.usd)
+    other = [planned(entry(mode="streamed", batching=few, weights=way)).options[0] for way in ("cache", "stream")]
+    assert other[0].usd == other[1].usd
