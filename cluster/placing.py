@@ -31,11 +31,13 @@ class Patience:
     def __init__(self, *, growing: bool, within: float | None, now: float) -> None:
         self.growing, self.within = growing, within or (WITHIN_GROWING if growing else WITHIN)
         self.asked = self.worked = self.looked = self.lived = now
+        self.first: dict[str, float] = {}  # when a place like this was first asked for since anything worked
 
     def look(self, jobs: list[Job], now: float) -> tuple[list[tuple[Job, str]], list[tuple[Job, DeviceError]]]:
         """What to tell of which job, and which jobs to give up."""
         if any(job.working for job in jobs):
             self.worked = now
+            self.first.clear()
             return [], []
         waiting = [job for job in jobs if job.crew is not None]
         told, given_up = [], [(job, error) for job in waiting if (error := self._late(job, now)) is not None]
@@ -55,8 +57,10 @@ class Patience:
         return told, list({id(job): (job, error) for job, error in given_up}.values())
 
     def _since(self, job: Job) -> float:
+        """Since when it waits. The entry of a long queue that is asked for once others like it were given up waits no time of its own:
+        a sweep of hundreds would take hours to fail, on machines that cost."""
         assert job.crew is not None
-        return max(job.crew.asked, self.worked)
+        return max(self.first.setdefault(job.request.text, job.crew.asked), self.worked)
 
     def _late(self, job: Job, now: float) -> DeviceError | None:
         if now < self._since(job) + self.within:

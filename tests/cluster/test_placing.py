@@ -55,6 +55,17 @@ def test_time_counts_from_when_the_place_was_asked_for() -> None:
     assert given_up(patience, [job("late", asked=50)], 151) == ["late"]
 
 
+def test_what_is_behind_those_that_were_given_up_waits_no_time_of_its_own() -> None:
+    patience = Patience(growing=False, within=100, now=0)
+    assert given_up(patience, [job("first")], 101) == ["first"]
+    other = job("other", asked=101)
+    other.request = Request(2, 1)
+    assert given_up(patience, [job("next", asked=101), other], 102) == ["next"]
+    assert given_up(patience, [job("works", placed=True)], 110) == []
+    assert given_up(patience, [job("later", asked=105)], 209) == []
+    assert given_up(patience, [job("later", asked=105)], 211) == ["later"]
+
+
 def test_a_growing_cluster_gets_the_autoscalers_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(placing, "never_to_come", list)
     patience = Patience(growing=True, within=None, now=0)
