@@ -193,7 +193,7 @@ class StoreSource:
                 raise _refused_or_away(f"fetching '{path}' broke off", error) from error
 
     def _copy(self, path: str, target: Path, tick: Tick) -> None:
-        with self.run.fs.open_input_file(path) as source, open(target, "ab") as sink:
+        with self.run.fs.open_input_file(path) as source, open(target, "ab", buffering=0) as sink:
             size = source.size()
             have = sink.tell()
             if have > size:
@@ -204,8 +204,12 @@ class StoreSource:
                 data = source.read(CHUNK)
                 if not data:
                     raise OSError(f"it ended after {have} of {size} bytes")
+                rest = memoryview(data)
                 try:
-                    sink.write(data)
+                    while (
+                        rest
+                    ):  # without a buffer: what is left in one fails when it is closed, and is no failure of the store
+                        rest = rest[sink.write(rest) :]
                 except OSError as error:
                     raise _WriteError(error) from error
                 have += len(data)

@@ -289,6 +289,20 @@ def test_a_home_without_room_is_said_before_anything_is_fetched(
     assert far.calls("rsync") == 0
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has a disk that is always full")
+@pytest.mark.parametrize("size", [100, (1 << 20) + 77])
+def test_a_home_that_fills_while_a_stores_file_is_written_is_no_failure_of_the_store(size: int, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "x").write_bytes(os.urandom(size))
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "x").symlink_to("/dev/full")
+    with pytest.raises(StoreError, match=r"cannot write .*the disk is full"):
+        StoreSource(str(tmp_path / "out"), None).fetch(".", ["x"], tmp_path / "home", lambda: None)
+    (tmp_path / "home" / "x").unlink()
+    StoreSource(str(tmp_path / "out"), None).fetch(".", ["x"], tmp_path / "home", lambda: None)
+    assert (tmp_path / "home" / "x").read_bytes() == (tmp_path / "out" / "x").read_bytes()
+
+
 def test_two_collectors_into_one_directory_are_refused(home: RunDir) -> None:
     with (
         sole_collector(home),
