@@ -103,6 +103,13 @@ def check_asked(model_kwargs: Mapping[str, Any], mode: str, tensor_parallel: int
         raise ConfigError(f"{KEY}: weights quantized by {method} stay on one GPU; set tensor_parallel: 1")
 
 
+def check_installed(model_kwargs: Mapping[str, Any]) -> None:
+    """Raise ConfigError where the package that quantizes the weights is not here."""
+    method = asked_for(model_kwargs)
+    if method is not None:
+        _require(method, BACKENDS[method], KEY, f"quant_method: {method}")
+
+
 def quantization_of(directory: str, model_kwargs: Mapping[str, Any], label: str) -> Quantization:
     """What is to be done for the checkpoint in `directory`. Raises CheckpointError, ConfigError."""
     method = asked_for(model_kwargs)

@@ -186,7 +186,7 @@ def run_sweep(
                 show.event(item.name, f"failed: {item.row['error_class']}: {item.row['error']}")
             elif item.broken:
                 show.event(item.name, f"{item.broken}; it is captured anew")
-        todo = [i for i in items if i.state == "planned"]
+        todo = _with_packages([i for i in items if i.state == "planned"], run, show)
         if todo and not stop.requested():
             skipped = sum(i.state == "skipped" for i in items)
             if skipped:
@@ -249,6 +249,23 @@ def _through_ray(
         stop.signal = stop.signal or signal.SIGINT  # pressed while Ray was starting, or a second time
     except SystemExit:  # of Ray's own handlers of SIGTERM, which it has from the start of its start until ours is back
         stop.signal = stop.signal or signal.SIGTERM
+
+
+def _with_packages(todo: list[Item], run: RunDir, show: Show) -> list[Item]:
+    """Leave out entries whose quantization needs a package that is not here, nor on nodes, which were set up alike: a worker finds
+    out once it has downloaded the weights."""
+    from capture.quantize import check_installed
+
+    found = []
+    for item in todo:
+        try:
+            check_installed(item.entry.model_kwargs if item.entry is not None else {})
+        except PairscopeError as error:
+            _failed(run, item, error)
+            show.event(item.name, f"failed: {item.row['error_class']}: {item.row['error']}")
+        else:
+            found.append(item)
+    return found
 
 
 def _with_degrees(todo: list[Item], cluster: Cluster, run: RunDir, show: Show) -> list[Item]:

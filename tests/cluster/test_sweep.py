@@ -19,6 +19,7 @@ from fake_work import make_entry, quiet
 
 import cluster.placing
 import cluster.sweep
+from capture import quantize
 from capture.config import Entry
 from capture.errors import ConfigError, StoreError
 from capture.layout import RunDir
@@ -79,6 +80,17 @@ class TestWithoutRay:
         rows = {r["entry"]: r for r in RunDir(str(tmp_path)).manifest_rows()}
         assert rows["wrong"]["error_class"] == "ConfigError"
         assert "shard 2 of 3 is missing" in (tmp_path / rows["unresolvable"]["log"]).read_text()
+
+    def test_a_package_that_an_entry_needs_and_nodes_lack_is_told_before_anything_is_downloaded(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        write_complete(tmp_path, "done")
+        monkeypatch.setattr(quantize.importlib.util, "find_spec", lambda name: None)
+        few = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+        summary = sweep(tmp_path, *(make_entry(name, model_kwargs=few) for name in ("done", "todo")))
+        assert states(summary) == {"done": "skipped", "todo": "failed"}
+        (row,) = RunDir(str(tmp_path)).manifest_rows()
+        assert "asks for bitsandbytes, which is not installed. Run: pip install bitsandbytes" in row["error"]
 
     def test_a_hub_model_that_is_not_in_the_cache_is_left_to_the_worker(self, tmp_path: Path) -> None:
         with pytest.raises(AssertionError, match="Ray was asked for"):
