@@ -14,6 +14,7 @@ chmod +x ~/.pairscope/bin/pairscope
 grep -qs '\.pairscope/bin' ~/.bashrc || echo 'export PATH=~/.pairscope/bin:$PATH' >> ~/.bashrc
 
 if python3 -m cluster.vast.locked "$wanted"; then
+    python3 -m cluster.vast.cards
     exit 0
 fi
 
@@ -44,6 +45,7 @@ exact=$(~/venv/bin/python -c 'import json, sys; print(*(f"{k}=={v}" for k, v in 
 uv pip install --quiet --python ~/venv/bin/python -c constraints.txt -r pyproject.toml --extra vast $exact
 grep -qs 'venv/bin' ~/.bashrc || echo 'export PATH=~/venv/bin:$PATH' >> ~/.bashrc
 PATH=~/venv/bin:$PATH python3 -m cluster.vast.locked "$wanted"
+PATH=~/venv/bin:$PATH python3 -m cluster.vast.cards
 # Compiled now: a node whose agent has not imported all within 15 s of its start is given up by Ray.
 ~/venv/bin/python -m compileall -q ~/venv/lib/python*/site-packages/ray/dashboard > /dev/null 2>&1 || true
 

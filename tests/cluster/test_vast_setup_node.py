@@ -150,6 +150,18 @@ def test_a_version_that_cannot_be_had_fails_the_set_up(tmp_path: Path, uv: str) 
     assert "ray" in done.stderr
 
 
+@pytest.mark.parametrize("bare", [True, False])
+def test_a_machine_whose_cards_cannot_be_used_fails_the_set_up(tmp_path: Path, uv: str, bare: bool) -> None:
+    node = Node(tmp_path)
+    if not bare:
+        node.wanted = {"python": node.wanted["python"]}
+    (node.home / "pairscope/cluster/vast/cards.py").write_text("raise SystemExit('no card')\n")
+    done = node.set_up(uv)
+    assert done.returncode != 0
+    assert "versions: as wanted" in done.stdout
+    assert "no card" in done.stderr
+
+
 def test_the_command_runs_the_code_that_was_sent_or_that_of_the_jobs_folder(tmp_path: Path) -> None:
     node = Node(tmp_path)
     node.wanted = {"python": node.wanted["python"]}
