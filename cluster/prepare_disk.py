@@ -107,7 +107,7 @@ def make_room(need: int, wanted: Sequence[str], keeping: Keeping = EVERYTHING, *
 
 def _leave_room_for_results(need: int, wanted: Sequence[str], keeping: Keeping) -> None:
     """On a rented node remove what the sweep is done with until RESULTS_BYTES stay free beside `need`, or nothing of it is left."""
-    if not keeping.sweep or not _is_rented():
+    if not keeping.sweep or not is_rented():
         return
     done = [m for m in _models() if m.repo not in wanted and m.repo not in keeping.needed]
     for model in sorted(done, key=lambda m: m.read):
@@ -132,7 +132,7 @@ def _lacking(need: int, wanted: Sequence[str], keeping: Keeping, *, of_disk: boo
     return of_disk and need > 0 and need + SPARE_BYTES > shutil.disk_usage(hub_cache()).free
 
 
-def _is_rented() -> bool:
+def is_rented() -> bool:
     """True on a node that `ray up` made, whose cache is nobody's but ours."""
     return (mesh_folder() / "node.json").exists()
 
@@ -166,11 +166,11 @@ def _models() -> list[_Model]:
 
 def _ours(keeping: Keeping) -> list[_Model]:
     """The models that count for the bound: all of a rented node's, elsewhere those that this sweep fetched."""
-    return [m for m in _models() if _is_rented() or (keeping.sweep and _fetched_by(m.repo) == keeping.sweep)]
+    return [m for m in _models() if is_rented() or (keeping.sweep and _fetched_by(m.repo) == keeping.sweep)]
 
 
 def _removable(keeping: Keeping) -> list[_Model]:
-    return _ours(keeping) if _is_rented() or keeping.most is not None else []
+    return _ours(keeping) if is_rented() or keeping.most is not None else []
 
 
 def _held(wanted: Sequence[str], keeping: Keeping) -> int:

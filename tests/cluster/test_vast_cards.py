@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from fake_work import make_entry
 
+from capture.config import Entry
+from capture.errors import DeviceError
+from cluster import prepare
 from cluster.mesh.peers import Mesh
 from cluster.mesh.ports import HEAD
 from cluster.rate import rate_text
@@ -53,3 +59,47 @@ def test_a_machine_with_fewer_cards_than_it_is_rented_for_is_not_set_up(
         cards.main()
     assert ended.value.code == 1
     assert f"torch 2.13.0 can use {seen} of the {wanted} GPUs of this machine" in capsys.readouterr().out
+
+
+def take(entry: Entry) -> Any:
+    return prepare.capture_prepared(entry, "/nowhere")
+
+
+@pytest.fixture
+def held(node: Path, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The GPUs that Ray gave the worker; torch sees none."""
+    given = [0]
+    monkeypatch.setattr("ray.is_initialized", lambda: True)
+    monkeypatch.setattr("ray.get_gpu_ids", lambda: given)
+    monkeypatch.setattr(prepare, "find_gate", lambda: None)
+    monkeypatch.setattr("capture.run.capture_pair", lambda *_, **__: "captured")
+    monkeypatch.setitem(sys.modules, "torch", torch(0))
+    return given
+
+
+def test_an_entry_that_was_given_a_rented_gpu_does_not_go_on_without_it(
+    held: list[int], node: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(DeviceError, match=r"cannot use the GPU of .*, which is rented for it"):
+        take(make_entry(device=None))
+    assert take(make_entry(device="cpu")) == "captured"
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "torch", torch(1))
+        assert take(make_entry(device=None)) == "captured"
+    held.clear()
+    assert take(make_entry(device=None)) == "captured"
+    held.append(0)
+    (node / "mesh" / "node.json").unlink()
+    assert take(make_entry(device=None)) == "captured", "a laptop's torch may have no CUDA"
+
+
+def test_a_worker_whose_gpu_cannot_be_used_leaves_the_cluster(
+    held: list[int], node: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (node / "mesh" / "node.json").write_text(Mesh(2, 4).node_text)
+    ended: list[Any] = []
+    monkeypatch.setattr(prepare.os, "kill", lambda *what: ended.append(what))
+    monkeypatch.setattr(prepare.time, "sleep", ended.append)
+    with pytest.raises(DeviceError):
+        take(make_entry(device=None))
+    assert ended == [(os.getppid(), signal.SIGTERM), prepare.RAYLET_S]

@@ -30,7 +30,13 @@ def write_sweep(stage: Rehearsal, n: int, prompts: int = 6) -> Path:
     work.mkdir()
     (work / "pydoc").symlink_to(ROOT / "configs" / "pairs" / "pydoc")
     demo = yaml.safe_load((ROOT / "configs" / "demo.yaml").read_text())["residual_compare"]
-    one = {"base_model": "pydoc/base", "sft_model": "pydoc/sft", "gpus": 1, "accelerator_type": "RTX4090"}
+    one = {
+        "base_model": "pydoc/base",
+        "sft_model": "pydoc/sft",
+        "device": "cpu",
+        "gpus": 1,
+        "accelerator_type": "RTX4090",
+    }
     demo["model_sweep"] = [{"name": f"pair{i}"} | one for i in range(n)]
     demo |= {"tokenizer": "pydoc/tokenizer", "spans": {"layers": 1}}
     demo["prompts"] = [f"{demo['prompts'][i % 6]} {i}" for i in range(prompts)]
