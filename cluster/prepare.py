@@ -77,9 +77,19 @@ def check_card(entry: Entry) -> None:
     )
     if read_mesh(mesh_folder()).k != HEAD:
         log.error("%s: this node leaves the cluster", error)
-        os.kill(os.getppid(), signal.SIGTERM)  # Ray's own process on this node
-        time.sleep(RAYLET_S)
+        if (raylet := _raylet()) is not None:
+            os.kill(raylet, signal.SIGTERM)
+            time.sleep(RAYLET_S)
     raise error
+
+
+def _raylet() -> int | None:
+    """Ray's own process on this node, whose child this is; None where it has gone, and our parent is another."""
+    parent = os.getppid()
+    try:
+        return parent if Path(f"/proc/{parent}/comm").read_text().strip() == "raylet" else None
+    except OSError:
+        return None
 
 
 def prepare(entry: Entry, gate: Any, say: Say, stop: Callable[[], bool]) -> tuple[Entry, list[Any]]:

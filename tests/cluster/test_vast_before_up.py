@@ -341,7 +341,7 @@ def test_two_that_were_asked_at_once_rent_one_head(fake: Fake, monkeypatch: Any)
     one, _ = ray_up(monkeypatch)
     other, _ = ray_up(monkeypatch)  # both saw no head, both ask
     one.create_node(node_config(), HEAD_TAGS, 1)
-    with pytest.raises(click.ClickException, match="has a head already, or one is being rented.*`ray down` clears"):
+    with pytest.raises(click.ClickException, match=r"has a head already, or one is being rented.*`ray down` clears"):
         other.create_node(node_config(), HEAD_TAGS, 1)
     assert len(fake.live()) == 1
 
