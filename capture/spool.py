@@ -33,6 +33,12 @@ def part_of(file: RemoteFile, snapshot: Path) -> Path:
     return snapshot.parents[1] / "blobs" / f"{file.etag}.pairscope"
 
 
+def is_whole(file: RemoteFile, snapshot: Path) -> bool:
+    """Whether the cache has a file's bytes, of this commit or another one. snapshot: as for part_of."""
+    blob = part_of(file, snapshot).with_name(str(file.etag))
+    return blob.is_file() and blob.stat().st_size == file.size
+
+
 def is_begun(part: Path) -> bool:
     """Whether something was kept of a file that is not whole, to go on from. part: as part_of gives it."""
     return _note_of(part).exists()
@@ -58,7 +64,7 @@ def _note_of(part: Path) -> Path:
 
 
 class Spool:
-    """One file. `open` gives None where another process writes it, or the cache cannot be written."""
+    """One file. `open` gives None where another process writes it or has just put it into the cache, or that cannot be written."""
 
     def __init__(self, file: RemoteFile, part: Path, pointer: Path, fd: int, have: list[tuple[int, int]]) -> None:
         self.file, self.part, self.pointer = file, part, pointer
@@ -85,6 +91,10 @@ class Spool:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if not os.path.samestat(os.fstat(fd), part.stat()):  # whoever held it has just put it into the cache
                 raise OSError(errno.EWOULDBLOCK, "")
+            if is_whole(file, snapshot):  # whoever listed it did so before
+                part.unlink()
+                _note_of(part).unlink(missing_ok=True)
+                raise OSError(errno.EEXIST, "it is in the cache by now")
             have: list[tuple[int, int]] = []
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
                 note = json.loads(_note_of(part).read_text())
@@ -259,4 +269,4 @@ class Hasher:
 def _why(error: OSError) -> str:
     if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
         return "another process is writing it" if error.errno == errno.EWOULDBLOCK else "the cache cannot be written"
-    return "the disk is full" if error.errno == errno.ENOSPC else str(error)
+    return "the disk is full" if error.errno == errno.ENOSPC else str(error.strerror or error)

@@ -24,6 +24,8 @@ from capture import hub as ours
 from capture import ranges
 from capture.errors import CheckpointError, PairscopeError
 from capture.files import resolve_model
+from capture.keep import Keeper
+from capture.spool import Spool
 
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 
@@ -166,6 +168,25 @@ def test_a_file_that_another_process_fetches_is_waited_for(
             path = Path(files.result().path)
     assert (path / SHARDS[1]).read_bytes() == (repo / SHARDS[1]).read_bytes()
     assert len(hub.seen("content", SHARDS[1])) == 1
+
+
+def test_a_shard_that_another_process_fetched_meanwhile_is_not_fetched_again(
+    hub: LocalHub, repo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = Keeper._whole
+
+    def and_another(keeper: Keeper, spool: Spool) -> None:
+        monkeypatch.setattr(Keeper, "_whole", whole)
+        whole(keeper, spool)
+        folder, files = ours.model_without_weights(
+            "org/model", None, allow_pickle=False, token=None, check_config=lambda config: None
+        )
+        assert Keeper().fetch((file, folder) for file in files) == 1
+
+    monkeypatch.setattr(Keeper, "_whole", and_another)
+    resolve_model("org/model")
+    assert [len(hub.seen("content", shard)) for shard in SHARDS] == [1, 1]
+    assert not list((tmp_path / "cache").glob("models--*/blobs/*.pairscope*"))
 
 
 def test_a_line_that_gives_a_file_in_small_pieces_gives_all_of_it(
