@@ -18,6 +18,7 @@ from typing import Any
 from capture.errors import CheckpointError, HubFailedError
 from capture.printable import without_logins
 from capture.ranges import RemoteFile
+from capture.spool import is_whole, is_written, part_of
 from capture.weights import choose_weights
 
 log = logging.getLogger(__name__)
@@ -57,10 +58,9 @@ def model_snapshot(
         import huggingface_hub as hub
 
         from capture.keep import Keeper
-        from capture.spool import is_written, part_of
 
         sizes, files = _needed(repo, info, token, want), _remote_weights(repo, info, token, want)
-        _check_disk(repo, _missing(repo, info.sha, sizes), sizes)
+        _check_disk(repo, _missing(repo, info, sizes), sizes)
         if not files:
             return
         folder = Path(hub.hf_hub_download(repo, "config.json", revision=info.sha, token=token)).parent
@@ -92,7 +92,8 @@ def model_without_weights(
     remote: list[RemoteFile] = []
 
     def want_small(sizes: Mapping[str, int], read: Read) -> list[str]:
-        return [n for n in want(sizes, read) if not n.endswith(".safetensors")]
+        left = {file.name for file in remote}
+        return [n for n in want(sizes, read) if n not in left]
 
     def rest(info: Any) -> None:
         remote.extend(_remote_weights(repo, info, token, want))
@@ -104,12 +105,14 @@ def model_without_weights(
 def _remote_weights(repo: str, info: Any, token: str | bool | None, want: Want) -> list[RemoteFile]:
     """The safetensors files that are not in the cache."""
     sizes = _needed(repo, info, token, want)
-    by_name = {s.rfilename: s for s in info.siblings or []}
-    found = []
-    for name in _missing(repo, info.sha, [n for n in sizes if n.endswith(".safetensors")]):
-        sha256 = by_name[name].lfs.sha256 if by_name[name].lfs else None
-        found.append(RemoteFile(repo, info.sha, name, sizes[name], sha256 or by_name[name].blob_id, sha256))
-    return found
+    missing = _missing(repo, info, [n for n in sizes if n.endswith(".safetensors")])
+    return [_remote_file(repo, info, name) for name in missing]
+
+
+def _remote_file(repo: str, info: Any, name: str) -> RemoteFile:
+    (found,) = (s for s in info.siblings if s.rfilename == name)
+    sha256 = found.lfs.sha256 if found.lfs else None
+    return RemoteFile(repo, info.sha, name, found.size or 0, sha256 or found.blob_id, sha256)
 
 
 def download_bytes(repo: str, revision: str | None, *, allow_pickle: bool, token: str | bool | None) -> int:
@@ -129,7 +132,7 @@ def download_bytes(repo: str, revision: str | None, *, allow_pickle: bool, token
         raise hub_error(repo, revision, error) from error
     except NOT_UNDERSTOOD as error:
         raise _no_hub(repo, error) from error
-    return sum(sizes[n] for n in _missing(repo, info.sha, sizes))
+    return sum(sizes[n] for n in _missing(repo, info, sizes))
 
 
 def _model_files(repo: str, allow_pickle: bool, check_config: Callable[[dict[str, Any]], None]) -> Want:
@@ -190,7 +193,7 @@ def _snapshot(
             return _cached(repo, revision, known_file, f"the hub cannot be reached ({_one_line(error)})")
         look(info)
         sizes = _needed(repo, info, token, want)
-        missing = _missing(repo, info.sha, sizes)
+        missing = _missing(repo, info, sizes)
         _check_disk(repo, missing, sizes)
         # By the branch's name, not by its commit: only then does the cache know the branch when the network is gone.
         patterns = [glob.escape(n) for n in sizes]
@@ -226,11 +229,16 @@ def _needed(repo: str, info: Any, token: str | bool | None, want: Want) -> dict[
     return {n: sizes[n] for n in want(sizes, read)}
 
 
-def _missing(repo: str, commit: str, names: Iterable[str]) -> list[str]:
-    """Those of the files that are not in the cache."""
+def _missing(repo: str, info: Any, names: Iterable[str]) -> list[str]:
+    """Those of the files whose bytes are not in the cache; what it has of another commit the library only links to."""
     import huggingface_hub as hub
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
 
-    return [n for n in names if not isinstance(hub.try_to_load_from_cache(repo, n, revision=commit), str)]
+    folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo, repo_type="model")
+    snapshot = folder / "snapshots" / info.sha
+    absent = (n for n in names if not isinstance(hub.try_to_load_from_cache(repo, n, revision=info.sha), str))
+    return [n for n in absent if not is_whole(_remote_file(repo, info, n), snapshot)]
 
 
 def _cached(repo: str, revision: str | None, known_file: str, why: str) -> Path:

@@ -10,6 +10,7 @@ import threading
 from collections import namedtuple
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from capture import ranges
 from capture.errors import CheckpointError, PairscopeError
 from capture.files import resolve_model
 from capture.keep import Keeper
+from capture.remote import Source
 from capture.spool import Spool
 
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
@@ -168,6 +170,19 @@ def test_a_file_that_another_process_fetches_is_waited_for(
             path = Path(files.result().path)
     assert (path / SHARDS[1]).read_bytes() == (repo / SHARDS[1]).read_bytes()
     assert len(hub.seen("content", SHARDS[1])) == 1
+
+
+def test_a_commit_that_changes_other_files_brings_no_weights_again(hub: LocalHub, repo: Path) -> None:
+    first = resolve_model("org/model")
+    (repo / "tokenizer_config.json").write_text("{}")
+    for ask in (resolve_model, partial(resolve_model, source=Source(keep=True))):
+        assert ours.download_bytes("org/model", None, allow_pickle=False, token=None) < 1000
+        files = ask("org/model")
+        assert files.revision != first.revision
+        assert not files.remote
+        assert (Path(files.path) / SHARDS[1]).read_bytes() == (repo / SHARDS[1]).read_bytes()
+        assert len(hub.seen("content", "model-0000")) == 2
+        (repo / "tokenizer_config.json").write_text('{"a": 1}')
 
 
 def test_a_shard_that_another_process_fetched_meanwhile_is_not_fetched_again(
