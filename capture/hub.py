@@ -65,11 +65,12 @@ def model_snapshot(
             return
         folder = Path(hub.hf_hub_download(repo, "config.json", revision=info.sha, token=token)).parent
         while files:
+            keeper = Keeper(token)
             try:
-                Keeper(token).fetch((file, folder) for file in files)
+                keeper.fetch((file, folder) for file in files)
             except CheckpointError as error:
                 log.warning("%s; it is downloaded by the hub's own library", error)
-            files = [file for file in files if is_written(part_of(file, folder))]
+            files = [file for file in files if file in keeper.elsewhere or is_written(part_of(file, folder))]
             if files:  # what another process fetches is waited for; where it ends, its work is gone on with
                 time.sleep(WAIT_S)
 

@@ -15,17 +15,19 @@ from pathlib import Path
 
 from capture.errors import CheckpointError
 from capture.ranges import CONNECTIONS, Ranges, RemoteFile, Stopped
-from capture.spool import Hasher, Spool
+from capture.spool import Hasher, Spool, is_written, part_of
 
 PART = 4 << 20  # bytes of one request
 SAVE_EVERY_S = 5.0  # between two notes of what is there of a file: so much is lost where the process is killed
 
 
 class Keeper:
-    """Fetches files one after the other, each by several connections. fetched: bytes that have come so far."""
+    """Fetches files one after the other, each by several connections. fetched: bytes that have come so far. elsewhere: files that
+    another process was writing when their turn came."""
 
     def __init__(self, token: str | bool | None = None, connections: int = CONNECTIONS) -> None:
         self.ranges, self.connections, self.fetched = Ranges(token), connections, 0
+        self.elsewhere: list[RemoteFile] = []
         self._lock = threading.Lock()
 
     def fetch(self, files: Iterable[tuple[RemoteFile, Path]]) -> int:
@@ -42,6 +44,8 @@ class Keeper:
                 if spool is not None:
                     self._whole(spool)
                     kept.append(checks.submit(spool.finish))
+                elif is_written(part_of(file, snapshot)):
+                    self.elsewhere.append(file)
             return sum(one.result() for one in kept)
 
     def stop(self) -> None:

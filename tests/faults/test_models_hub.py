@@ -204,6 +204,36 @@ def test_a_shard_that_another_process_fetched_meanwhile_is_not_fetched_again(
     assert not list((tmp_path / "cache").glob("models--*/blobs/*.pairscope*"))
 
 
+def begun(repo: Path) -> tuple[Spool, int]:
+    """The first shard, with 1 MB of it there, and its size."""
+    folder, files = ours.model_without_weights(
+        "org/model", None, allow_pickle=False, token=None, check_config=lambda config: None
+    )
+    spool = Spool.open(files[0], folder)
+    assert spool is not None
+    spool.write(0, memoryview((repo / SHARDS[0]).read_bytes()[:1_000_000]))
+    return spool, files[0].size
+
+
+def test_what_a_process_had_of_a_file_when_it_was_killed_is_gone_on_with(
+    hub: LocalHub, repo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is killed while this one fetches another file, so that nobody writes the file any more once this one is through."""
+    spool, size = begun(repo)
+    spool.save()
+    whole = Keeper._whole
+
+    def and_killed(keeper: Keeper, other: Spool) -> None:
+        spool._close()
+        whole(keeper, other)
+
+    monkeypatch.setattr(Keeper, "_whole", and_killed)
+    path = Path(resolve_model("org/model").path)
+    assert [r.range for r in hub.seen("content", SHARDS[0])] == [(1_000_000, size - 1)]
+    assert (path / SHARDS[0]).read_bytes() == (repo / SHARDS[0]).read_bytes()
+    assert not list((tmp_path / "cache").glob("models--*/blobs/*.pairscope*"))
+
+
 def test_a_line_that_gives_a_file_in_small_pieces_gives_all_of_it(
     hub: LocalHub, repo: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
