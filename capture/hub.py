@@ -18,7 +18,7 @@ from typing import Any
 from capture.errors import CheckpointError, HubFailedError
 from capture.printable import without_logins
 from capture.ranges import RemoteFile
-from capture.spool import is_whole, is_written, part_of
+from capture.spool import drop, is_whole, is_written, part_of
 from capture.weights import choose_weights
 
 log = logging.getLogger(__name__)
@@ -205,6 +205,8 @@ def _snapshot(
         if not all((path / name).exists() for name in sizes):  # it gave what the cache has of the commit, likewise
             raise HubFailedError(f"the hub did not answer for '{repo}', and not all of it is in the cache; run again")
         _check_hashes(repo, path, missing)
+        for name in sizes:
+            drop((path / name).resolve())
         return path
     except (OSError, HTTPError, EntryNotFoundError, HFValidationError) as error:
         raise hub_error(repo, revision, error) from error

@@ -59,6 +59,15 @@ def is_written(part: Path) -> bool:
     return False
 
 
+def drop(blob: Path) -> None:
+    """Remove what was kept to go on with of a file that has come another way, unless a process is writing it. blob: the file."""
+    part = blob.with_name(f"{blob.name}.pairscope")
+    if part.exists() and not is_written(part):
+        for path in (part, _note_of(part)):
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+
 def _note_of(part: Path) -> Path:
     return part.with_name(part.name + ".json")
 

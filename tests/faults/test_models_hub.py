@@ -234,6 +234,18 @@ def test_what_a_process_had_of_a_file_when_it_was_killed_is_gone_on_with(
     assert not list((tmp_path / "cache").glob("models--*/blobs/*.pairscope*"))
 
 
+def test_what_came_of_a_file_that_the_library_then_downloads_is_not_left_behind(
+    hub: LocalHub, repo: Path, tmp_path: Path
+) -> None:
+    spool, _ = begun(repo)
+    spool.pause()
+    hub.faults = [Fault("whole", part=SHARDS[0])]
+    path = Path(resolve_model("org/model").path)
+    assert [r.range for r in hub.seen("content", SHARDS[0])][1:] == [None], "the library's"
+    assert (path / SHARDS[0]).read_bytes() == (repo / SHARDS[0]).read_bytes()
+    assert not list((tmp_path / "cache").glob("models--*/blobs/*.pairscope*"))
+
+
 def test_a_line_that_gives_a_file_in_small_pieces_gives_all_of_it(
     hub: LocalHub, repo: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
