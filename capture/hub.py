@@ -18,7 +18,7 @@ from typing import Any
 from capture.errors import CheckpointError, HubFailedError
 from capture.printable import without_logins
 from capture.ranges import RemoteFile
-from capture.spool import drop, is_whole, is_written, part_of
+from capture.spool import bytes_there, drop, is_whole, is_written, part_of
 from capture.weights import choose_weights
 
 log = logging.getLogger(__name__)
@@ -60,7 +60,8 @@ def model_snapshot(
         from capture.keep import Keeper
 
         sizes, files = _needed(repo, info, token, want), _remote_weights(repo, info, token, want)
-        _check_disk(repo, _missing(repo, info, sizes), sizes)
+        there = sum(bytes_there(part_of(file, _folder(repo, info))) for file in files)
+        _check_disk(repo, _missing(repo, info, sizes), sizes, there)
         if not files:
             return
         folder = Path(hub.hf_hub_download(repo, "config.json", revision=info.sha, token=token)).parent
@@ -235,13 +236,17 @@ def _needed(repo: str, info: Any, token: str | bool | None, want: Want) -> dict[
 def _missing(repo: str, info: Any, names: Iterable[str]) -> list[str]:
     """Those of the files whose bytes are not in the cache; what it has of another commit the library only links to."""
     import huggingface_hub as hub
+
+    absent = (n for n in names if not isinstance(hub.try_to_load_from_cache(repo, n, revision=info.sha), str))
+    return [n for n in absent if not is_whole(_remote_file(repo, info, n), _folder(repo, info))]
+
+
+def _folder(repo: str, info: Any) -> Path:
+    """The commit's folder in the cache, made or not."""
     from huggingface_hub import constants
     from huggingface_hub.file_download import repo_folder_name
 
-    folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo, repo_type="model")
-    snapshot = folder / "snapshots" / info.sha
-    absent = (n for n in names if not isinstance(hub.try_to_load_from_cache(repo, n, revision=info.sha), str))
-    return [n for n in absent if not is_whole(_remote_file(repo, info, n), snapshot)]
+    return Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo, repo_type="model") / "snapshots" / info.sha
 
 
 def _cached(repo: str, revision: str | None, known_file: str, why: str) -> Path:
@@ -290,11 +295,11 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _check_disk(repo: str, missing: Sequence[str], sizes: Mapping[str, int]) -> None:
-    """Raise if what is still to be downloaded does not fit the disk."""
+def _check_disk(repo: str, missing: Sequence[str], sizes: Mapping[str, int], there: int = 0) -> None:
+    """Raise if what is still to be downloaded does not fit the disk. there: bytes of the missing files that are on it already."""
     from huggingface_hub import constants
 
-    need, free, cache = sum(sizes[n] for n in missing), free_bytes(), constants.HF_HUB_CACHE
+    need, free, cache = sum(sizes[n] for n in missing) - there, free_bytes(), constants.HF_HUB_CACHE
     if need > free:
         raise CheckpointError(
             f"'{repo}' needs {need / GIB:.1f} GiB more on disk, {cache} has {free / GIB:.1f} GiB free; make room, or set "

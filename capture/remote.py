@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 from capture.errors import CheckpointError
 from capture.process import folder
 from capture.ranges import Ranges, RemoteFile
+from capture.spool import bytes_there, part_of
 from capture.weights import MAX_HEADER, Extent, places
 
 log = logging.getLogger(__name__)
@@ -67,19 +68,22 @@ class Source:
                 stream.truncate(file.size)
             self.files[str(path / file.name)] = file
         size = sum(f.size for f in missing)
-        keep = self.keep and self._room_for(size, repo)
+        keep = self.keep and self._room_for(missing, snapshot)
         if keep:
             self._snapshots |= dict.fromkeys(missing, snapshot)
         log.info("%s: %.2f GiB of weights are read from the hub%s", repo, size / 2**30,
                  ", and kept in its cache" if keep else "")  # fmt: skip
         return path
 
-    def _room_for(self, size: int, repo: str) -> bool:
+    def _room_for(self, files: Sequence[RemoteFile], snapshot: Path) -> bool:
         from capture.hub import free_bytes
 
-        free = free_bytes() - sum(f.size for f in self._snapshots)
+        def to_write(of: Mapping[RemoteFile, Path]) -> int:
+            return sum(file.size - bytes_there(part_of(file, at)) for file, at in of.items())
+
+        size, free = to_write(dict.fromkeys(files, snapshot)), free_bytes() - to_write(self._snapshots)
         if size > free:
-            log.warning("%s is not kept: it has %.1f GiB, the disk of the hub's cache %.1f GiB free", repo, size / 2**30, free / 2**30)  # fmt: skip
+            log.warning("%s is not kept: it has %.1f GiB, the disk of the hub's cache %.1f GiB free", files[0].repo, size / 2**30, free / 2**30)  # fmt: skip
         return size <= free
 
     def _header(self, file: RemoteFile) -> bytes:

@@ -39,6 +39,15 @@ def is_whole(file: RemoteFile, snapshot: Path) -> bool:
     return blob.is_file() and blob.stat().st_size == file.size
 
 
+def bytes_there(part: Path) -> int:
+    """Bytes that a file takes on the disk while it is not whole: it has holes. part: as part_of gives it."""
+    try:
+        found = part.stat()
+    except OSError:
+        return 0
+    return min(found.st_size, found.st_blocks * 512)
+
+
 def is_begun(part: Path) -> bool:
     """Whether something was kept of a file that is not whole, to go on from. part: as part_of gives it."""
     return _note_of(part).exists()

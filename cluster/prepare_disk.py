@@ -98,7 +98,7 @@ def make_room(need: int, wanted: Sequence[str], keeping: Keeping = EVERYTHING, *
             f"{keeping.most / GIB:.3g}; raise it, or set weights: stream"
         )
     free_bytes = shutil.disk_usage(cache).free
-    if need + SPARE_BYTES > free_bytes:
+    if _to_write(need, wanted) + SPARE_BYTES > free_bytes:
         raise CheckpointError(
             f"{names} on disk and {SPARE_BYTES / GIB:.0f} to spare, "
             f"{cache} has {free_bytes / GIB:.1f} GiB free; rent with a larger disk_gb, or set HF_HOME to a larger disk"
@@ -129,7 +129,12 @@ def _lacking(need: int, wanted: Sequence[str], keeping: Keeping, *, of_disk: boo
     """Whether there is too little room, of the bound or, on a machine where that can be changed, of the disk."""
     if keeping.most is not None and _held(wanted, keeping) + need > keeping.most:
         return True
-    return of_disk and need > 0 and need + SPARE_BYTES > shutil.disk_usage(hub_cache()).free
+    return of_disk and need > 0 and _to_write(need, wanted) + SPARE_BYTES > shutil.disk_usage(hub_cache()).free
+
+
+def _to_write(need: int, wanted: Sequence[str]) -> int:
+    """Bytes that the disk has to take for the models to come: of files that are there in part only the rest."""
+    return need - sum(m.partly for m in _models() if m.repo in wanted)
 
 
 def is_rented() -> bool:

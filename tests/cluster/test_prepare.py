@@ -275,6 +275,18 @@ def test_a_disk_too_small_for_both_models_is_said_before_any_download(
     assert fake.fetched == []
 
 
+def test_what_is_there_of_a_models_files_needs_no_room_on_the_disk(
+    fake: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake.bytes = 3 << 20
+    part = in_cache(tmp_path / "cache", "org/base") / "blobs" / "bb.pairscope"
+    part.write_bytes(bytes(1 << 20))
+    monkeypatch.setattr(prepare_disk, "SPARE_BYTES", 0)
+    monkeypatch.setattr(prepare_disk.shutil, "disk_usage", lambda path: usage(0, 0, 5 << 20))
+    run(entry())
+    assert fake.fetched[:2] == ["org/base", "org/sft"]
+
+
 @pytest.mark.parametrize("weights", ["stream", "cache"])
 def test_where_weights_come_later_small_files_are_fetched_and_the_hub_stays_in_reach(
     fake: FakeHub, weights: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

@@ -283,6 +283,21 @@ def test_a_disk_too_small_is_said_before_a_byte_of_weights_comes(
     )
 
 
+@pytest.mark.parametrize("way", ["download", "cache"])
+def test_what_is_there_of_a_file_needs_no_room_on_the_disk(
+    hub: LocalHub, repo: Path, way: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    usage = namedtuple("usage", "total used free")
+    spool, size = begun(repo)
+    spool.pause()
+    monkeypatch.setattr(ours.shutil, "disk_usage", lambda path: usage(0, 0, 2 * size - 900_000))
+    source = Source(keep=True) if way == "cache" else None
+    resolve_model("org/model", source=source)
+    if source is not None:
+        source.close()
+    assert "is not kept" not in caplog.text
+
+
 @pytest.mark.parametrize("left", [0, 5, 900_000])
 def test_a_shard_cut_in_the_cache_is_named_before_work_starts(hub: LocalHub, left: int, told: Any) -> None:
     files = resolve_model("org/model")
