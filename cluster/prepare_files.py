@@ -66,7 +66,7 @@ def _tokenizer(entry: Entry) -> None:
 def cache_bytes(models: list[tuple[str, str | None]]) -> int:
     """Bytes in the cache of these models, files under way included."""
     total = 0
-    for repo, _ in models:
+    for repo in {repo for repo, _ in models}:
         for path in model_folder(repo).glob("blobs/*"):
             with contextlib.suppress(OSError):  # it got its place just now
                 found = path.stat()

@@ -24,6 +24,7 @@ from capture.progress import Progress
 from cluster import prepare as prepare_module
 from cluster import prepare_disk
 from cluster.prepare import overrun, prepare, wants_login
+from cluster.prepare_files import cache_bytes
 from cluster.prepare_gate import LONGEST_PAUSE_S, SILENT_S, Gate
 from cluster.vast.settings import HUB_LOGIN, for_head
 
@@ -324,6 +325,13 @@ def in_cache(cache: Path, repo: str) -> Path:
     (folder / "blobs" / "aa").write_text("weights")
     (snapshot / "model.safetensors").symlink_to(folder / "blobs" / "aa")
     return folder
+
+
+def test_a_repository_at_two_revisions_counts_once_in_what_has_come(fake: FakeHub, tmp_path: Path) -> None:
+    in_cache(tmp_path / "cache", "org/base")
+    once = cache_bytes([("org/base", "step1")])
+    assert once == len("weights")
+    assert cache_bytes([("org/base", "step1"), ("org/base", "step2")]) == once
 
 
 @pytest.mark.parametrize("rented", [True, False])
