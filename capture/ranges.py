@@ -12,6 +12,7 @@ import os
 import random
 import ssl
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -84,6 +85,7 @@ class Ranges:
         self._lock = threading.Lock()
         self._asking: dict[RemoteFile, threading.Lock] = {}
         self._addresses: dict[RemoteFile, _Address] = {}
+        self._held: tuple[float, str] = (0.0, "")  # until when the hub asked not to be asked, and what it said
         self._pools: dict[str | None, urllib3.PoolManager] = {}
 
     def read(self, file: RemoteFile, start: int, view: memoryview) -> None:
@@ -134,7 +136,14 @@ class Ranges:
             asking = self._asking.setdefault(file, threading.Lock())
         with asking:  # one thread asks, the others wait for its answer
             if file not in self._addresses:
-                self._addresses[file] = self._resolve(file)
+                until, why = self._held
+                if (left := until - time.monotonic()) > 0:
+                    raise _Again(why, left)
+                try:
+                    self._addresses[file] = self._resolve(file)
+                except _Again as error:
+                    self._held = (time.monotonic() + min(error.after or 0.0, LONGEST_ASKED_S), str(error))
+                    raise
             return self._addresses[file]
 
     def _forget(self, file: RemoteFile, address: _Address) -> None:

@@ -151,3 +151,15 @@ def test_reading_ends_when_it_is_told_to(hub: LocalHub) -> None:
     hub.bucket.rate = None
     thread.join(60)
     assert ended
+
+
+def test_a_hub_that_asks_for_a_pause_is_left_alone_by_all_connections(hub: LocalHub) -> None:
+    hub.faults.append(Fault("status", where="hub", status=429, headers={"Retry-After": "300"}, times=100))
+    reader = Ranges()
+    for _ in range(3):  # as one thread after the other does
+        with pytest.raises(ranges._Again, match="429") as caught:
+            reader._address(file_of(hub))
+        assert caught.value.after is not None
+        assert 200 < caught.value.after <= 300
+    assert len(hub.seen("hub", NAME)) == 1
+    reader.close()
