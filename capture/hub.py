@@ -197,22 +197,29 @@ def _snapshot(
         sizes = _needed(repo, info, token, want)
         missing = _missing(repo, info, sizes)
         _check_disk(repo, missing, sizes)
-        # By the branch's name, not by its commit: only then does the cache know the branch when the network is gone.
+        # By the commit that all else was asked of: the branch may have moved since, an hour ago where the weights took that long.
         patterns = [glob.escape(n) for n in sizes]
-        path = Path(hub.snapshot_download(repo, revision=revision, token=token, allow_patterns=patterns))
-        if path.name != info.sha:
-            # The branch has moved meanwhile; or the hub did not answer, and the library gave what the cache has of the branch.
-            path = Path(hub.snapshot_download(repo, revision=info.sha, token=token, allow_patterns=patterns))
+        path = Path(hub.snapshot_download(repo, revision=info.sha, token=token, allow_patterns=patterns))
         if not all((path / name).exists() for name in sizes):  # it gave what the cache has of the commit, likewise
             raise HubFailedError(f"the hub did not answer for '{repo}', and not all of it is in the cache; run again")
         _check_hashes(repo, path, missing)
         for name in sizes:
             drop((path / name).resolve())
+        _note_branch(path, revision or "main")
         return path
     except (OSError, HTTPError, EntryNotFoundError, HFValidationError) as error:
         raise hub_error(repo, revision, error) from error
     except NOT_UNDERSTOOD as error:
         raise _no_hub(repo, error) from error
+
+
+def _note_branch(snapshot: Path, revision: str) -> None:
+    """Let the cache know which commit a branch is at, as the library does, for when the network is gone."""
+    ref = snapshot.parents[1] / "refs" / revision
+    if revision == snapshot.name or (ref.exists() and ref.read_text() == snapshot.name):
+        return
+    ref.parent.mkdir(parents=True, exist_ok=True)
+    ref.write_text(snapshot.name)
 
 
 def _info(repo: str, revision: str | None, token: str | bool | None) -> Any:

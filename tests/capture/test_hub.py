@@ -134,9 +134,16 @@ def test_shards_are_those_of_the_index(fake: FakeHub) -> None:
     assert "consolidated.safetensors" not in fake.patterns
 
 
-def test_the_branch_is_asked_for_by_name_so_that_the_cache_knows_it_later(fake: FakeHub) -> None:
-    resolve_model("org/model", "v2")
-    assert fake.revisions == ["v2", "v2"]
+def test_what_comes_is_of_the_commit_that_was_asked_about_and_the_cache_knows_its_branch_later(fake: FakeHub) -> None:
+    """A branch may move while weights come: then the second of two questions by its name would bring all of another commit."""
+    for _ in range(2):
+        resolve_model("org/model", "v2")
+    assert fake.revisions == ["v2", COMMIT] * 2
+    refs = fake.cache.parents[1] / "refs"
+    assert (refs / "v2").read_text() == COMMIT
+    resolve_model("org/model", COMMIT)
+    resolve_model("org/model")
+    assert {p.name: p.read_text() for p in refs.iterdir()} == {"v2": COMMIT, "main": COMMIT}
 
 
 def test_a_format_that_cannot_be_read_is_refused_before_the_download(fake: FakeHub) -> None:
