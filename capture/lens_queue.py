@@ -165,12 +165,14 @@ class LensQueue:
             further = LED if rows.kind.of_one_head(pair) else SHIFTED
             needed = torch.where(stats.lossy, needed.clamp(min=further), needed)
         needed = torch.minimum(needed, furthest)
+        mass = dict(self.left_out_mass)
         for further in (LED, SHIFTED):
             if further > way and len(again := (needed == further).nonzero().flatten()):
-                better = self._by(further, _chosen(rows, where[again]))
+                better = self._by(further, _finite(_chosen(rows, where[again])))
                 for pair, stats in found[1].items():
                     lost = stats.lossy[again].nonzero().flatten()
                     put(stats, again[lost], join([better[1][pair]], lost))
+        self.left_out_mass.update(mass)  # was seen before, and of states that stand in for others it is not theirs
 
     def _checked(self, rows: Waiting, found: Statistics) -> dict[str, float]:
         """The first and the last row once more, by the plainest way: a product with so few rows costs what reading its weights does."""
@@ -187,7 +189,7 @@ class LensQueue:
         if not kind.pairs or not can_shift(self.pair, kind.heads):
             return ways, ways
         finite = torch.stack([s.isfinite().all(1) for s in rows.states]).all(0)  # else one's overflow would take all
-        furthest = torch.where(finite, SHIFTED, SEPARATE)
+        furthest = torch.full_like(ways, SHIFTED)
         of_one = [pair for pair in kind.pairs if kind.of_one_head(pair)]
         others = [pair for pair in kind.pairs if pair not in of_one]
         unlike = self.lens.vocabulary.group.max((~_alike(rows)).float()) > 0  # ranks take the same way
@@ -267,6 +269,20 @@ def _together(parts: Sequence[Waiting]) -> Waiting:
 def _chosen(rows: Waiting, where: Tensor) -> Waiting:
     """Some rows, for their statistics only."""
     return replace(rows, states=[s[where] for s in rows.states], following=rows.following[where])
+
+
+def _finite(rows: Waiting) -> Waiting:
+    """Rows in which a finite state stands in for one that is not, of the same unembedding where there is one: shifts between the
+    others keep their digits, and what comes of those with a stand-in is to be left."""
+    states, heads = list(rows.states), rows.kind.heads
+    finite = [s.isfinite().all(1, keepdim=True) for s in states]
+    if torch.stack(finite).all():
+        return rows
+    for i, head in enumerate(heads):
+        for j in sorted(range(len(heads)), key=lambda j: heads[j] != head):
+            states[i] = torch.where(finite[i], states[i], states[j])
+            finite[i] = finite[i] | finite[j]
+    return replace(rows, states=states)
 
 
 def _alike(rows: Waiting) -> Tensor:

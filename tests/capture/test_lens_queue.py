@@ -1,5 +1,7 @@
 """Rows of several layers share a product of the lens; where a walk is cut changes none of it."""
 
+import dataclasses
+
 import agree
 import numpy as np
 import pytest
@@ -98,6 +100,31 @@ def test_rows_whose_slots_hardly_differ_and_others_agree_with_float64(scale, com
     separate, led, shifted = lens_queue.SEPARATE, lens_queue.LED, lens_queue.SHIFTED
     at_first = separate if on_gpu else led
     assert set(ways) == {1e-3: {shifted}, 2e-2: {at_first, led}, 1.0: {at_first}}[scale]
+
+
+@pytest.mark.parametrize("compiled", ["auto", False])
+@pytest.mark.parametrize("overflown", range(4))
+def test_a_pass_that_overflows_costs_the_divergences_of_the_others_no_digit(overflown, compiled, tmp_path, monkeypatch):
+    paths = tiny.make_pair("llama", tmp_path / "pair", perturb=1e-3)
+    entry = entry_of(paths, dtype="float32", lens=Lens(compile=compiled))
+    want = agree.read_tables(captured(entry, tmp_path / "whole")[0].path)["pairwise"]
+    put = lens_queue.LensQueue.put
+
+    def overflowing(self, rows):
+        if len(rows.states) == 4:
+            states = [s.clone() for s in rows.states]
+            states[overflown][:, 3] = torch.inf
+            rows = dataclasses.replace(rows, states=states)
+        put(self, rows)
+
+    monkeypatch.setattr(lens_queue.LensQueue, "put", overflowing)
+    got = agree.read_tables(captured(entry, tmp_path / "overflown")[0].path)["pairwise"]
+    assert got["base_run"].equals(want["base_run"])
+    for column in ("kl_divergence", "kl_reverse"):
+        a, b = (np.array(t[column].to_pylist(), float) for t in (want, got))
+        kept = (a > 1e-6) & ~np.isnan(b)
+        assert 500 < kept.sum() < (a > 1e-6).sum()
+        np.testing.assert_allclose(b[kept], a[kept], rtol=1e-4)
 
 
 def test_states_much_smaller_than_those_of_their_lead_are_not_led_by_them():
