@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from capture.errors import CheckpointError, UnsupportedModelError
+from capture.quantize import check_stored
 from capture.remembered import remembered
 from capture.weights import Weights, check_weights, choose_weights, fingerprint
 
@@ -130,7 +131,8 @@ def _local_weights(path: Path, model: str, allow_pickle: bool, trust_remote_code
 
 def check_config(config: Mapping[str, Any], model: str, trust_remote_code: bool) -> None:
     """Raise UnsupportedModelError if config.json has transformers read other weights than those that are checked and that the
-    capture's id stands for, or if the model can only run with code that comes with its checkpoint.
+    capture's id stands for, if its weights are stored in a way that is not known, or if the model can only run with code that comes
+    with its checkpoint.
 
     A config.json with `auto_map` is no matter where transformers has a class of its own for the model type: that one runs.
     """
@@ -139,6 +141,7 @@ def check_config(config: Mapping[str, Any], model: str, trust_remote_code: bool)
             f"'{model}': its config.json names weights beside the usual ones (transformers_weights), and nothing here reads those; "
             "open it with transformers once and save it with save_pretrained"
         )
+    check_stored(config, model)
     if "auto_map" not in config or trust_remote_code:
         return
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as OWN

@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from capture.errors import CheckpointError, ConfigError
+from capture.errors import CheckpointError, ConfigError, UnsupportedModelError
 
 KEY = "quantization_config"
 FP8 = "fp8"  # transformers' name of block-wise FP8
@@ -150,11 +150,32 @@ def stored_quantization(directory: str) -> dict[str, Any]:
         config = json.loads((Path(directory) / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"'{directory}': config.json cannot be read: {error}") from error
-    text = config.get("text_config") or {}
-    found = config.get(KEY) or (text.get(KEY) if isinstance(text, dict) else None) or {}
+    found = _stored(config)
     if not isinstance(found, dict):
         raise CheckpointError(f"'{directory}': the {KEY} of its config.json is no block of keys and values")
     return found
+
+
+def _stored(config: Mapping[str, Any]) -> Any:
+    text = config.get("text_config") or {}
+    return config.get(KEY) or (text.get(KEY) if isinstance(text, dict) else None) or {}
+
+
+def check_stored(config: Mapping[str, Any], model: str) -> None:
+    """Raise UnsupportedModelError where a config.json names a way of storing weights that transformers does not know: it would take
+    them for plain ones, without their scales."""
+    stored = _stored(config)
+    method = stored.get("quant_method") if isinstance(stored, dict) else None
+    if not isinstance(method, str) or method == FP8 or method in _STORED_BACKENDS:
+        return
+    import transformers
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING as KNOWN
+
+    if method not in KNOWN:
+        raise UnsupportedModelError(
+            f"'{model}' is stored quantized by {method!r}, which transformers {transformers.__version__} does not know; use the model as it "
+            f"was before that, or take {KEY} out of its config.json where its weights are plain"
+        )
 
 
 def _require(module: str, package: str, where: str, who: str) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import make_pair
+from tiny import make_pair, to_fp8
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from capture.config import FOUR_PASSES, Entry
@@ -37,9 +37,9 @@ def sft(made: Any, tmp_path: Path) -> Path:
 def refused(made: Any, sft: Path, tmp_path: Path) -> Callable[..., str]:
     """The one line that a capture ends with."""
 
-    def ask(tokenizer: Path = made.tokenizer) -> str:
+    def ask(tokenizer: Path = made.tokenizer, mode: str = "streamed") -> str:
         entry = Entry(name="a", base_model=str(made.base), sft_model=str(sft), tokenizer=str(tokenizer), device="cpu",
-                      prompts=("a b",), top_k=3, mode="streamed")  # fmt: skip
+                      prompts=("a b",), top_k=3, mode=mode)  # fmt: skip
         with pytest.raises(PairscopeError) as caught:
             capture_pair(entry, str(tmp_path / "out"))
         assert "\n" not in str(caught.value)
@@ -130,6 +130,20 @@ def test_a_config_that_would_have_tuples_returned_is_read_like_any_other(made: A
     entry = Entry(name="a", base_model=str(made.base), sft_model=str(sft), tokenizer=str(made.tokenizer), device="cpu",
                   prompts=("a b",), top_k=3)  # fmt: skip
     assert capture_pair(entry, str(tmp_path / "out")).state == "complete"
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_weights_stored_in_a_way_that_the_library_does_not_know_are_not_read_without_their_scales(
+    nested: bool, sft: Path, refused: Callable[..., str]
+) -> None:
+    """It warns of an unknown method, and then takes them for plain weights."""
+    weights = load_file(sft / "model.safetensors")
+    for key in [k for k in weights if k.endswith("proj.weight")]:
+        weights[key], weights[f"{key}_scale"] = to_fp8(weights[key], None)
+    save_file(weights, sft / "model.safetensors", metadata={"format": "pt"})
+    stored = {"quantization_config": {"quant_method": "modelopt", "quant_algo": "FP8"}}
+    say(sft, **({"text_config": stored} if nested else stored))
+    assert "is stored quantized by 'modelopt', which transformers" in refused(mode="auto")
 
 
 def test_an_index_that_is_a_directory_is_named(sft: Path, refused: Callable[..., str]) -> None:
