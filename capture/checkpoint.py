@@ -86,6 +86,8 @@ class StreamedModel:
         )
         self.layers_name, self.layers = find_layers(self.model)
         if self.whole:
+            for name in record["lacks"]:
+                self._lacks(name)
             if self.quantization.method is None:
                 self.model.to(device)
             self.weights = Groups(self.model, self.layers_name, self.n_layers)

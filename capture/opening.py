@@ -31,7 +31,8 @@ def open_model(
     directory: str, label: str, dtype: str, kwargs: dict[str, Any], quantization: Quantization, device: torch.device,
     *, whole: bool, ranks: DistributedConfig | None,
 ) -> tuple[PreTrainedModel, dict[str, Any]]:  # fmt: skip
-    """The model, on meta unless it is loaded whole, and what the library would have read it with (files, load_config).
+    """The model, on meta unless it is loaded whole, and what the library would have read it with (files, load_config); of one
+    that is, the names of the weights that were not stored (lacks).
 
     Raises CheckpointError, UnsupportedModelError.
     """
@@ -50,7 +51,9 @@ def open_model(
     hf_logging.disable_progress_bar()  # else one bar per group
     try:
         with nullcontext() if whole else borrowed.recording(record):
-            model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, **kwargs)
+            model, found = AutoModelForCausalLM.from_pretrained(
+                directory, dtype=dtype, output_loading_info=True, **kwargs
+            )
     except Exception as error:  # of any kind: whatever a config.json says goes into it
         text = " ".join(str(error).split())[:500]
         at_device = quantization.method is None and (whole or ranks is not None) and isinstance(error, RuntimeError)
@@ -73,6 +76,7 @@ def open_model(
         raise UnsupportedModelError(f"{type(model).__name__} has no input embedding or no unembedding")
     if whole:
         _check_ends(model, where)
+        record["lacks"] = sorted(found["missing_keys"])  # which the library has filled with random numbers
     hidden, width = model.config.get_text_config().hidden_size, model.get_output_embeddings().weight.shape[-1]
     if width != hidden:  # OPT-350M
         raise UnsupportedModelError(

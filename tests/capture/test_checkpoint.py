@@ -208,6 +208,19 @@ def test_a_pickled_checkpoint_is_loaded_whole_and_never_freed(tmp_path, pairs):
     assert ledger.live == sum(model.group_bytes(g) for g in model.groups())
 
 
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "model.norm.weight", "lm_head.weight"])
+def test_a_pickled_checkpoint_that_lacks_a_weight_is_named_and_the_weight_not_made_up(name, tmp_path):
+    paths = tiny.make_pair("llama", tmp_path, tie=False)
+    weights = load_file(paths.base / "model.safetensors")
+    del weights[name]
+    torch.save(weights, paths.base / "pytorch_model.bin")
+    (paths.base / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=f"base model '.*' lacks the weight '{name}'"):
+        StreamedModel(
+            str(paths.base), label="base", dtype="auto", device=CPU, model_kwargs={}, ledger=Ledger(), whole=True
+        )
+
+
 @pytest.mark.parametrize(
     ("model_type", "more"),
     [

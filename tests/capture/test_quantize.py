@@ -143,9 +143,9 @@ def standing_in(monkeypatch, spoil=lambda model: None):
 
     def from_pretrained(*args, device_map, **kwargs):
         assert device_map == {"": CPU}
-        model = opener(*args, **kwargs)
+        model, found = opener(*args, **kwargs)
         spoil(model)
-        return model
+        return model, found
 
     monkeypatch.setattr(opening.AutoModelForCausalLM, "from_pretrained", from_pretrained)
 
