@@ -25,7 +25,9 @@ def model_info(self: Any, repo: str, **kwargs: Any) -> SimpleNamespace:
     if name == "gated":
         response: Any = SimpleNamespace(headers={}, request=None)
         raise GatedRepoError("401 Client Error", response=response)
-    siblings = [SimpleNamespace(rfilename=file, size=size) for file, size in FILES[name].items()]
+    siblings = [
+        SimpleNamespace(rfilename=file, size=size, lfs=None, blob_id="0" * 40) for file, size in FILES[name].items()
+    ]
     return SimpleNamespace(sha="0" * 40, siblings=siblings)
 
 
