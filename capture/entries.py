@@ -323,6 +323,11 @@ class Config:
                 raise ConfigError(
                     f"{self._where('prompt_file')}: no file '{block.prompt_file}' in {_join(self.directories)}"
                 )
+            if path.suffix in (".json", ".jsonl"):
+                raise ConfigError(
+                    f"{self._where('prompt_file')}: a line of the file is a prompt as it stands, and '{path}' would be measured braces and "
+                    "all; put the texts alone into a .txt file"
+                )
             try:
                 lines = path.read_text(encoding="utf-8-sig").split("\n")  # not splitlines: U+2028 may stand in a prompt
             except (OSError, UnicodeDecodeError) as error:

@@ -185,6 +185,9 @@ def test_no_prompts_no_file_and_a_file_without_prompts_are_errors_of_the_whole_s
         load(tmp_path, models + "prompt_file: gone.txt").checked_entries()
     with pytest.raises(ConfigError, match=r"cannot read '.*latin\.txt' as UTF-8"):
         load(tmp_path, models + "prompt_file: latin.txt").checked_entries()
+    (tmp_path / "p.jsonl").write_text('{"prompt": "x"}\n')
+    with pytest.raises(ConfigError, match=r"'.*p\.jsonl' would be measured braces and all"):
+        load(tmp_path, models + "prompt_file: p.jsonl").checked_entries()
 
 
 # -- passes ----------------------------------------------------------------------------------------------------------
