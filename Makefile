@@ -86,7 +86,7 @@ audit: $(STAMP)  ## known vulnerabilities in constraints.txt, by pip-audit in an
 coverage: $(STAMP)  ## make test, and which lines it did not run
 	@$(BIN)/python -m slipcover -m $(FAST)
 
-bench: smollm2  ## time captures against their floors: resident, streamed, cold, from a hub; Ray's share; bytes; the plan (half an hour). BENCH="--rounds 5" goes to the first two
+bench: smollm2  ## time captures against their floors: resident, streamed, cold, from a hub; Ray's share; bytes; the plan (forty minutes). BENCH="--rounds 5" goes to the first two
 	@failed=0; \
 	 for bench in "capture $(BENCH)" "streaming $(BENCH)" cold hub "ahead --parts further" ray storage plan; do \
 	   $(BIN)/python tests/bench/bench_$${bench%% *}.py $${bench#"$${bench%% *}"} || failed=1; \
