@@ -12,7 +12,6 @@ import contextlib
 import logging
 import os
 import random
-import signal
 import socket
 import sys
 import threading
@@ -22,18 +21,16 @@ from pathlib import Path
 from typing import Any
 
 from capture.config import Entry
-from capture.errors import CheckpointError, DeviceError, HubFailedError
+from capture.errors import CheckpointError, HubFailedError
 from capture.progress import Progress
-from cluster.mesh.peers import mesh_folder, read_mesh
-from cluster.mesh.ports import HEAD
-from cluster.prepare_disk import GIB, Keeping, in_use, is_rented, make_room, mark_fetched, one_at_a_time
+from cluster.prepare_disk import GIB, Keeping, in_use, make_room, mark_fetched, one_at_a_time
 from cluster.prepare_files import cache_bytes, download, hub_models
 from cluster.prepare_gate import find_gate
+from cluster.vast.cards import check_card
 
 log = logging.getLogger(__name__)
 
 LOOK_EVERY_S = 2.0
-RAYLET_S = 60.0  # in which it ends, and this process with it
 TRIES = 6  # at a hub that says that it is too much, or that it is unwell
 
 Say = Callable[[Progress], None]
@@ -56,40 +53,6 @@ def capture_prepared(
         finally:
             for stream in used:
                 stream.close()
-
-
-def check_card(entry: Entry) -> None:
-    """Where an entry that takes what is there has a rented GPU that torch cannot use: it would go on on the CPU, for hours, at the
-    price of the GPU. A worker's Ray is ended: the autoscaler gives the machine back, and the entry goes on elsewhere. It is not
-    left to fail one entry after the other. On the head raises DeviceError.
-    """
-    import ray
-
-    if entry.device is not None or not is_rented() or not ray.is_initialized() or not ray.get_gpu_ids():
-        return
-    import torch
-
-    if torch.cuda.is_available():
-        return
-    error = DeviceError(
-        f"torch {torch.__version__} cannot use the GPU of {socket.gethostname()}, which is rented for it: the driver is broken, or too "
-        f"old for CUDA {torch.version.cuda}. With device: cpu the entry computes without a GPU; for another machine `ray down`, and `ray up`"
-    )
-    if read_mesh(mesh_folder()).k != HEAD:
-        log.error("%s: this node leaves the cluster", error)
-        if (raylet := _raylet()) is not None:
-            os.kill(raylet, signal.SIGTERM)
-            time.sleep(RAYLET_S)
-    raise error
-
-
-def _raylet() -> int | None:
-    """Ray's own process on this node, whose child this is; None where it has gone, and our parent is another."""
-    parent = os.getppid()
-    try:
-        return parent if Path(f"/proc/{parent}/comm").read_text().strip() == "raylet" else None
-    except OSError:
-        return None
 
 
 def prepare(entry: Entry, gate: Any, say: Say, stop: Callable[[], bool]) -> tuple[Entry, list[Any]]:

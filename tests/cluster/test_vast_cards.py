@@ -97,12 +97,12 @@ def test_a_worker_whose_gpu_cannot_be_used_leaves_the_cluster(
 ) -> None:
     (node / "mesh" / "node.json").write_text(Mesh(2, 4).node_text)
     ended: list[Any] = []
-    monkeypatch.setattr(prepare.os, "kill", lambda *what: ended.append(what))
-    monkeypatch.setattr(prepare.time, "sleep", ended.append)
+    monkeypatch.setattr(cards.os, "kill", lambda *what: ended.append(what))
+    monkeypatch.setattr(cards.time, "sleep", ended.append)
     with pytest.raises(DeviceError):
         take(make_entry(device=None))
     assert ended == [], "whose child this is is no raylet"
-    monkeypatch.setattr(prepare, "_raylet", lambda: 4711)
+    monkeypatch.setattr(cards, "_raylet", lambda: 4711)
     with pytest.raises(DeviceError):
         take(make_entry(device=None))
-    assert ended == [(4711, signal.SIGTERM), prepare.RAYLET_S]
+    assert ended == [(4711, signal.SIGTERM), cards.RAYLET_S]
