@@ -55,16 +55,12 @@ def model_snapshot(
     def by_ranges(info: Any) -> None:
         """Large files come by several connections, are hashed meanwhile, and are gone on with after an end; the library has one
         connection for a file, and checks no hash. It is left what cannot come so."""
-        import huggingface_hub as hub
-
         from capture.keep import Keeper
 
         sizes, files = _needed(repo, info, token, want), _remote_weights(repo, info, token, want)
-        there = sum(bytes_there(part_of(file, _folder(repo, info))) for file in files)
+        folder = _folder(repo, info)
+        there = sum(bytes_there(part_of(file, folder)) for file in files)
         _check_disk(repo, _missing(repo, info, sizes), sizes, there)
-        if not files:
-            return
-        folder = Path(hub.hf_hub_download(repo, "config.json", revision=info.sha, token=token)).parent
         while files:
             keeper = Keeper(token)
             try:
@@ -197,10 +193,10 @@ def _snapshot(
         sizes = _needed(repo, info, token, want)
         missing = _missing(repo, info, sizes)
         _check_disk(repo, missing, sizes)
-        # By the commit that all else was asked of: the branch may have moved since, an hour ago where the weights took that long.
+        # By the commit that all else was asked of: the branch may have moved while the weights came.
         patterns = [glob.escape(n) for n in sizes]
         path = Path(hub.snapshot_download(repo, revision=info.sha, token=token, allow_patterns=patterns))
-        if not all((path / name).exists() for name in sizes):  # it gave what the cache has of the commit, likewise
+        if not all((path / name).exists() for name in sizes):  # without an answer it gave what the cache has
             raise HubFailedError(f"the hub did not answer for '{repo}', and not all of it is in the cache; run again")
         _check_hashes(repo, path, missing)
         for name in sizes:

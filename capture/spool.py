@@ -40,7 +40,7 @@ def is_whole(file: RemoteFile, snapshot: Path) -> bool:
 
 
 def bytes_there(part: Path) -> int:
-    """Bytes that a file takes on the disk while it is not whole: it has holes. part: as part_of gives it."""
+    """Bytes of a file of the cache that are on the disk, 0 where it is gone: one that is not whole has holes."""
     try:
         found = part.stat()
     except OSError:

@@ -205,10 +205,9 @@ class StoreSource:
                 if not data:
                     raise OSError(f"it ended after {have} of {size} bytes")
                 rest = memoryview(data)
+                # without a buffer: what is left in one fails when it is closed, and is no failure of the store
                 try:
-                    while (
-                        rest
-                    ):  # without a buffer: what is left in one fails when it is closed, and is no failure of the store
+                    while rest:
                         rest = rest[sink.write(rest) :]
                 except OSError as error:
                     raise _WriteError(error) from error

@@ -22,9 +22,8 @@ log = logging.getLogger(__name__)
 GIB = 1 << 30
 NOT_OURS = (errno.EACCES, errno.EPERM, errno.EROFS)  # of a cache that somebody else keeps, and we may only read
 SPARE_BYTES = 2 * GIB  # for logs, staged tables and what else a node writes
-RESULTS_BYTES = (
-    16 * GIB
-)  # that weights which the sweep is done with leave to its results: the head's disk gets those of all nodes
+# What weights that the sweep is done with leave to its results: the head's disk gets those of all nodes.
+RESULTS_BYTES = 16 * GIB
 
 
 def hub_cache() -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -65,10 +64,8 @@ def _tokenizer(entry: Entry) -> None:
 
 def cache_bytes(models: list[tuple[str, str | None]]) -> int:
     """Bytes in the cache of these models, files under way included."""
-    total = 0
-    for repo in {repo for repo, _ in models}:
-        for path in model_folder(repo).glob("blobs/*"):
-            with contextlib.suppress(OSError):  # it got its place just now
-                found = path.stat()
-                total += min(found.st_size, found.st_blocks * 512)  # files that are not whole have holes
-    return total
+    from capture.spool import bytes_there
+
+    return sum(
+        bytes_there(path) for repo in {repo for repo, _ in models} for path in model_folder(repo).glob("blobs/*")
+    )
