@@ -24,6 +24,7 @@ from capture.lens_queue import Kind, LensQueue, Waiting
 from capture.lockstep import Pair, State
 from capture.logits import leads_of
 from capture.replay import run_tail
+from capture.residual_queue import ResidualQueue
 from capture.spectrum import Spectra
 from capture.topk import TopK
 
@@ -64,6 +65,7 @@ class Collector:
         self.download = download_from(device)
         tracked = torch.tensor(lens.tracked, dtype=torch.long, device=device)
         self.queue = LensQueue(pair, lens, tracked, self._found)
+        self.residuals = ResidualQueue(passes, comparisons, self.runs, self.pairwise, self.download, lens.kernel)
         self.noise: dict[str, dict[str, list[float]]] = {}
         self._probed: list[Tensor] | None = None
 
@@ -80,6 +82,7 @@ class Collector:
 
     def columns(self, first: int, last: int) -> dict[str, Any]:
         """What was collected of layers first..last: "table/column" -> [P or C, layers, N(, ...)]; lists by layer."""
+        self.residuals.flush()
         self.download.settle()
         layers = slice(first + 1, last + 2)
         found = {f"runs/{name}": array[:, layers] for name, array in self.runs.items()}
@@ -153,13 +156,12 @@ class Collector:
     def take(self, state: State) -> None:
         """Compute and keep everything about one batch at one layer."""
         batch = self.batches[state.batch]
-        rows = [batch.rows(s) for s in state.slots]
         if batch.probe:
-            self._noise(state, rows)
+            self._noise(state, [batch.rows(s) for s in state.slots])
             return
         self._keep_probed(state)
         if state.layer in self.layers:
-            self._measure(state, batch, rows)
+            self._measure(state, batch)
         ends = state.batch == self.last_batch and self.lens.ends_group(state.layer, self.pair.n_layers)
         if ends and len(self.queue):
             self.stage("lens")
@@ -169,10 +171,14 @@ class Collector:
     def finish(self) -> None:
         """Work off all that waits; what was collected is then to be read."""
         self.queue.flush()
+        self.residuals.flush()
         self.download.settle()
 
-    def _measure(self, state: State, batch: Batch, rows: list[Tensor]) -> None:
-        self._residuals(state, batch, rows, (state.layer + 1, self.columns_of[state.batch]))
+    def _measure(self, state: State, batch: Batch) -> None:
+        self.residuals.put(state, batch, self.columns_of[state.batch])
+        if self.spectra is None and state.layer not in self.lens.layers:
+            return
+        rows = [batch.rows(s) for s in state.slots]
         if self.spectra is not None:
             where = self.where[state.batch]
             self.spectra.take(state.layer, rows, state.slot_of, where, last=state.batch == self.last_batch)
@@ -180,30 +186,6 @@ class Collector:
             self.stage("lens")
             self._lens(state, rows)
             self.stage("layers")
-
-    def _residuals(self, state: State, batch: Batch, rows: list[Tensor], at: tuple[int, Any]) -> None:
-        previous = [] if state.previous is None else [batch.rows(s) for s in state.previous]
-        moved = [(state.previous_slot_of[p.name], state.slot_of[p.name]) for p in self.passes] if previous else []
-        sides = [(state.slot_of[c.base_run], state.slot_of[c.sft_run]) for c in self.comparisons]
-        turns = sorted(set(moved))
-        pairs = list(dict.fromkeys(s for s in sides if s[0] != s[1]))
-        found = statistics.residuals(rows, previous, turns, pairs, self.lens.kernel)
-        column, where = at
-        now = [state.slot_of[p.name] for p in self.passes]
-        turned_by = [turns.index(turn) for turn in moved]
-        between = [pairs.index(s) if s[0] != s[1] else len(pairs) for s in sides]  # behind the last: zeros
-
-        def use(numbers: list[Tensor]) -> None:
-            norm, delta, turned, distance, difference = (x.numpy() for x in numbers)
-            self.runs["norm"][:, column, where] = norm[now]
-            if moved:
-                self.runs["norm_delta"][:, column, where] = delta[turned_by]
-                self.runs["cosine_distance_prev"][:, column, where] = turned[turned_by]
-            none = np.zeros((1, norm.shape[1]))
-            for name, found in (("cosine_distance", distance), ("norm_diff", difference)):
-                self.pairwise[name][:, column, where] = np.concatenate([found, none])[between]
-
-        self.download.put(list(vars(found).values()), use)
 
     # -- the lens ------------------------------------------------------------------------------------------------------
 

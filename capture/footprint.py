@@ -40,8 +40,10 @@ LENS_HEAD_CHUNK = 16384
 # before a capture they are measured where that can be done (capture/measure_lens.py)
 LENS_TEMPORARIES = 40
 STATISTICS_CELLS = 1 << 19  # numbers of a state that the residual statistics work on at a time
+STATISTICS_CELLS_ON_CPU = 1 << 17  # ten float64 tensors of so many stay in a processor's cache
 # float64 tensors of that size alive at most in statistics.residuals: a direction for each pass, and besides those
 STATISTICS_TEMPORARIES = 3
+WAITING_CELLS = 1 << 18  # numbers of a slot's states, of several batches and layers, that wait for them together
 FP8_STRIP = 1 << 22  # elements of an FP8 weight that are multiplied with their scales at a time (capture/assemble.py)
 
 
@@ -278,7 +280,7 @@ def ways(
 class Walk:
     """What is walked. tokens: of all prompts together; batch_tokens: of the largest batch; passes: all, and of the model
     that has most of them; hidden, ffn, heads, kv_heads, head_dim, vocab as in the model's config; element: bytes of one
-    number of a state; lens: whether the lens is on."""
+    number of a state; lens: whether the lens is on; waits: of a slot's states, `waiting`."""
 
     tokens: int
     batch_tokens: int
@@ -292,6 +294,26 @@ class Walk:
     vocab: int
     element: int
     lens: bool = True
+    waits: tuple[int, int] = (0, 0)
+
+
+def waiting(batch_cells: Sequence[int], layers: int) -> tuple[int, int]:
+    """Numbers of a slot's states that wait for their statistics while layers run, and of those that are worked off together; each at
+    most. batch_cells: of one state of each batch. layers: `layers_alike`; behind them is one more, of the final norm. As
+    capture/residual_queue.py lets them wait."""
+    held = together = cells = 0
+    for layer in range(layers + 1 if 2 * min(batch_cells) <= WAITING_CELLS else 0):
+        for new in batch_cells:
+            cells = new if cells + new > WAITING_CELLS else cells + new
+            together = max(together, cells)
+            cells = 0 if cells + new > WAITING_CELLS else cells
+            held = max(held, cells if layer < layers - 1 else 0)  # while others run
+    return held, max(together, *batch_cells)
+
+
+def layers_alike(passes: int, embeddings: int, n_layers: int) -> int:
+    """Layers that the same statistics are wanted of: not of the first, where passes enter it as one."""
+    return n_layers - (passes != embeddings)
 
 
 def ffn_width(config: Mapping[str, Any], hidden: int) -> int:
@@ -337,18 +359,30 @@ def statistics_rows(vocab: int, tile_bytes: int, cells: int) -> int:
     return max(1, min(cells // vocab, tile_bytes // (vocab * 4 * LENS_TEMPORARIES)))
 
 
-def statistics_bytes(walk: Walk) -> int:
-    """Norms, differences and cosines in float64, some rows of a batch at a time."""
-    cells = min(walk.batch_tokens * walk.hidden, max(walk.hidden, STATISTICS_CELLS))
-    return cells * 8 * (walk.passes + STATISTICS_TEMPORARIES)
+def statistics_bytes(walk: Walk, *, on_cpu: bool = False, padded: bool = False, compiled: bool = False) -> int:
+    """Norms, differences and cosines in float64, some rows at a time; before that rows of several layers are put one behind the
+    other, and padded ones taken out of their batches, with those before the layer. compiled: by the kernel, in place."""
+    batch, (_, together) = walk.batch_tokens * walk.hidden, walk.waits
+    most = max(together, batch)
+    unpadded = 2 * most * walk.passes * walk.element if padded else 0
+    if compiled:
+        return unpadded
+    joined = 2 * together * walk.passes * walk.element if together > batch else 0
+    cells = min(most, max(walk.hidden, STATISTICS_CELLS_ON_CPU if on_cpu else STATISTICS_CELLS))
+    return unpadded + joined + cells * 8 * (walk.passes + STATISTICS_TEMPORARIES)
+
+
+def held_bytes(walk: Walk) -> int:
+    """States of layers before the one at work that wait for their statistics."""
+    return walk.passes * walk.waits[0] * walk.element
 
 
 def activations(walk: Walk, tile_bytes: int = LENS_TILE_BYTES) -> Activations:
     """By the formulas above. Rotary tables and the like: 2 x head_dim elements a token."""
     states, batch = state_bytes(walk), state_bytes(replace(walk, tokens=walk.batch_tokens))
-    rotary = 2 * 2 * walk.head_dim * walk.element
+    rotary, held = 2 * 2 * walk.head_dim * walk.element, held_bytes(walk)
     return Activations(
-        states, batch, walk.tokens * rotary, walk.batch_tokens * rotary, 2 * batch, forward_bytes(walk),
+        states, batch, walk.tokens * rotary + held, walk.batch_tokens * rotary + held, 2 * batch, forward_bytes(walk),
         statistics_bytes(walk), *2 * [lens_bytes(walk, tile_bytes)],
     )  # fmt: skip
 

@@ -46,7 +46,11 @@ inline vf larger(vf a, vf b) { return a > b ? a : b; }
 inline vf smaller(vf a, vf b) { return a < b ? a : b; }
 #endif
 inline vf size_of(vf x) { return (vf)((vi)x & 0x7fffffff); }
+#if defined(__AVX512F__)
+inline vd wide(const float* p) { return (vd)_mm512_cvtps_pd(_mm256_loadu_ps(p)); }  // gcc 12 converts half by half
+#else
 inline vd wide(const float* p) { vh v; std::memcpy(&v, p, sizeof v); return __builtin_convertvector(v, vd); }
+#endif
 inline vd added(vf x) { float halves[LANES]; std::memcpy(halves, &x, sizeof x); return wide(halves) + wide(halves + WIDE); }
 
 inline double sum(vd x) {
@@ -509,10 +513,11 @@ void lens_rows(const Tile* t, int64_t first, int64_t last, float* space) {
 }
 
 struct Residual {
-    const float* const* states;    // [rows, stride] each
-    const float* const* previous;
+    const float* const* states;    // [blocks, states]: [rows of the block, stride] each
+    const float* const* previous;  // [blocks, previous]
     const int64_t *strides, *previous_strides;
-    int64_t size, rows;            // numbers in a row
+    const int64_t* starts;         // [blocks + 1]: where each block's rows begin; the last: all rows
+    int64_t size, rows;            // numbers in a row; rows of all blocks
     int32_t n_states, n_previous, n_turns, n_pairs;
     const int32_t *turns, *pairs;  // [turns, 2]: of a previous state and of a state; [pairs, 2]: of states
     double *norm;                  // [states, rows]
@@ -523,16 +528,19 @@ struct Residual {
 // Rows first..last of the statistics of residual states, in float64 from the states' own values: capture/statistics.py.
 // States, previous states: 16 at most.
 void residual_rows(const Residual* t, int64_t first, int64_t last) {
+    int64_t block = 0;
     for (int64_t row = first; row < last; row++) {
+        while (row >= t->starts[block + 1]) block++;
+        const int64_t own = row - t->starts[block], of = block * t->n_states, before_of = block * t->n_previous;
         const float *states[16], *previous[16];
         double norms[16], before[16];
         for (int s = 0; s < t->n_states; s++) {
-            states[s] = t->states[s] + row * t->strides[s];
+            states[s] = t->states[of + s] + own * t->strides[of + s];
             norms[s] = norm(states[s], t->size);
             t->norm[s * t->rows + row] = norms[s];
         }
         for (int s = 0; s < t->n_previous; s++) {
-            previous[s] = t->previous[s] + row * t->previous_strides[s];
+            previous[s] = t->previous[before_of + s] + own * t->previous_strides[before_of + s];
             before[s] = norm(previous[s], t->size);
         }
         for (int i = 0; i < t->n_turns; i++) {

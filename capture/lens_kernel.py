@@ -21,6 +21,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,9 @@ FLAGS = (
 )
 BLOCK = 512  # as in the source
 MOST_SLOTS, MOST_TERMS = 16, 4
-CELLS_OF_A_THREAD = 20_000  # numbers of a state: for fewer, waking a thread takes longer than the work
+# Numbers of a state that a thread is woken for: some milliseconds of work. torch's own threads go on spinning for as long after
+# each of its operations, and another one only takes their processors away.
+CELLS_OF_A_THREAD = 1 << 19
 COMPILE_S = 120.0
 
 
@@ -70,7 +73,7 @@ class _Residual(ctypes.Structure):
     """`Residual` of the source, field by field."""
 
     _fields_ = [
-        *[(name, ctypes.c_void_p) for name in ("states", "previous", "strides", "previous_strides")],
+        *[(name, ctypes.c_void_p) for name in ("states", "previous", "strides", "previous_strides", "starts")],
         *[(name, ctypes.c_int64) for name in ("size", "rows")],
         *[(name, ctypes.c_int32) for name in ("n_states", "n_previous", "n_turns", "n_pairs")],
         *[(name, ctypes.c_void_p) for name in ("turns", "pairs", "norm", "delta", "turned", "distance", "difference")],
@@ -150,20 +153,25 @@ class Kernel:
     def takes_states(self, states: Sequence[Tensor]) -> bool:
         """Whether these states can be given to `residuals`."""
         return len(states) <= MOST_SLOTS and all(
-            x.device.type == "cpu" and x.dtype == torch.float32 and x.stride(1) == 1 for x in states
+            x.dtype == torch.float32 and x.is_cpu and x.stride(1) == 1 for x in states
         )
 
     def residuals(
-        self, states: Sequence[Tensor], previous: Sequence[Tensor], turns: Pairs, pairs: Pairs
+        self, blocks: Sequence[tuple[Sequence[Tensor], Sequence[Tensor]]], turns: Pairs, pairs: Pairs
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """The fields of capture/statistics.py's Residuals, [n, R] float64 each, of states [R, D]."""
-        rows, size = states[0].shape
-        of = [torch.empty(n, rows, dtype=torch.float64) for n in (len(states), *2 * [len(turns)], *2 * [len(pairs)])]
+        """The fields of capture/statistics.py's Residuals, [n, R] float64 each, of its blocks."""
+        states = [x for block, _ in blocks for x in block]
+        previous = [x for _, block in blocks for x in block]
+        n_states, n_previous, size = len(blocks[0][0]), len(blocks[0][1]), states[0].shape[1]
+        starts = [0, *accumulate(len(block[0]) for block, _ in blocks)]
+        rows = starts[-1]
+        of = [torch.empty(n, rows, dtype=torch.float64) for n in (n_states, *2 * [len(turns)], *2 * [len(pairs)])]
         numbers = [_numbers(ctypes.c_int64, [x.data_ptr() for x in s]) for s in (states, previous)]
         numbers += [_numbers(ctypes.c_int64, [x.stride(0) for x in s]) for s in (states, previous)]
+        numbers.append(_numbers(ctypes.c_int64, starts))
         which = [_numbers(ctypes.c_int32, [i for pair in p for i in pair]) for p in (turns, pairs)]
         call = _Residual(
-            *map(ctypes.addressof, numbers), size, rows, len(states), len(previous), len(turns), len(pairs),
+            *map(ctypes.addressof, numbers), size, rows, n_states, n_previous, len(turns), len(pairs),
             *map(ctypes.addressof, which), *[x.data_ptr() for x in of],
         )  # fmt: skip
         n = max(1, min(torch.get_num_threads(), rows, rows * size // CELLS_OF_A_THREAD))

@@ -23,6 +23,7 @@ from capture.batches import Batch, halves
 from capture.checkpoint import EMBEDDING, HEAD, REST, StreamedModel
 from capture.config import Owner, Pass
 from capture.footprint import Activations, ModelBytes, Walk
+from capture.lens_kernel import MOST_SLOTS
 from capture.lens_plan import LensPlan
 from capture.live import META, AsOn, Live
 from capture.lockstep import Pair
@@ -107,7 +108,8 @@ class Measure:
         walk = replace(self.walk, batch_tokens=-(-self.walk.batch_tokens // parts))
         element = walk.element
         batch = footprint.state_bytes(replace(walk, tokens=self.walk.batch_tokens))
-        padded = 2 * batch if any(b.keep_BT is not None for b in self.batches) else 0  # rows() copies
+        has_padding = any(b.keep_BT is not None for b in self.batches)
+        padded = batch if has_padding else 0  # rows() copies
         forward = max(self.forward(c, parts) for c in self.calls)
         spectra = self._spectra()
         probe = [b for b in self.batches if b.probe]
@@ -116,10 +118,11 @@ class Measure:
         )  # its rows, in its batch
         kept = sum(self.of_lens.kept(tile_bytes))
         waiting, left = self.of_lens.waiting(tile_bytes)
-        beside = probed + waiting + kept + SMALL + SMALL_PER_TOKEN * self.walk.tokens
+        held = footprint.held_bytes(self.walk)
+        beside = probed + waiting + held + kept + SMALL + SMALL_PER_TOKEN * self.walk.tokens
         tail = 4 * self.walk.batch_tokens * self.hidden * max(4, element)
         products, lens = self.of_lens.stages(tile_bytes)
-        more = padded // 2 + spectra - kept - (waiting - left)
+        more = padded + spectra - kept - (waiting - left)
         return Activations(
             states=footprint.state_bytes(walk),
             batch=batch,
@@ -127,10 +130,14 @@ class Measure:
             batch_calls=max(c.nbytes for c in self.calls) + beside,
             opening=max(max(c.opening for c in self.calls), self.of_lens.most(tile_bytes, rows=8)) - kept - waiting,
             forward=forward,
-            statistics=max(footprint.statistics_bytes(self.walk) + padded, tail) + spectra,
+            statistics=max(self._statistics(has_padding), tail) + spectra,
             products=products + more if self.lens.layers else 0,
             lens=lens + more if self.lens.layers else 0,
         )
+
+    def _statistics(self, padded: bool) -> int:
+        compiled = self.lens.kernel is not None and self.dtype == torch.float32 and len(self.passes) <= MOST_SLOTS
+        return footprint.statistics_bytes(self.walk, on_cpu=self.device.type == "cpu", padded=padded, compiled=compiled)
 
     def _spectra(self) -> int:
         """float64 differences of all tokens for each comparison, and one of them with its Gram matrix at work."""
@@ -140,7 +147,8 @@ class Measure:
         return 8 * ((self.n_spectra + 2) * whole + 4 * small * small)
 
     def _sizes(self) -> Walk:
-        config = self.pair.models["base"].config
+        base = self.pair.models["base"]
+        config = base.config
         heads = getattr(config, "num_attention_heads", None) or 1  # models without attention have none
         kinds = {o: sum(p.model == o for p in self.passes) for o in self.pair.owners}
         return Walk(
@@ -156,6 +164,9 @@ class Measure:
             vocab=self.lens.n_vocab,
             element=self.dtype.itemsize,
             lens=bool(self.lens.layers),
+            waits=footprint.waiting(
+                [b.ids_BT.numel() * self.hidden for b in self.batches if not b.probe], base.n_layers
+            ),
         )
 
     # -- layers --------------------------------------------------------------------------------------------------------

@@ -12,16 +12,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from capture.footprint import STATISTICS_CELLS
+from capture.footprint import STATISTICS_CELLS, STATISTICS_CELLS_ON_CPU
 from capture.lens_kernel import Kernel
+
+Block = tuple[Sequence[Tensor], Sequence[Tensor]]  # states [R, D], and the states before them
 
 
 def _in_pieces(statistic: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The same function of [R, D] tensors, so many rows at a time that each tensor has STATISTICS_CELLS numbers at most."""
+    """The same function of [R, D] tensors, some rows at a time."""
 
     def whole(*tensors: Tensor) -> Tensor:
-        rows = max(1, STATISTICS_CELLS // tensors[0].shape[1])
-        return torch.cat([statistic(*pieces) for pieces in zip(*(t.split(rows) for t in tensors), strict=True)])
+        return torch.cat([statistic(*(t[some] for t in tensors)) for some in _pieces(tensors[0])])
 
     whole.__doc__ = statistic.__doc__
     return whole
@@ -40,45 +41,53 @@ class Residuals:
 
 
 def residuals(
-    states: Sequence[Tensor],
-    previous: Sequence[Tensor],
-    turns: Sequence[tuple[int, int]],
-    pairs: Sequence[tuple[int, int]],
-    kernel: Kernel | None = None,
-) -> Residuals:
-    """All statistics of states [R, D] at once, as `norm`, `norm_of_difference` and `cosine_distance` have them one by one: norms
-    and directions are made once. turns: (index of a previous state, of a state), sorted; pairs: (a, b) of states. kernel: the
-    compiled way, where it takes these states."""
-    if kernel is not None and kernel.takes_states([*states, *previous]):
-        return Residuals(*kernel.residuals(states, previous, turns, pairs))
-    rows = max(1, STATISTICS_CELLS // states[0].shape[1])
-    parts = []
-    for start in range(0, states[0].shape[0], rows):
-        some = slice(start, start + rows)
-        now = [_direction(x[some].double()) for x in states]
-        delta, turned = [], []
-        before, at = None, -1
-        for a, b in turns:
-            if a != at or before is None:
-                before, at = _direction(previous[a][some].double()), a
-            delta.append(now[b][0] - before[0])
-            turned.append(_between(before, now[b]))
-        before = None
-        parts.append(
-            [
-                [n for n, _ in now],
-                delta,
-                turned,
-                [_between(now[a], now[b]) for a, b in pairs],
-                [torch.linalg.vector_norm(_difference(states[a][some], states[b][some]), dim=1) for a, b in pairs],
-            ]
-        )
-    none = states[0].new_empty(0, states[0].shape[0], dtype=torch.float64)
+    blocks: Sequence[Block], turns: Sequence[tuple[int, int]], pairs: Sequence[tuple[int, int]], kernel: Kernel | None = None
+) -> Residuals:  # fmt: skip
+    """All statistics of the rows of some blocks, one after the other, as `norm`, `norm_of_difference` and `cosine_distance` have them
+    one by one: norms and directions are made once. turns: (index of a previous state, of a state), sorted; pairs: (a, b) of
+    states. kernel: the compiled way, where it takes these states."""
+    if kernel is not None and all(kernel.takes_states(tensors) for block in blocks for tensors in block):
+        return Residuals(*kernel.residuals(blocks, turns, pairs))
+    states, previous = (_together(tensors) for tensors in zip(*blocks, strict=True))
+    parts = [_some(states, previous, turns, pairs, some) for some in _pieces(states[0])]
+    none = states[0].new_empty(0, len(states[0]), dtype=torch.float64)
     columns = [
         torch.stack([torch.cat(pieces) for pieces in zip(*(p[i] for p in parts), strict=True)]) if parts[0][i] else none
         for i in range(5)
     ]
     return Residuals(*columns)
+
+
+def _together(blocks: Sequence[Sequence[Tensor]]) -> Sequence[Tensor]:
+    """Each tensor's rows of all blocks."""
+    return blocks[0] if len(blocks) == 1 else [torch.cat(rows) for rows in zip(*blocks, strict=True)]
+
+
+def _some(
+    states: Sequence[Tensor], previous: Sequence[Tensor], turns: Sequence[tuple[int, int]], pairs: Sequence[tuple[int, int]],
+    some: slice,
+) -> list[list[Tensor]]:  # fmt: skip
+    """The fields of Residuals of some rows, as lists."""
+    now = [_direction(x[some].double()) for x in states]
+    delta, turned = [], []
+    before, at = None, -1
+    for a, b in turns:
+        if a != at or before is None:
+            before, at = _direction(previous[a][some].double()), a
+        delta.append(now[b][0] - before[0])
+        turned.append(_between(before, now[b]))
+    before = None
+    distance = [_between(now[a], now[b]) for a, b in pairs]
+    far = [torch.linalg.vector_norm(_difference(states[a][some], states[b][some]), dim=1) for a, b in pairs]
+    return [[n for n, _ in now], delta, turned, distance, far]
+
+
+def _pieces(x_RD: Tensor) -> list[slice]:
+    """Rows as equal pieces of no more numbers than are worked on at a time."""
+    rows, size = x_RD.shape
+    most = max(1, (STATISTICS_CELLS if x_RD.is_cuda else STATISTICS_CELLS_ON_CPU) // size)
+    n = max(1, -(-rows // most))
+    return [slice(i * rows // n, (i + 1) * rows // n) for i in range(n)]
 
 
 def _direction(x_RD: Tensor) -> tuple[Tensor, Tensor]:

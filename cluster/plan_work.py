@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from capture.entries import Entry
-from capture.footprint import DTYPE_BYTES, Walk
+from capture.footprint import DTYPE_BYTES, Walk, waiting
 from cluster.plan_sizes import ModelSizes
 
 BYTES_PER_TOKEN = 3  # of UTF-8; English has 4 to 5 in most vocabularies, so the estimate is high rather than low
@@ -49,6 +49,7 @@ def work_of(entry: Entry, models: Sequence[ModelSizes], counts: Sequence[int]) -
         attention = 4.0 * sum(n * n for n in counts) * model.heads * model.head_dim * model.n_layers
         layer_flop += 2.0 * tokens * sum(model.active) + attention
     n_lens = _lens_layers(entry, base.n_layers)
+    n_batches = _batches(entry, counts)
     vocab = min(base.vocab, sft.vocab)
     lens_flop = 2.0 * base.hidden * vocab * tokens * len(entry.passes) * n_lens
     walk = Walk(
@@ -64,10 +65,9 @@ def work_of(entry: Entry, models: Sequence[ModelSizes], counts: Sequence[int]) -
         vocab=vocab,
         element=DTYPE_BYTES[base.dtype],
         lens=n_lens > 0,
+        waits=waiting([-(-tokens // n_batches) * base.hidden], base.n_layers),
     )
-    return Work(
-        len(counts), max(counts), walk, _batches(entry, counts), layer_flop, lens_flop, DTYPE_BYTES[base.dtype] == 2
-    )
+    return Work(len(counts), max(counts), walk, n_batches, layer_flop, lens_flop, DTYPE_BYTES[base.dtype] == 2)
 
 
 def _largest_batch(entry: Entry, counts: Sequence[int]) -> int:

@@ -225,7 +225,7 @@ def our_statistics(rival: Rival, found: States, ids_T: Tensor, n_tokens: int, to
         lens = lens_tile(logits, PAIRS, next_T, tracked, vocabulary, **how)
         turns = [(p, p) for p in range(4)] if layer else []
         previous = list(found[layer - 1]) if layer else []
-        done.append((lens, statistics.residuals(list(states_PTD), previous, turns, pairs, kernel)))
+        done.append((lens, statistics.residuals([(list(states_PTD), previous)], turns, pairs, kernel)))
     return done
 
 

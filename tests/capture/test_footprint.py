@@ -161,3 +161,15 @@ def test_the_lens_takes_tiles_however_many_tokens_there_are():
     assert lens_bytes(WALK) <= lens_bytes(many) < 4 * footprint.LENS_TILE_BYTES
     assert lens_bytes(dataclasses.replace(WALK, lens=False)) == 0
     assert activation_bytes(many) > activation_bytes(WALK) > lens_bytes(WALK)
+
+
+def test_how_many_states_wait_for_their_statistics(monkeypatch):
+    monkeypatch.setattr(footprint, "WAITING_CELLS", 100)
+    assert footprint.waiting([60], 30) == (0, 60)  # of two of them there is no room
+    assert footprint.waiting([30], 30) == (60, 90)
+    assert footprint.waiting([30], 2) == (
+        30,
+        90,
+    )  # one waits while the second layer runs; the third is the final norm's
+    assert footprint.waiting([30, 60], 30) == (30, 90)
+    assert footprint.waiting([10], 4) == (30, 50)

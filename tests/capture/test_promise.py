@@ -10,7 +10,7 @@ from promised import counted_capture
 from safetensors.torch import load_file, save_file
 from test_capture import entry_of
 
-from capture import memory
+from capture import footprint, memory
 from capture.config import Comparison, Lens, Pass
 from capture.device import DeviceChoice
 from capture.errors import DeviceMemoryError, UnsupportedModelError
@@ -53,8 +53,12 @@ CASES = {  # what dominates -> architecture, its shape, the entry
     ),
 }  # fmt: skip
 
-# Rows of an unembedding come and go while shifts are made of it; the plan has them there all the time.
-SLACK = {("the lens of rows that hardly differ", "sub-layer"): 1.2}
+SLACK = {
+    # Rows of an unembedding come and go while shifts are made of it; the plan has them there all the time.
+    ("the lens of rows that hardly differ", "sub-layer"): 1.2,
+    # Most states wait for their statistics where, of so few layers, the second of two is not there any more.
+    ("weights", "streamed-2"): 1.18,
+}
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +80,8 @@ def made(tmp_path_factory):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("case", CASES)
 def test_what_is_alive_at_most_is_what_was_planned(case, mode, made, tmp_path, monkeypatch):
+    # so few numbers that they are worked off in the midst of the walk, as in deep models: behind it no layer's weights are left
+    monkeypatch.setattr(footprint, "WAITING_CELLS", 1 << 12)
     counted = counted_capture(entry_of(made(case), mode=mode, **CASES[case][2]), tmp_path, monkeypatch)
     assert counted.document["mode"] == mode
     print(f"{case}, {mode}: planned {counted.planned:,}, alive {counted.peak:,}, {counted.planned / counted.peak:.3f}")
