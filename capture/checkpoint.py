@@ -330,36 +330,48 @@ class StreamedModel:
 
     def _load(self, group: Any) -> None:
         view = self.is_view(group)
-        name = ""
         try:
-            left = []
-            for name in self.names(group):
-                recipe = self._recipes.get(name)
-                if recipe is not None and recipe.by_library:
-                    left.append(recipe)
-                elif recipe is not None:
-                    self.weights.set(name, self._viewed(name, recipe) if view else self._assembled(name, recipe))
-            if left:
-                self._load_by_library(group, left)
-        except Misshapen as error:
-            self._misshapen(name, error.got, error.expected)
+            if view:
+                self._put_views(group)
+            else:
+                self._put_assembled(group)
         except (OSError, RuntimeError, ValueError) as error:
             if is_out_of_memory(error):
                 raise
             raise CheckpointError(f"{self.label} model '{self.directory}', {_name(group)}: {error}") from error
         self._apply_ties(group)
         for name in self.names(group):
-            if self.weights.get(name).is_meta:
+            if not (view and name in self._recipes) and self.weights.get(name).is_meta:
                 self._lacks(name)
+        if view and self.ties.keys().isdisjoint(self.names(group)):
+            return  # of shapes and dtypes that were reserved
         nbytes = self.weights.live_bytes(group)
         self.ledger.add(nbytes - self.loaded[group])
         self.loaded[group] = nbytes
 
-    def _viewed(self, name: str, recipe: Recipe) -> torch.Tensor:
-        tensor, shape = self.stored.view(recipe.parts[0].file, recipe.parts[0].key), self.meta(name).shape
-        if tensor.shape != shape:
-            raise Misshapen(list(tensor.shape), list(shape))
-        return self.weights.as_weight(name, tensor)
+    def _put_views(self, group: Any) -> None:
+        """All this is Python between two layers, while the processor's other cores wait."""
+        names = [name for name in self.names(group) if name in self._recipes]
+        parts = [self._recipes[name].parts[0] for name in names]
+        tensors = self.stored.views([(part.file, part.key) for part in parts])
+        for name, tensor in zip(names, tensors, strict=True):
+            if tensor.shape != self.meta(name).shape:
+                self._misshapen(name, tensor.shape, self.meta(name).shape)
+            self.weights.set(name, self.weights.as_weight(name, tensor))
+
+    def _put_assembled(self, group: Any) -> None:
+        left = []
+        for name in self.names(group):
+            recipe = self._recipes.get(name)
+            if recipe is not None and recipe.by_library:
+                left.append(recipe)
+            elif recipe is not None:
+                try:
+                    self.weights.set(name, self._assembled(name, recipe))
+                except Misshapen as error:
+                    self._misshapen(name, error.got, error.expected)
+        if left:
+            self._load_by_library(group, left)
 
     def _assembled(self, name: str, recipe: Recipe) -> torch.Tensor:
         meta = self.meta(name)

@@ -32,9 +32,9 @@ class Groups:
         layers = [("layer", i) for i in range(n_layers)]
         self.by_group: dict[Any, list[str]] = {g: [] for g in (EMBEDDING, HEAD, REST, *layers)}
         self.meta: dict[str, torch.Tensor] = {}
-        # The dict of its module that a weight is kept in, and whether that is the one of parameters: the way through the modules
-        # takes as long as all else that loading a mapped tensor does.
-        self._holders: dict[str, tuple[dict[str, Any], bool]] = {}
+        # The dict of its module that a weight is kept in, under which name, and whether that is the one of parameters: the way
+        # through the modules takes as long as all else that loading a mapped tensor does.
+        self._holders: dict[str, tuple[dict[str, Any], str, bool]] = {}
         modules = dict(model.named_modules(remove_duplicate=False))
         saved = model.state_dict().keys()
         for name, tensor in (
@@ -44,9 +44,10 @@ class Groups:
             if name in saved:  # buffers that a checkpoint does not hold are no weights
                 self.by_group[self._group_of(name)].append(name)
                 self.meta[name] = tensor
-                module = modules[name.rpartition(".")[0]]
-                is_parameter = name.rpartition(".")[2] in module._parameters
-                self._holders[name] = (module._parameters if is_parameter else module._buffers), is_parameter
+                owner, _, leaf = name.rpartition(".")
+                module = modules[owner]
+                is_parameter = leaf in module._parameters
+                self._holders[name] = (module._parameters if is_parameter else module._buffers), leaf, is_parameter
 
     def _group_of(self, name: str) -> Any:
         if name.startswith(self.layers_name + "."):
@@ -91,16 +92,18 @@ class Groups:
     # -- where they stand ----------------------------------------------------------------------------------------------
 
     def get(self, name: str) -> torch.Tensor:
-        found: torch.Tensor | None = self._holders[name][0].get(name.rpartition(".")[2])
+        holder, leaf, _ = self._holders[name]
+        found: torch.Tensor | None = holder.get(leaf)
         assert found is not None, name
         return found
 
     def set(self, name: str, tensor: torch.Tensor) -> None:
-        self._holders[name][0][name.rpartition(".")[2]] = tensor
+        holder, leaf, _ = self._holders[name]
+        holder[leaf] = tensor
 
     def as_weight(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """A tensor as its module wants it: a parameter, or a buffer."""
-        return nn.Parameter(tensor, requires_grad=False) if self._holders[name][1] else tensor
+        return nn.Parameter(tensor, requires_grad=False) if self._holders[name][2] else tensor
 
     # -- bytes ---------------------------------------------------------------------------------------------------------
 

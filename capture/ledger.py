@@ -33,10 +33,12 @@ class Ledger:
         with self._lock:
             self.stage_peak = self.live
 
-    def read(self, key: str, nbytes: int) -> None:
+    def read(self, *found: tuple[str, int]) -> None:
+        """found: key, bytes."""
         with self._lock:
-            self.read_bytes += nbytes
-            self.reads[key] = self.reads.get(key, 0) + nbytes
+            for key, nbytes in found:
+                self.read_bytes += nbytes
+                self.reads[key] = self.reads.get(key, 0) + nbytes
 
 
 class CountedSlice:
@@ -57,7 +59,7 @@ class CountedSlice:
 
     def __getitem__(self, index: Any) -> torch.Tensor:
         tensor: torch.Tensor = self._inner[index]
-        self._ledger.read(self._key, tensor.nbytes)
+        self._ledger.read((self._key, tensor.nbytes))
         return tensor
 
 

@@ -34,6 +34,15 @@ class Loader:
         for model, group in self.steps[step]:
             model.load(group)
 
+    def load_at_hand(self) -> None:
+        """Load all steps that take no time, where nothing is ever freed: one after the other that takes a third of what it takes
+        between layers, which leave nothing of it in the processor's cache."""
+        for step in self.steps:
+            for model, group in step:
+                if not model.is_at_hand(group):
+                    return
+                model.load(group)
+
     def _prepare(self, step: int) -> None:
         """What the thread does."""
         for model, group in self.steps[step]:

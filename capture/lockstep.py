@@ -18,9 +18,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from capture.batches import Batch
 from capture.checkpoint import EMBEDDING, HEAD, REST, StreamedModel, layers_equal
@@ -174,6 +175,8 @@ class Pair:
     def _together(self, layers: range, stop: Stop) -> Iterator[State]:
         """Layer l of both models, batch by batch; the layers after it are being read meanwhile."""
         loader = Loader([[(m, ("layer", i)) for m in self._walked()] for i in layers])
+        if self.mode == "resident":
+            loader.load_at_hand()
         try:
             for step, layer in enumerate(layers):
                 loader.get(step)
@@ -342,19 +345,18 @@ class Pair:
     def _run(self, owner: Owner, states: list[Tensor], layer: int, b: int) -> list[Tensor]:
         """One layer on one batch's states, in as many parts as the batch was split into."""
         module = self.models[owner].layers[layer]
-        whole = self.parts.of(b, layer) == 1
-        found = [] if whole else [torch.empty_like(s) for s in states]
+        if self.parts.of(b, layer) == 1:
+            return self._ran(module, states, self.parts.call(owner, layer, b))
+        found = [torch.empty_like(s) for s in states]
         for part, call in self.parts.calls(owner, layer, b):
-            some = states if whole else [s[part] for s in states]
-            if self.stacked and len(states) > 1:
-                out = list(run_layer(module, torch.cat(some), call).chunk(len(some)))
-            else:
-                out = [run_layer(module, s, call) for s in some]
-            if whole:
-                return out
-            for into, one in zip(found, out, strict=True):
+            for into, one in zip(found, self._ran(module, [s[part] for s in states], call), strict=True):
                 into[part] = one
         return found
+
+    def _ran(self, module: nn.Module, states: list[Tensor], call: Any) -> list[Tensor]:
+        if self.stacked and len(states) > 1:
+            return list(run_layer(module, torch.cat(states), call).chunk(len(states)))
+        return [run_layer(module, s, call) for s in states]
 
     def _hand_out(self, layer: int, b: int, new: list[Tensor], slot_of: dict[str, int]) -> Iterator[State]:
         state = State(layer, b, new, slot_of, self.home.get(self.states[b]), self.slot_of)

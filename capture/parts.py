@@ -38,7 +38,13 @@ class Parts:
 
     def of(self, b: int, layer: int) -> int:
         """In how many parts batch b goes through a layer."""
+        if not self.splits:
+            return 1
         return max((s.parts for s in self.splits if s.batch == b and s.layer <= layer), default=1)
+
+    def call(self, owner: Owner, layer: int, b: int) -> Any:
+        """The arguments of one of the model's layers for batch b, whole."""
+        return self.home.take(self._recorded[b][1][0][owner].calls[layer])
 
     def calls(self, owner: Owner, layer: int, b: int) -> Iterator[tuple[slice, Any]]:
         """Each part of batch b, and the arguments of one of the model's layers for it."""

@@ -5,6 +5,7 @@ the checks are made. No heavy imports here: all three packages import this modul
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 SCHEMA_VERSION = 1
@@ -195,6 +196,7 @@ TABLES: tuple[Table, ...] = (
 BY_NAME = {table.name: table for table in TABLES}
 
 
+@cache
 def arrow_schema(name: str) -> Any:
     """The pyarrow schema of one table; strings that repeat are dictionary-encoded."""
     import pyarrow as pa

@@ -61,7 +61,11 @@ class CaptureWriter:
         file = f"{name}.parquet" if part is None else f"{name}-{part:05d}.parquet"
         target = self.stage / file
         rows = 0
-        with storing(f"{self.path}/{file}"), pq.ParquetWriter(target, schema, **self._options(name)) as writer:
+        with (
+            storing(f"{self.path}/{file}"),
+            open(target, "wb") as stream,
+            pq.ParquetWriter(stream, schema, **self._options(name)) as writer,
+        ):
             for columns in chunks:
                 arrays = [_array(columns[f.name], f) for f in schema]
                 rows += len(arrays[0])
@@ -227,4 +231,5 @@ def _array(values: Any, field: pa.Field) -> pa.Array:
 
 def category(codes: Any, names: Sequence[str]) -> pa.Array:
     """A dictionary-encoded string column from integer codes into `names`."""
-    return pa.DictionaryArray.from_arrays(pa.array(codes, pa.int32()), pa.array(list(names), pa.string()))
+    indices = pa.array(np.asarray(codes, np.int32))
+    return pa.DictionaryArray.from_arrays(indices, pa.array(list(names), pa.string()))
