@@ -42,13 +42,13 @@ def test_a_head_that_is_not_the_models_own_stops_the_capture(wrong, pairs, tmp_p
 
 @pytest.mark.parametrize("metric", ["norm_diff", "cosine_distance", "kl_divergence", "kl_reverse"])
 def test_a_model_that_differs_from_itself_stops_the_capture(metric, pairs, tmp_path, monkeypatch):
-    take = Collector.take
+    finish = Collector.finish
 
-    def taken(collector, state):
-        take(collector, state)
+    def finished(collector):
+        finish(collector)
         collector.pairwise[metric][-1, -1, -1] = 1e-30
 
-    monkeypatch.setattr(Collector, "take", taken)
+    monkeypatch.setattr(Collector, "finish", finished)
     base = pairs("llama").base
     with pytest.raises(SelfCheckError, match=f"base and sft are the same checkpoint, yet {metric} reaches 1e-30"):
         capture_pair(entry_of(tiny.PairPaths(base, base, base)), str(tmp_path))
