@@ -29,6 +29,7 @@ class Loader:
         self.steps = steps
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
         self.coming: dict[int, Future[None] | None] = {}  # None: there is nothing to wait for
+        self.here = 0  # steps that were loaded at hand
 
     def _load(self, step: int) -> None:
         for model, group in self.steps[step]:
@@ -42,6 +43,7 @@ class Loader:
                 if not model.is_at_hand(group):
                     return
                 model.load(group)
+            self.here += 1
 
     def _prepare(self, step: int) -> None:
         """What the thread does."""
@@ -71,8 +73,10 @@ class Loader:
 
     def get(self, step: int) -> None:
         """Wait until a step is there, and start to read the next."""
-        self.wait(step)
-        self.ahead(step + 1)
+        if step >= self.here:
+            self.wait(step)
+        if step + 1 >= self.here:
+            self.ahead(step + 1)
 
     def free(self, step: int) -> None:
         for model, group in self.steps[step]:

@@ -180,7 +180,8 @@ class Pair:
         try:
             for step, layer in enumerate(layers):
                 loader.get(step)
-                jobs, slot_of = self._jobs(self._may_share() and self._same_weights(layer))
+                inputs = self._inputs()
+                jobs, slot_of = self._jobs(inputs, self._may_share(inputs) and self._same_weights(layer))
                 for b in range(len(self.states)):
                     _ask(stop)
                     new = self.parts.attempt(b, layer, lambda b=b, layer=layer, jobs=jobs: self._step(layer, b, jobs))  # type: ignore[misc]
@@ -208,16 +209,16 @@ class Pair:
                 fresh = {first: [self._turn(first, inputs[first], layer, b, stop) for b in range(len(self.states))]}
                 if len(models) == 2:
                     loader.wait(step + 1)
-                shared = self._may_share() and not self.inside and self._same_weights(layer)
+                shared = self._may_share(inputs) and not self.inside and self._same_weights(layer)
                 loader.free(step)
                 loader.ahead(step + 2)
                 if others and not shared:
                     self._other_turn(first, others[0], layer, fresh, loader, stop)
-                    shared = bool(self.inside) and self._may_share() and self._same_results(fresh)
+                    shared = bool(self.inside) and self._may_share(inputs) and self._same_results(fresh)
                 if len(models) == 2:
                     loader.free(step + 1)
                     loader.ahead(step + 3)
-                jobs, slot_of = self._jobs(shared)
+                jobs, slot_of = self._jobs(inputs, shared)
                 for b in range(len(self.states)):
                     new = [t for owner, _ in jobs for t in self.home.get(fresh[owner][b])]
                     for of_owner in fresh.values():
@@ -270,7 +271,8 @@ class Pair:
             model.load(group)
         for number, layer in enumerate(layers):
             fresh = {owner: by_layer[number] for owner, by_layer in kept.items()}
-            jobs, slot_of = self._jobs(self._may_share() and self._same_results(fresh))
+            inputs = self._inputs()
+            jobs, slot_of = self._jobs(inputs, self._may_share(inputs) and self._same_results(fresh))
             for b in range(len(self.states)):
                 _ask(stop)
                 new = [t for owner, _ in jobs for t in waiting.get(fresh[owner][b])]
@@ -306,9 +308,8 @@ class Pair:
         """The slots that each model's layer is run on."""
         return {o: list(dict.fromkeys(self.slot_of[p.name] for p in self.passes if p.model == o)) for o in self.owners}
 
-    def _may_share(self) -> bool:
+    def _may_share(self, inputs: dict[Owner, list[int]]) -> bool:
         """True if both models' layers are given the same states, so that equal weights give equal results."""
-        inputs = self._inputs()
         return len(inputs) == 2 and set(inputs["base"]) == set(inputs["sft"]) and self.same_config
 
     def _same_weights(self, layer: int) -> bool:
@@ -322,9 +323,8 @@ class Pair:
         self.shared_layers += shared
         return shared
 
-    def _jobs(self, shared: bool) -> tuple[list[Job], dict[str, int]]:
+    def _jobs(self, inputs: dict[Owner, list[int]], shared: bool) -> tuple[list[Job], dict[str, int]]:
         """What to run at this layer: (model, its input slots) in the order of the output slots; and passes' new slots."""
-        inputs = self._inputs()
         jobs = [(o, inputs[o]) for o in (self.owners[:1] if shared else self.owners)]
         out = {(o, s): i for i, (o, s) in enumerate((o, s) for o, slots in jobs for s in slots)}
         slot_of = {p.name: out[(self.owners[0] if shared else p.model, self.slot_of[p.name])] for p in self.passes}

@@ -149,7 +149,7 @@ class Rows:
         return keys, pick
 
     def _prompt_keys(self, item: Any) -> Columns:
-        zeros = np.zeros(len(item))
+        zeros = np.zeros(len(item), np.int32)
         return {
             "pair": category(zeros, [self.pair]),
             "capture": category(zeros, [self.capture]),
