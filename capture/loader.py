@@ -36,7 +36,7 @@ class Loader:
             model.load(group)
 
     def load_at_hand(self) -> None:
-        """Load all steps that take no time, where nothing is ever freed: one after the other that takes a third of what it takes
+        """Load all steps that take no time, where nothing is ever freed: one after the other that takes half of what it takes
         between layers, which leave nothing of it in the processor's cache."""
         for step in self.steps:
             for model, group in step:

@@ -61,11 +61,7 @@ class CaptureWriter:
         file = f"{name}.parquet" if part is None else f"{name}-{part:05d}.parquet"
         target = self.stage / file
         rows = 0
-        with (
-            storing(f"{self.path}/{file}"),
-            open(target, "wb") as stream,
-            pq.ParquetWriter(stream, schema, **self._options(name)) as writer,
-        ):
+        with storing(f"{self.path}/{file}"), pq.ParquetWriter(target, schema, **self._options(name)) as writer:
             for columns in chunks:
                 arrays = [_array(columns[f.name], f) for f in schema]
                 rows += len(arrays[0])

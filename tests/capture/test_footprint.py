@@ -167,9 +167,6 @@ def test_how_many_states_wait_for_their_statistics(monkeypatch):
     monkeypatch.setattr(footprint, "WAITING_CELLS", 100)
     assert footprint.waiting([60], 30) == (0, 60)  # of two of them there is no room
     assert footprint.waiting([30], 30) == (60, 90)
-    assert footprint.waiting([30], 2) == (
-        30,
-        90,
-    )  # one waits while the second layer runs; the third is the final norm's
+    assert footprint.waiting([30], 2) == (30, 90)  # one while the second layer runs; the third is the final norm's
     assert footprint.waiting([30, 60], 30) == (30, 90)
     assert footprint.waiting([10], 4) == (30, 50)

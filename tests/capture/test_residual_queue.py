@@ -9,6 +9,7 @@ from test_capture import captured, entry_of
 from capture import footprint, residual_queue
 from capture.config import Lens
 from capture.settings import Batching, Spans
+from capture.spans import SpanStore
 
 DEEP = {"num_hidden_layers": 9}
 PROMPTS = ("a bc", "cd", "efghij klm")  # three batches
@@ -59,11 +60,15 @@ def test_how_many_wait_changes_no_bit(padding, dtype, deep, tmp_path, monkeypatc
     assert tables(together.path) == tables(alone.path) == tables(some.path)
 
 
-def test_what_waits_is_in_the_span_that_is_committed(deep, tmp_path, flushed):
-    entry = entry_of(deep, prompts=PROMPTS, lens=Lens(enabled=False))
-    whole, _ = captured(entry, tmp_path / "whole")
-    cut, document = captured(entry.model_copy(update={"spans": Spans(layers=3)}), tmp_path / "cut")
-    assert len(document["spans"]) == 2
-    assert tables(whole.path) == tables(cut.path)
-    norm = tables(cut.path)["runs"]["norm"].to_numpy()
-    assert np.isfinite(norm).all()
+def test_what_waits_is_in_the_span_that_is_committed(deep, tmp_path, monkeypatch):
+    committed = []
+    commit = SpanStore.commit
+
+    def noted(store, first, last, columns, *more, **options):
+        committed.append(columns["runs/norm"].copy())
+        return commit(store, first, last, columns, *more, **options)
+
+    monkeypatch.setattr(SpanStore, "commit", noted)
+    captured(entry_of(deep, prompts=PROMPTS, lens=Lens(enabled=False), spans=Spans(layers=3)), tmp_path)
+    assert len(committed) == 2
+    assert all(np.isfinite(norms).all() for norms in committed)
