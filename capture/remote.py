@@ -83,7 +83,8 @@ class Source:
 
         size, free = to_write(dict.fromkeys(files, snapshot)), free_bytes() - to_write(self._snapshots)
         if size > free:
-            log.warning("%s is not kept: it has %.1f GiB, the disk of the hub's cache %.1f GiB free", files[0].repo, size / 2**30, free / 2**30)  # fmt: skip
+            log.warning("%s is not kept, nor its hash checked: it has %.1f GiB, the disk of the hub's cache %.1f GiB free",
+                        files[0].repo, size / 2**30, free / 2**30)  # fmt: skip
         return size <= free
 
     def _header(self, file: RemoteFile) -> bytes:
@@ -155,12 +156,12 @@ class Source:
 
     @property
     def record(self) -> dict[str, Any]:
-        """For capture.json: bytes that came from the hub, the most that waited in memory, files that are now in the cache,
-        and how often the hub was asked for an address."""
+        """For capture.json: bytes that came from the hub, the most that waited in memory, of how many files they were and how
+        many of these have the hub's hash and are now in the cache, and how often the hub was asked for an address."""
         f = self.fetcher
         return {
-            "bytes_fetched": f.fetched, "window_bytes": f.window, "window_peak_bytes": f.peak, "files_kept": self.kept,
-            "addresses": self.ranges.resolved,
+            "bytes_fetched": f.fetched, "window_bytes": f.window, "window_peak_bytes": f.peak, "files": len(self.files),
+            "files_kept": self.kept, "addresses": self.ranges.resolved,
         }  # fmt: skip
 
     def finish(self) -> None:

@@ -252,9 +252,11 @@ class Settings(Frozen):
     weights: Weights = Field(
         default="cache",
         description="how weights come that are on the hub and not in its cache here. stream: a layer is fetched while the one "
-        "before computes, and nothing is written to disk; mode sub-layer fetches layers once for every batch. cache: as stream, and "
-        "what passes is checked against the hub's hashes and kept in its cache. download: all of it is downloaded and checked first; so are, with cache, weights for tensor_parallel and "
-        "quantized ones. All give the same numbers",
+        "before computes, and nothing is written to disk; lengths are checked and hashes are not, as those are of whole files in their "
+        "own order; mode sub-layer fetches layers once for every batch. cache: as stream, and files that have passed whole are kept in "
+        "the hub's cache if their hashes are the hub's, else the capture fails; where the disk has no room nothing is kept and no hash "
+        "checked, and the log says so. download: all of it is downloaded and checked first; so are, with cache, weights for "
+        "tensor_parallel and quantized ones. All give the same numbers",
     )
     fetch_ahead: Bool = Field(
         default=True,

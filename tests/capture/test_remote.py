@@ -164,7 +164,7 @@ def test_what_passes_is_kept_and_the_next_capture_asks_for_no_weights(
     assert again.capture == first.capture, "the way that weights come is not in the id"
     assert tables(tmp_path / "two") == tables(tmp_path / "one") != {}
     record = json.loads((Path(first.path) / "capture.json").read_text())["from_the_hub"]
-    assert (record["weights"], record["files_kept"]) == ("cache", 10)
+    assert (record["weights"], record["files"], record["files_kept"]) == ("cache", 10, 10)
     assert json.loads((Path(again.path) / "capture.json").read_text())["from_the_hub"] is None
 
 
@@ -301,9 +301,12 @@ def test_a_disk_that_is_too_small_keeps_nothing_and_the_capture_goes_on(
     at_hub(pairs("llama"))
     monkeypatch.setattr(hub, "_check_disk", lambda *_: None)
     monkeypatch.setattr(hub, "free_bytes", lambda: 10)
-    assert capture_pair(entry_of("cache"), str(tmp_path / "out")).state == "complete"
+    made = capture_pair(entry_of("cache"), str(tmp_path / "out"))
+    assert made.state == "complete"
     assert kept(tmp_path) == []
-    assert "org/base is not kept" in caplog.text
+    assert "org/base is not kept, nor its hash checked" in caplog.text
+    record = json.loads((Path(made.path) / "capture.json").read_text())["from_the_hub"]
+    assert (record["files"], record["files_kept"]) == (2, 0), "of none the hash is known to be the hub's"
 
 
 def test_quantized_weights_are_downloaded_first_or_refused_where_they_may_not_be(
