@@ -1,5 +1,6 @@
 """Results on their way from the device. On a GPU they are copied behind what makes them, and used when they are there: who asks for
-the next layer has not waited for the numbers of this one.
+the next layer has not waited for the numbers of this one. A tile of the lens, with rows of several layers where they are few, is
+waited for all the same: which of its rows are worked on again is known from its numbers.
 """
 
 from __future__ import annotations

@@ -88,7 +88,7 @@ class Output(Frozen):
     topk_values: Literal["float32", "float16"] = Field(
         default="float32",
         description="float16: logits and shifts of the top-k lists are rounded to its 11 significant bits, which makes all tables "
-        "together a third smaller; everything else stays as it is",
+        "together a quarter smaller or more; everything else stays as it is",
     )
 
 

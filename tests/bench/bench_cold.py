@@ -35,6 +35,7 @@ from bench_hub import SHAPE
 from measured import CACHE, Bench, at_least, ratios
 
 BAR = 1.3
+STEADY = 1.3  # readings of one run that are further apart than this say that the disk was busy
 BLOCK = 8 << 20
 READERS = 4
 WHAT = {
@@ -164,7 +165,10 @@ def measure(bench: Bench, files: list[Path], rounds: int, captures: dict[str, Ca
         for name in sorted(parts, reverse=turn % 2 == 0):
             seconds[name].append(parts[name]())
     nbytes = sum(f.stat().st_size for f in files)
-    note = f"{nbytes / 1e9:.2f} GB, read at {nbytes / 1e6 / min(seconds['reading']):.0f} MB/s at best"
+    best, worst = min(seconds["reading"]), max(seconds["reading"])
+    note = f"{nbytes / 1e9:.2f} GB, read at {nbytes / 1e6 / best:.0f} MB/s at best"
+    if worst > STEADY * best:
+        note += f"; reading itself varied by {worst / best:.1f}x: others used the disk, and this ratio says little"
     for name in captures:
         bench.add(
             f"cold, {name}", f"a whole streamed capture, page cache cold, {WHAT[name]}", ratios(seconds[name], seconds["reading"]),

@@ -2,7 +2,8 @@
 
     python tests/bench/bench_rivals.py [--rounds 3] [--threads 2] [--parts resident naive streamed memory json] [--layers 30 60 120]
 
-The pair is that of bench_capture.py, the prompt has 64 tokens. Rivals (rivals.py) find the hidden states of all four passes by
+The pair is that of bench_capture.py, the prompt has 64 tokens; against the resident mode 12 tokens, and 64 without the lens, are
+measured as well. Rivals (rivals.py) find the hidden states of all four passes by
 their own means and get our statistics behind them; they write nothing, while our side counts the walk and the writing of the
 tables. Loading counts on neither side. What each finds is first compared with plain transformers.
 
@@ -34,6 +35,7 @@ RESIDENT = ("transformers, batched", "transformers, four forwards", "nnsight", "
 STREAMED = ("transformers, disk offload", "AirLLM")
 BAR_NAIVE = 12.0
 BAR_MEMORY = {30: 0.3, 60: 0.15, 120: 0.08}
+SHORT = 12  # tokens
 SAME = 2e-3  # most that states of one program may differ from another's, where they are about 10 in size
 PARTS = ("resident", "naive", "streamed", "memory", "json")
 
@@ -51,9 +53,11 @@ class Stage:
         self.ids = torch.tensor(self.tokenizer(self.prompts[0])["input_ids"])
         self.tokens = self.tokenizer.convert_ids_to_tokens(self.ids.tolist())
 
-    def ours(self, mode: str) -> Callable[[], float]:
+    def ours(self, mode: str, *, lens: bool = True) -> Callable[[], float]:
         """A capture; its seconds of walk and writing."""
-        entry = pairs.entry_of(self.paths, self.prompts, mode=mode)
+        from capture.config import Lens
+
+        entry = pairs.entry_of(self.paths, self.prompts, mode=mode, lens=Lens(enabled=lens))
         return lambda: pairs.work(pairs.captured(entry, self.scratch / "ours"))
 
     def rivals(self, names: Sequence[str]) -> dict[str, Any]:
@@ -64,7 +68,7 @@ class Stage:
         found = {}
         for name in names:
             folder = self.scratch / name.replace(", ", "-").replace(" ", "-")
-            folder.mkdir()
+            folder.mkdir(exist_ok=True)
             try:
                 rival = rivals.MAKERS[name](self.paths, self.ids, folder)
             except ImportError as error:
@@ -81,17 +85,25 @@ class Stage:
 
 
 def against_resident(bench: Bench, stage: Stage, rounds: int) -> None:
+    """The prompt of the stage with and without the lens, and a short one with it."""
+    found = stage.rivals(RESIDENT)
+    _resident(bench, stage, rounds, found, "")
+    _resident(bench, stage, rounds, found, ", no lens", lens=False)
+    short = Stage(stage.paths, stage.scratch, SHORT)
+    _resident(bench, short, 2 * rounds + 1, short.rivals(RESIDENT), f", {SHORT} tokens")
+
+
+def _resident(bench: Bench, stage: Stage, rounds: int, found: dict[str, Any], case: str, *, lens: bool = True) -> None:
     import rivals
 
-    found = stage.rivals(RESIDENT)
-    parts: dict[str, Callable[[], float | None]] = {"ours": stage.ours("resident")}
+    parts: dict[str, Callable[[], float | None]] = {"ours": stage.ours("resident", lens=lens)}
     for name, rival in found.items():
         parts[name] = lambda rival=rival: (
-            rivals.our_statistics(rival, rival.states(), stage.ids, len(stage.tokenizer)) and None
+            rivals.our_statistics(rival, rival.states(), stage.ids, len(stage.tokenizer), lens=lens) and None
         )
     seconds = in_turns(parts, rounds)
     for name in found:
-        bench.add(name, f"{name}, with our statistics", ratios(seconds[name], seconds["ours"]), over="ours", bar=1.0, want="least")  # fmt: skip
+        bench.add(f"{name}{case}", f"{name}, with our statistics{case}", ratios(seconds[name], seconds["ours"]), over="ours", bar=1.0, want="least")  # fmt: skip
 
 
 def against_naive(bench: Bench, stage: Stage, rounds: int) -> None:

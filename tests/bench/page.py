@@ -37,6 +37,8 @@ TITLES = {  # in the page's order
     "plan": "The plan",
     "gpu": "On a GPU",
 }
+FROM = re.compile(r"measured on (\d{4}-\d\d-\d\d)(?: at ([0-9a-f+]+))?$")  # how a note ends whose figure is older
+CHANGED = 1.1  # a median that is so many times what it was on the same processor is told
 SAME_ANYWHERE = ("storage",)  # bytes: one result is kept of these, the newest
 HEAD = """# Benchmarks
 
@@ -104,9 +106,20 @@ def _bars(results: Sequence[Mapping[str, Any]]) -> list[str]:
             cells = rows.setdefault((f"{one['what']}{over}", _bar(one)), {})
             cells[_place(result)[1]] = text if met(one) else f"**{text}**"
     head = [f"| what | bar | {' | '.join(places)} |\n", f"|---|---|{'---|' * len(places)}\n"]
-    return head + [
+    table = [
         f"| {what} | {bar} | {' | '.join(cells.get(p, '') for p in places)} |\n" for (what, bar), cells in rows.items()
     ]
+    return head + table + ["\n", *(_when(place, [r for r in results if _place(r)[1] == place]) for place in places)]
+
+
+def _when(place: str, results: Sequence[Mapping[str, Any]]) -> str:
+    """On which days, and of which code, the figures of a processor were measured."""
+    found = {(r["date"], r["code"]) for r in results}
+    notes = (FROM.search(one["note"]) for r in results for one in r["figures"] if one["bar"] is not None)
+    found |= {(note[1], note[2] or "") for note in notes if note}
+    days = groupby(sorted(found), key=lambda one: one[0])
+    said = (f"{day} ({', '.join(code or 'code not noted' for _, code in of_it)})" for day, of_it in days)
+    return f"- {place}: measured on {', '.join(said)}\n"
 
 
 def _section(result: Mapping[str, Any]) -> str:
@@ -187,16 +200,33 @@ def _with_others(result: dict[str, Any], before: Mapping[str, Any] | None) -> di
     for one in before["figures"] if before is not None else ():
         if one["name"] not in mine:
             note = one["note"]
-            if not re.search(r"measured on \d{4}-\d\d-\d\d( at [0-9a-f+]+)?$", note):
+            if not FROM.search(note):
                 at = f" at {before['code']}" if before["code"] else ""
                 note = "; ".join(filter(None, (note, f"measured on {before['date']}{at}")))
             result["figures"].append({**one, "note": note})
     return result
 
 
+def changes(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Medians that are others now than they were on the same processor, by more than a tenth: whether the code or the day is to
+    blame is for people to say."""
+    was = {(_kind(r), one["name"]): (one, r["code"]) for r in before for one in r["figures"]}
+    found = []
+    for result in after:
+        for one in result["figures"]:
+            old, code = was.get((_kind(result), one["name"]), (one, ""))
+            least, most = sorted((old["median"], one["median"]))
+            if most > 0 and most > CHANGED * least:
+                found.append(f"{result['bench']}: {one['what']}: {old['median']:g} ({code or 'code not noted'}) -> {one['median']:g}{_unit(one)}")  # fmt: skip
+    return found
+
+
 def main() -> int:
     files = sorted(CACHE.glob("*.json"))
-    results = collect(read() if JSON.exists() else [], files)
+    before = read() if JSON.exists() else []
+    results = collect(before, files)
+    for line in changes(before, results):
+        print(line)
     JSON.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     PAGE.write_text(benchmarks_page(results), encoding="utf-8")
     print(f"{len(files)} result files taken in; wrote docs/benchmarks.json and docs/benchmarks.md")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -189,12 +190,34 @@ MAKERS: dict[str, Callable[[Any, Tensor, Path], Rival]] = {
 
 
 @torch.no_grad()
-def our_statistics(rival: Rival, found: States, ids_T: Tensor, n_tokens: int, top_k: int = 20) -> list[Any]:
-    """Our statistics of a rival's states, a layer at a time: the lens with all entropies, KLs, shifts and lists, the norms, cosines
-    and differences. Nothing is written."""
-    from capture import statistics
-    from capture.lens import lens_tile
+def our_statistics(
+    rival: Rival, found: States, ids_T: Tensor, n_tokens: int, top_k: int = 20, *, lens: bool = True
+) -> tuple[list[Any], list[Any]]:
+    """Our statistics of a rival's states: the lens with all entropies, KLs, shifts and lists, a layer at a time, and the norms,
+    cosines and differences of consecutive rows, as many layers at a time as a capture has them. Nothing is written."""
     from capture.lens_kernel import Kernel, load_kernel
+
+    compiled = load_kernel()  # as a capture would take it
+    kernel = compiled if isinstance(compiled, Kernel) else None
+    lenses = _lenses(rival, found, ids_T, n_tokens, top_k, kernel) if lens else []
+    return lenses, _residuals(found, kernel)
+
+
+def _residuals(found: States, kernel: Any) -> list[Any]:
+    from capture import statistics
+    from capture.footprint import WAITING_CELLS
+
+    turns, pairs = [(p, p) for p in range(4)], list(PAIRS)
+    done = [statistics.residuals([(list(found[0]), [])], [], pairs, kernel)]
+    blocks = [(list(now), list(before)) for before, now in pairwise(found)]
+    together = max(1, WAITING_CELLS // found[0][0].numel())
+    for first in range(0, len(blocks), together):
+        done.append(statistics.residuals(blocks[first : first + together], turns, pairs, kernel))
+    return done
+
+
+def _lenses(rival: Rival, found: States, ids_T: Tensor, n_tokens: int, top_k: int, kernel: Any) -> list[Any]:
+    from capture.lens import lens_tile
     from capture.lens_plan import statistics_rows
     from capture.lens_sums import Space
     from capture.logits import separate
@@ -205,11 +228,8 @@ def our_statistics(rival: Rival, found: States, ids_T: Tensor, n_tokens: int, to
     vocabulary = Vocabulary(n_tokens, top_k)
     next_T = torch.cat([ids_T[1:], torch.tensor([-1])])
     tracked = torch.tensor([5, 299])
-    compiled = load_kernel()  # as a capture would take it
-    kernel = compiled if isinstance(compiled, Kernel) else None
     spaces = [Space() for _ in range(torch.get_num_threads())]
     done = []
-    pairs = list(PAIRS)
     kept = [torch.empty(2 * len(ids_T), n_vocab) for _ in rival.models]  # as a capture keeps it
     for layer, states_PTD in enumerate(found):
         states = [
@@ -222,10 +242,7 @@ def our_statistics(rival: Rival, found: States, ids_T: Tensor, n_tokens: int, to
         logits = separate([a[0], b[0], a[1], b[1]])
         rows, at_once = statistics_rows(n_vocab, on_cpu=True, alone=True)
         how = {"rows": rows, "at_once": at_once, "kernel": kernel, "spaces": spaces}
-        lens = lens_tile(logits, PAIRS, next_T, tracked, vocabulary, **how)
-        turns = [(p, p) for p in range(4)] if layer else []
-        previous = list(found[layer - 1]) if layer else []
-        done.append((lens, statistics.residuals([(list(states_PTD), previous)], turns, pairs, kernel)))
+        done.append(lens_tile(logits, PAIRS, next_T, tracked, vocabulary, **how))
     return done
 
 

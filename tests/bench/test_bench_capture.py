@@ -24,8 +24,19 @@ def test_the_bench_times_floor_and_capture_in_turns(small, tmp_path, monkeypatch
     result = bench.result()
     assert wrong_result(result) == []
     names = [f["name"] for f in result["figures"]]
-    assert {"64 eager", "64 without the lens", "64 eager, opening too"} == set(names)
+    of = ("64 eager", "64 without the lens")
+    assert {*of, *(f"{name}, opening too" for name in of)} == set(names)
     assert all(f["rounds"] == 2 and 0 < f["low"] <= f["median"] <= f["high"] for f in result["figures"])
+
+
+def test_short_prompts_are_held_against_a_floor_of_one_unembedding_as_well(small, tmp_path, monkeypatch):
+    monkeypatch.setitem(bench_capture.CASES, "12", (4, 1))
+    bench = Bench("capture", "make bench", threads=1)
+    bench_capture.measure(bench, small, tmp_path / "out", "12", rounds=1, chosen=["eager"])
+    (one,) = [f for f in bench.result()["figures"] if f["name"] == "12 eager, one head"]
+    assert one["over"] == "bare forwards and bare lens products of one unembedding"
+    assert one["bar"] is None
+    assert one["note"] == bench_capture.ONE
 
 
 def test_a_pair_is_made_once(small):

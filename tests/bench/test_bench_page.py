@@ -66,6 +66,23 @@ def test_figures_that_a_new_result_lacks_stay_and_say_from_when_they_are(tmp_pat
     assert one["date"] == "2030-01-03"
 
 
+def test_a_figure_that_changed_by_more_than_a_tenth_is_told_with_what_it_was():
+    old, new = result(code="abc1234"), result(code="def5678")
+    assert page.changes([old], [new]) == []
+    new["figures"][0]["median"] = 2.21
+    assert page.changes([old], [new]) == ["ray: what it is: 2 (abc1234) -> 2.21x"]
+    other = new["machine"] | {"cpu": "another one"}
+    assert page.changes([old], [new | {"machine": other}]) == [], "nothing is known of that one"
+
+
+def test_the_table_of_bars_says_from_when_its_figures_are():
+    old = result(date="2030-01-02", code="abc1234")
+    old["figures"].append(old["figures"][0] | {"name": "b", "note": "quiet; measured on 2029-12-31 at 0123abc+"})
+    text = page.benchmarks_page([old, result(bench="plan", date="2030-02-01", code="def5678")])
+    place = old["machine"]["cpu"]
+    assert f"- {place}: measured on 2029-12-31 (0123abc+), 2030-01-02 (abc1234), 2030-02-01 (def5678)\n" in text
+
+
 def test_results_of_two_processors_stand_side_by_side_under_one_title_the_newest_first(tmp_path):
     old = result(date="2030-01-01")
     file = tmp_path / "ray.json"

@@ -38,16 +38,17 @@ def test_the_naive_program_and_ours_say_the_same(small, tmp_path):
     rival = rivals.plain(small, stage.ids, tmp_path)
     states = rival.states()
     naive = rivals.naive_record(rival, states, stage.tokens, top_k=5)
-    ours = rivals.our_statistics(rival, states, stage.ids, len(stage.tokenizer), top_k=5)
-    for layer, (lens, residuals) in enumerate(ours):
-        slots, both = lens
+    lenses, residuals = rivals.our_statistics(rival, states, stage.ids, len(stage.tokenizer), top_k=5)
+    norms, differences = (torch.cat([getattr(r, n) for r in residuals], 1) for n in ("norm", "difference"))
+    for layer, (slots, both) in enumerate(lenses):
+        rows = slice(layer * len(stage.ids), (layer + 1) * len(stage.ids))
         for p, run in enumerate(naive["runs"]):
             cells = list(run["layers"][str(layer)].values())
             torch.testing.assert_close(slots[p].entropy, torch.tensor([c["entropy"] for c in cells], dtype=torch.float64), rtol=1e-4, atol=1e-4)  # fmt: skip
-            torch.testing.assert_close(residuals.norm[p], torch.tensor([c["norm"] for c in cells], dtype=torch.float64), rtol=1e-5, atol=1e-5)  # fmt: skip
+            torch.testing.assert_close(norms[p, rows], torch.tensor([c["norm"] for c in cells], dtype=torch.float64), rtol=1e-5, atol=1e-5)  # fmt: skip
         for k, pair in enumerate(rivals.PAIRS):
             cells = list(naive["pairwise"][k]["layers"][str(layer)].values())
             kl = torch.tensor([c["kl_div"] for c in cells], dtype=torch.float64)
             torch.testing.assert_close(both[pair].kl_ba, kl, rtol=2e-2, atol=1e-4)
             assert both[pair].increased.ids.tolist() == [c["top_k_increased"]["indices"] for c in cells]
-            torch.testing.assert_close(residuals.difference[k], torch.tensor([c["norm_diff"] for c in cells], dtype=torch.float64), rtol=1e-4, atol=1e-4)  # fmt: skip
+            torch.testing.assert_close(differences[k, rows], torch.tensor([c["norm_diff"] for c in cells], dtype=torch.float64), rtol=1e-4, atol=1e-4)  # fmt: skip
