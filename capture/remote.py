@@ -166,16 +166,19 @@ class Source:
     def finish(self) -> None:
         """Check the files that have passed whole, and put them into the hub's cache.
 
-        Of a file that has nearly passed (all but tensors that the model does not use) the rest is fetched first. Raises
-        CheckpointError where a hash is not the hub's.
+        Of a file that has nearly passed (all but tensors that the model does not use) the rest is fetched first; where it
+        does not come, the file is not kept. Raises CheckpointError where a hash is not the hub's, and for nothing else.
         """
         if self._fetcher is None:
             return
         for file, spool in self._fetcher.spools.items():
             missing = spool.missing
             if 0 < sum(b - a for a, b in missing) <= (1 - NEARLY) * file.size:
-                for start, stop in missing:
-                    self._rest(file, start, stop)
+                try:
+                    for start, stop in missing:
+                        self._rest(file, start, stop)
+                except CheckpointError as why:  # the capture has all that it needs
+                    log.warning("%s is not kept: %s", file, why)
         with ThreadPoolExecutor(2, thread_name_prefix="hash") as threads:
             found = list(threads.map(_finished, self._fetcher.spools.values()))
         for error in found:

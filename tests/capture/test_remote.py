@@ -208,8 +208,9 @@ def test_a_files_bytes_are_on_the_disk_before_it_has_its_name_in_the_cache(
 def test_wrong_bytes_end_the_capture_and_leave_nothing(
     pairs: Callable[..., Any], at_hub: Callable[..., LocalHub], tmp_path: Path
 ) -> None:
+    """Not what was committed meanwhile either: the next attempt would go on from it, and never read those bytes again."""
     at_hub(pairs("llama"))
-    entry = entry_of("cache")
+    entry = entry_of("cache", spans={"layers": 1})
     real = ranges.Ranges.read
 
     def spoilt(self: Any, file: Any, start: int, view: memoryview) -> None:
@@ -227,6 +228,28 @@ def test_wrong_bytes_end_the_capture_and_leave_nothing(
     assert kept(tmp_path) == []
     assert not list((tmp_path / "cache").rglob("*.pairscope"))
     assert not RunDir(str(tmp_path / "out")).is_complete("tiny", resolve(entry_of("download")).capture)
+    assert not list((tmp_path / "out").rglob("*.safetensors"))
+    for out in ("out", "undisturbed"):
+        capture_pair(entry, str(tmp_path / out))
+    assert tables(tmp_path / "out") == tables(tmp_path / "undisturbed") != {}
+
+
+def test_bytes_that_only_the_cache_wants_may_fail_to_come(
+    pairs: Callable[..., Any], at_hub: Callable[..., LocalHub], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    """The model does not use them, and all that it uses was measured."""
+    at_hub(pairs("llama"))
+    monkeypatch.setattr(remote, "NEARLY", 0.0)
+
+    def fail(*_: Any) -> None:
+        raise CheckpointError("bytes 7 to 9 could not be read")
+
+    monkeypatch.setattr(remote.Source, "_rest", fail)
+    monkeypatch.setattr("capture.spool.Spool.missing", property(lambda _: [(7, 10)]))
+    assert capture_pair(entry_of("cache"), str(tmp_path / "out")).state == "complete"
+    assert "'org/base', 'model.safetensors' is not kept: bytes 7 to 9 could not be read" in caplog.text
+    assert kept(tmp_path) == []
 
 
 def test_what_an_ended_capture_had_kept_is_not_fetched_again(
