@@ -128,6 +128,8 @@ def download_bytes(repo: str, revision: str | None, *, allow_pickle: bool, token
         if isinstance(error, OSError | HTTPError) and not isinstance(error, HfHubHTTPError):
             return 0
         raise hub_error(repo, revision, error) from error
+    except ImportError as error:
+        raise hub_error(repo, revision, error) from error
     except NOT_UNDERSTOOD as error:
         raise _no_hub(repo, error) from error
     return sum(sizes[n] for n in _missing(repo, info, sizes))
@@ -203,7 +205,7 @@ def _snapshot(
             drop((path / name).resolve())
         _note_branch(path, revision or "main")
         return path
-    except (OSError, HTTPError, EntryNotFoundError, HFValidationError) as error:
+    except (OSError, HTTPError, EntryNotFoundError, HFValidationError, ImportError) as error:
         raise hub_error(repo, revision, error) from error
     except NOT_UNDERSTOOD as error:
         raise _no_hub(repo, error) from error
@@ -346,6 +348,11 @@ def hub_error(repo: str, revision: str | None, error: Exception) -> CheckpointEr
     elif isinstance(error, PermissionError):
         text = (
             f"the hub's cache cannot be written for '{repo}' ({_one_line(error)}); set HF_HOME to a directory of yours"
+        )
+    elif isinstance(error, ImportError):  # of what its library asks for a SOCKS proxy
+        text = (
+            f"the hub's library cannot ask for '{repo}' here: {_one_line(error)}; install that, or name an HTTP proxy in HTTPS_PROXY "
+            "and ALL_PROXY"
         )
     else:
         text = f"downloading '{repo}' failed: {_one_line(error)}; run again, files that are whole are not fetched again"

@@ -207,6 +207,7 @@ def test_the_real_library_s_cache_is_read_offline(tmp_path: Path, monkeypatch: p
         ("model_info", http_error(errors.RevisionNotFoundError), "has no revision 'v2' on the hub"),
         ("model_info", http_error(errors.HfHubHTTPError, "429\ntoo many"), "the hub refused 'org/model': HfHubHTTPError: 429 too many"),
         ("snapshot_download", errors.LocalEntryNotFoundError("Got: 503"), "the hub did not answer for 'org/model', and not all of it is in the cache"),
+        ("model_info", ImportError("the 'socksio' package is not installed"), "'org/model' here: ImportError: the 'socksio' package is not installed; install that, or name an HTTP proxy"),
         ("model_info", errors.HFValidationError("bad"), "neither a directory here nor a name on the hub"),
         ("snapshot_download", OSError(errno.ENOSPC, "full"), "the disk is full while downloading"),
         ("snapshot_download", PermissionError(errno.EACCES, "denied"), "the hub's cache cannot be written"),
