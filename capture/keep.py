@@ -7,7 +7,6 @@ stays small.
 
 from __future__ import annotations
 
-import contextlib
 import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,7 +17,6 @@ from capture.ranges import CONNECTIONS, Ranges, RemoteFile, Stopped
 from capture.spool import Hasher, Spool, is_written, part_of
 
 PART = 4 << 20  # bytes of one request
-SAVE_EVERY_S = 5.0  # between two notes of what is there of a file: so much is lost where the process is killed
 
 
 class Keeper:
@@ -64,10 +62,8 @@ class Keeper:
         try:
             for thread in threads:
                 thread.start()
-            while any(thread.is_alive() for thread in threads) and not failed:
-                with contextlib.suppress(OSError):
-                    spool.save()
-                self._wait(threads, failed)
+            while (alive := [thread for thread in threads if thread.is_alive()]) and not failed:
+                alive[0].join(0.1)
                 if self.ranges.stop.is_set():  # whether or not a thread has heard of it
                     raise Stopped
             if failed:
@@ -77,13 +73,6 @@ class Keeper:
             raise
         finally:
             hasher.close()
-
-    def _wait(self, threads: list[threading.Thread], failed: list[BaseException]) -> None:
-        left = SAVE_EVERY_S
-        for thread in threads:
-            while thread.is_alive() and left > 0 and not failed and not self.ranges.stop.is_set():
-                thread.join(0.1)
-                left -= 0.1
 
     def _work(self, spool: Spool, parts: Iterator[tuple[int, int]], failed: list[BaseException]) -> None:
         buffer = memoryview(bytearray(PART))
