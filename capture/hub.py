@@ -17,6 +17,7 @@ from typing import Any
 
 from capture.errors import CheckpointError, HubFailedError
 from capture.printable import without_logins
+from capture.process import temporary
 from capture.ranges import RemoteFile
 from capture.spool import bytes_there, drop, is_whole, is_written, part_of
 from capture.weights import choose_weights
@@ -214,10 +215,18 @@ def _snapshot(
 def _note_branch(snapshot: Path, revision: str) -> None:
     """Let the cache know which commit a branch is at, as the library does, for when the network is gone."""
     ref = snapshot.parents[1] / "refs" / revision
-    if revision == snapshot.name or (ref.exists() and ref.read_text() == snapshot.name):
-        return
-    ref.parent.mkdir(parents=True, exist_ok=True)
-    ref.write_text(snapshot.name)
+    try:
+        if revision == snapshot.name or (ref.exists() and ref.read_text() == snapshot.name):
+            return
+        ref.parent.mkdir(parents=True, exist_ok=True)
+        new = Path(temporary(str(ref)))
+        try:
+            new.write_text(snapshot.name)
+            new.replace(ref)  # a full disk would leave an empty one
+        finally:
+            new.unlink(missing_ok=True)
+    except OSError as error:  # of a cache that may only be read
+        log.info("the cache is not told that '%s' is at %s: %s", revision, snapshot.name, error)
 
 
 def _info(repo: str, revision: str | None, token: str | bool | None) -> Any:
