@@ -111,6 +111,8 @@ def _remote_weights(repo: str, info: Any, token: str | bool | None, want: Want) 
 def _remote_file(repo: str, info: Any, name: str) -> RemoteFile:
     (found,) = (s for s in info.siblings if s.rfilename == name)
     sha256 = found.lfs.sha256 if found.lfs else None
+    if sha256 is None and _SHA256.fullmatch(found.blob_id or ""):
+        sha256 = found.blob_id
     return RemoteFile(repo, info.sha, name, found.size or 0, sha256 or found.blob_id, sha256)
 
 
@@ -239,12 +241,18 @@ def _needed(repo: str, info: Any, token: str | bool | None, want: Want) -> dict[
     """The files that are needed, and the bytes of each."""
     import huggingface_hub as hub
 
-    sizes = {s.rfilename: s.size or 0 for s in info.siblings or []}
+    listed = {s.rfilename: s for s in info.siblings or []}
 
     def read(name: str) -> bytes:
         return Path(hub.hf_hub_download(repo, name, revision=info.sha, token=token)).read_bytes()
 
-    return {n: sizes[n] for n in want(sizes, read)}
+    names = want({n: s.size or 0 for n, s in listed.items()}, read)
+    for name in names:
+        one = listed[name]
+        if one.size is None or not (one.lfs or one.blob_id):  # as in a mirror's list: each is asked for by itself
+            found = hub.get_hf_file_metadata(hub.hf_hub_url(repo, name, revision=info.sha), token=token)
+            one.size, one.blob_id = found.size, found.etag
+    return {n: listed[n].size or 0 for n in names}
 
 
 def _missing(repo: str, info: Any, names: Iterable[str]) -> list[str]:

@@ -30,7 +30,7 @@ class Keeper:
 
     def fetch(self, files: Iterable[tuple[RemoteFile, Path]]) -> int:
         """files: each with the folder of its commit in the cache. Returns how many of them were put into the cache; one that
-        another process writes is left to that.
+        another process writes is left to that, and one of which the hub says no size or hash to the hub's own library.
 
         Raises CheckpointError (the hub refuses, other bytes than the hub's, a full disk) and Stopped, once `stop` was called.
         What has come of a file is left for whoever goes on with it.
@@ -38,6 +38,8 @@ class Keeper:
         with ThreadPoolExecutor(1, thread_name_prefix="check") as checks:  # while the next file comes
             kept: list[Future[bool]] = []
             for file, snapshot in files:
+                if not file.size or not file.has_hash:
+                    continue
                 spool = Spool.open(file, snapshot)
                 if spool is not None:
                     self._whole(spool)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import random
+import re
 import ssl
 import threading
 import time
@@ -52,6 +53,11 @@ class RemoteFile:
 
     def __str__(self) -> str:
         return f"'{self.repo}', '{self.name}'"
+
+    @property
+    def has_hash(self) -> bool:
+        """Whether what comes of it can be held against a hash; a mirror's own tags are none."""
+        return self.sha256 is not None or re.fullmatch("[0-9a-f]{40}", self.etag or "") is not None
 
 
 @dataclass(frozen=True)

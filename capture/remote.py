@@ -47,7 +47,10 @@ class Source:
         Raises CheckpointError.
         """
         repo = missing[0].repo
-        if why := _only_whole(snapshot):
+        why = _only_whole(snapshot)
+        if not all(file.size for file in missing):
+            why = "the hub does not say how large its weights are"
+        if why:
             if not self.keep:
                 raise CheckpointError(f"'{repo}': {why}; set weights: download")
             log.info("%s: %s: its weights are downloaded first", repo, why)
@@ -77,6 +80,12 @@ class Source:
 
     def _room_for(self, files: Sequence[RemoteFile], snapshot: Path) -> bool:
         from capture.hub import free_bytes
+
+        if not all(file.has_hash for file in files):
+            log.warning(
+                "%s is not kept: the hub gives no hash to check it by; weights: download keeps it", files[0].repo
+            )
+            return False
 
         def to_write(of: Mapping[RemoteFile, Path]) -> int:
             return sum(file.size - bytes_there(part_of(file, at)) for file, at in of.items())

@@ -317,6 +317,33 @@ def test_a_hub_that_fails_before_the_small_files_have_come_is_told(
     assert resolve_model("org/base").weight_bytes
 
 
+@pytest.mark.parametrize("way", ["cache", "stream", "download"])
+@pytest.mark.parametrize("says", ["in its answers for files", "no hash", "no size"])
+def test_a_mirror_whose_lists_say_no_sizes_and_hashes(
+    way: str, says: str, pairs: Callable[..., Any], at_hub: Callable[..., LocalHub], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    served = at_hub(pairs("llama"))
+    served.bare = True
+    if says == "no hash":
+        monkeypatch.setattr(served, "etag", lambda path: f"its-own-{path.parent.name}-{path.name}")
+    if says == "no size":
+        monkeypatch.setattr(
+            "huggingface_hub.get_hf_file_metadata", lambda *_, **__: SimpleNamespace(size=None, etag=None)
+        )
+        if way == "stream":
+            with pytest.raises(
+                CheckpointError, match=r"'org/base': the hub does not say how large .*; set weights: download"
+            ):
+                capture_pair(entry_of(way), str(tmp_path / "out"))
+            return
+    assert capture_pair(entry_of(way), str(tmp_path / "out")).state == "complete"
+    is_kept = way == "download" or (way == "cache" and says != "no hash")
+    assert len(kept(tmp_path)) == 2 * is_kept
+    assert ("gives no hash to check it by" in caplog.text) == (way == "cache" and says == "no hash")
+    assert not list((tmp_path / "cache").rglob("*pairscope*"))
+
+
 def test_a_disk_that_is_too_small_keeps_nothing_and_the_capture_goes_on(
     pairs: Callable[..., Any], at_hub: Callable[..., LocalHub], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
