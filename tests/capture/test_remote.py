@@ -344,6 +344,21 @@ def test_a_mirror_whose_lists_say_no_sizes_and_hashes(
     assert not list((tmp_path / "cache").rglob("*pairscope*"))
 
 
+@pytest.mark.parametrize("sharded", [False, True])
+def test_weights_that_were_not_kept_are_told_when_there_is_no_hub_any_more(
+    sharded: bool, pairs: Callable[..., Any], at_hub: Callable[..., LocalHub], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """The cache has the small files alone, which look like a repository without weights."""
+    at_hub(pairs("llama", sharded=sharded))
+    capture_pair(entry_of("stream"), str(tmp_path / "out"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(
+        CheckpointError, match=r"'org/base' in .*in the hub's cache.* without HF_HUB_OFFLINE, what is miss"
+    ):
+        capture_pair(entry_of("stream"), str(tmp_path / "out"))
+
+
 def test_a_disk_that_is_too_small_keeps_nothing_and_the_capture_goes_on(
     pairs: Callable[..., Any], at_hub: Callable[..., LocalHub], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
