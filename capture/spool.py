@@ -144,11 +144,21 @@ class Spool:
                 return False
             got = 0
             while got < len(view):
-                n = os.preadv(self._fd, [view[got:]], start + got)
+                n = self._pread(view[got:], start + got)
                 if n == 0:
                     return False
                 got += n
         return True
+
+    def _pread(self, view: memoryview, start: int) -> int:
+        """Bytes read; 0 where there is no more, or the disk does not give them: the file is then given up, and only that."""
+        assert self._fd is not None
+        try:
+            return os.preadv(self._fd, [view], start)
+        except OSError as error:
+            log.warning("%s is not kept: %s", self.file, _why(error))
+            self.discard()
+            return 0
 
     def write(self, start: int, view: memoryview) -> None:
         """Keep bytes that have come. Where the disk refuses them the file is given up, and only that."""
@@ -195,6 +205,9 @@ class Spool:
         if self._fd is None or self.missing:
             return False
         self.hash()
+        if self._hashed < self.file.size:  # it was not given back: nothing is known of the bytes that came
+            self.discard()
+            return False
         found = str(self._sha.hexdigest())
         if found != (self.file.sha256 or self.file.etag):
             self.discard()
@@ -268,7 +281,7 @@ class Spool:
                     end = self._have[0][1] if self._have and self._have[0][0] == 0 else 0
                     if self._fd is None or end <= self._hashed:
                         return
-                    n = os.preadv(self._fd, [buffer[: end - self._hashed]], self._hashed)
+                    n = self._pread(buffer[: end - self._hashed], self._hashed)
                 if n == 0:
                     return
                 self._sha.update(buffer[:n])

@@ -287,6 +287,29 @@ def test_a_disk_that_fails_meanwhile_keeps_nothing_of_the_file(hub: LocalHub, mo
     assert not part_of(file, folder).exists()
 
 
+@pytest.mark.parametrize("is_cut", [False, True])
+def test_a_disk_that_does_not_give_back_what_came_keeps_nothing_of_the_file(
+    is_cut: bool, hub: LocalHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a cache on NFS whose file was removed or cut on another machine: what was computed meanwhile is right all the same."""
+    (file, folder), *_ = missing()
+    spooled = Spool.open(file, folder)
+    assert spooled is not None
+    spooled.write(0, memoryview((hub.root / "org" / "model" / file.name).read_bytes()))
+
+    def fails(*_: Any) -> int:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    if is_cut:
+        os.truncate(part_of(file, folder), PART)
+    else:
+        monkeypatch.setattr(os, "preadv", fails)
+    assert not spooled.read(SIZE - PART, memoryview(bytearray(PART)))
+    assert not spooled.finish()
+    assert spooled.given_up
+    assert not part_of(file, folder).exists()
+
+
 def test_a_hub_that_refuses_is_told(hub: LocalHub) -> None:
     files = missing()
     hub.faults.append(
