@@ -77,7 +77,16 @@ def resolve_model(
         snapshot = path = model_snapshot(
             model, revision, download=download, allow_pickle=allow_pickle, token=token, check_config=check
         )
-    weights = _local_weights(path, model, allow_pickle, trust_remote_code)
+    try:
+        weights = _local_weights(path, model, allow_pickle, trust_remote_code)
+    except CheckpointError as error:
+        if missing:
+            raise
+        # the hub, where it was asked, has said that all is there
+        raise CheckpointError(
+            f"{error}: so it is in the hub's cache, where weights: stream leaves none; with a connection, and without HF_HUB_OFFLINE, what is "
+            "missing is fetched"
+        ) from error
     try:
         total, weight_map = check_weights(path, weights)
     except CheckpointError as error:

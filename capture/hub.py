@@ -17,6 +17,7 @@ from typing import Any
 
 from capture.errors import CheckpointError, HubFailedError
 from capture.printable import without_logins
+from capture.process import temporary
 from capture.ranges import RemoteFile
 from capture.spool import bytes_there, drop, is_whole, is_written, part_of
 from capture.weights import choose_weights
@@ -110,6 +111,8 @@ def _remote_weights(repo: str, info: Any, token: str | bool | None, want: Want) 
 def _remote_file(repo: str, info: Any, name: str) -> RemoteFile:
     (found,) = (s for s in info.siblings if s.rfilename == name)
     sha256 = found.lfs.sha256 if found.lfs else None
+    if sha256 is None and _SHA256.fullmatch(found.blob_id or ""):
+        sha256 = found.blob_id
     return RemoteFile(repo, info.sha, name, found.size or 0, sha256 or found.blob_id, sha256)
 
 
@@ -127,6 +130,8 @@ def download_bytes(repo: str, revision: str | None, *, allow_pickle: bool, token
     except (OSError, HTTPError, EntryNotFoundError, HFValidationError) as error:
         if isinstance(error, OSError | HTTPError) and not isinstance(error, HfHubHTTPError):
             return 0
+        raise hub_error(repo, revision, error) from error
+    except ImportError as error:
         raise hub_error(repo, revision, error) from error
     except NOT_UNDERSTOOD as error:
         raise _no_hub(repo, error) from error
@@ -203,7 +208,7 @@ def _snapshot(
             drop((path / name).resolve())
         _note_branch(path, revision or "main")
         return path
-    except (OSError, HTTPError, EntryNotFoundError, HFValidationError) as error:
+    except (OSError, HTTPError, EntryNotFoundError, HFValidationError, ImportError) as error:
         raise hub_error(repo, revision, error) from error
     except NOT_UNDERSTOOD as error:
         raise _no_hub(repo, error) from error
@@ -212,10 +217,18 @@ def _snapshot(
 def _note_branch(snapshot: Path, revision: str) -> None:
     """Let the cache know which commit a branch is at, as the library does, for when the network is gone."""
     ref = snapshot.parents[1] / "refs" / revision
-    if revision == snapshot.name or (ref.exists() and ref.read_text() == snapshot.name):
-        return
-    ref.parent.mkdir(parents=True, exist_ok=True)
-    ref.write_text(snapshot.name)
+    try:
+        if revision == snapshot.name or (ref.exists() and ref.read_text() == snapshot.name):
+            return
+        ref.parent.mkdir(parents=True, exist_ok=True)
+        new = Path(temporary(str(ref)))
+        try:
+            new.write_text(snapshot.name)
+            new.replace(ref)  # a full disk would leave an empty one
+        finally:
+            new.unlink(missing_ok=True)
+    except OSError as error:  # of a cache that may only be read
+        log.info("the cache is not told that '%s' is at %s: %s", revision, snapshot.name, error)
 
 
 def _info(repo: str, revision: str | None, token: str | bool | None) -> Any:
@@ -228,12 +241,18 @@ def _needed(repo: str, info: Any, token: str | bool | None, want: Want) -> dict[
     """The files that are needed, and the bytes of each."""
     import huggingface_hub as hub
 
-    sizes = {s.rfilename: s.size or 0 for s in info.siblings or []}
+    listed = {s.rfilename: s for s in info.siblings or []}
 
     def read(name: str) -> bytes:
         return Path(hub.hf_hub_download(repo, name, revision=info.sha, token=token)).read_bytes()
 
-    return {n: sizes[n] for n in want(sizes, read)}
+    names = want({n: s.size or 0 for n, s in listed.items()}, read)
+    for name in names:
+        one = listed[name]
+        if one.size is None or not (one.lfs or one.blob_id):  # as in a mirror's list: each is asked for by itself
+            found = hub.get_hf_file_metadata(hub.hf_hub_url(repo, name, revision=info.sha), token=token)
+            one.size, one.blob_id = found.size, found.etag
+    return {n: listed[n].size or 0 for n in names}
 
 
 def _missing(repo: str, info: Any, names: Iterable[str]) -> list[str]:
@@ -346,6 +365,11 @@ def hub_error(repo: str, revision: str | None, error: Exception) -> CheckpointEr
     elif isinstance(error, PermissionError):
         text = (
             f"the hub's cache cannot be written for '{repo}' ({_one_line(error)}); set HF_HOME to a directory of yours"
+        )
+    elif isinstance(error, ImportError):  # of what its library asks for a SOCKS proxy
+        text = (
+            f"the hub's library cannot ask for '{repo}' here: {_one_line(error)}; install that, or name an HTTP proxy in HTTPS_PROXY "
+            "and ALL_PROXY"
         )
     else:
         text = f"downloading '{repo}' failed: {_one_line(error)}; run again, files that are whole are not fetched again"

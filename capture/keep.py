@@ -7,7 +7,6 @@ stays small.
 
 from __future__ import annotations
 
-import contextlib
 import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,7 +17,6 @@ from capture.ranges import CONNECTIONS, Ranges, RemoteFile, Stopped
 from capture.spool import Hasher, Spool, is_written, part_of
 
 PART = 4 << 20  # bytes of one request
-SAVE_EVERY_S = 5.0  # between two notes of what is there of a file: so much is lost where the process is killed
 
 
 class Keeper:
@@ -32,7 +30,7 @@ class Keeper:
 
     def fetch(self, files: Iterable[tuple[RemoteFile, Path]]) -> int:
         """files: each with the folder of its commit in the cache. Returns how many of them were put into the cache; one that
-        another process writes is left to that.
+        another process writes is left to that, and one of which the hub says no size or hash to the hub's own library.
 
         Raises CheckpointError (the hub refuses, other bytes than the hub's, a full disk) and Stopped, once `stop` was called.
         What has come of a file is left for whoever goes on with it.
@@ -40,6 +38,8 @@ class Keeper:
         with ThreadPoolExecutor(1, thread_name_prefix="check") as checks:  # while the next file comes
             kept: list[Future[bool]] = []
             for file, snapshot in files:
+                if not file.size or not file.has_hash:
+                    continue
                 spool = Spool.open(file, snapshot)
                 if spool is not None:
                     self._whole(spool)
@@ -64,10 +64,8 @@ class Keeper:
         try:
             for thread in threads:
                 thread.start()
-            while any(thread.is_alive() for thread in threads) and not failed:
-                with contextlib.suppress(OSError):
-                    spool.save()
-                self._wait(threads, failed)
+            while (alive := [thread for thread in threads if thread.is_alive()]) and not failed:
+                alive[0].join(0.1)
                 if self.ranges.stop.is_set():  # whether or not a thread has heard of it
                     raise Stopped
             if failed:
@@ -77,13 +75,6 @@ class Keeper:
             raise
         finally:
             hasher.close()
-
-    def _wait(self, threads: list[threading.Thread], failed: list[BaseException]) -> None:
-        left = SAVE_EVERY_S
-        for thread in threads:
-            while thread.is_alive() and left > 0 and not failed and not self.ranges.stop.is_set():
-                thread.join(0.1)
-                left -= 0.1
 
     def _work(self, spool: Spool, parts: Iterator[tuple[int, int]], failed: list[BaseException]) -> None:
         buffer = memoryview(bytearray(PART))

@@ -10,13 +10,15 @@ from __future__ import annotations
 import logging
 import os
 import random
+import re
 import ssl
 import threading
 import time
+from base64 import b64encode
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 import certifi
@@ -51,6 +53,11 @@ class RemoteFile:
 
     def __str__(self) -> str:
         return f"'{self.repo}', '{self.name}'"
+
+    @property
+    def has_hash(self) -> bool:
+        """Whether what comes of it can be held against a hash; a mirror's own tags are none."""
+        return self.sha256 is not None or re.fullmatch("[0-9a-f]{40}", self.etag or "") is not None
 
 
 @dataclass(frozen=True)
@@ -194,6 +201,11 @@ class Ranges:
                 redirect=False,
                 retries=False,
             )
+        except urllib3.exceptions.LocationValueError as error:  # it would be the same the next time
+            raise CheckpointError(
+                f"{file}: its address or the proxy that the environment names for it cannot be used ({_one_line(error)}); mend "
+                "HTTPS_PROXY or ALL_PROXY, or set weights: download"
+            ) from error
         except (urllib3.exceptions.HTTPError, OSError) as error:
             raise _Again(_one_line(error)) from error
         got = 0
@@ -216,8 +228,7 @@ class Ranges:
             answer.release_conn()
 
     def _pool(self, url: str) -> urllib3.PoolManager:
-        split = urlsplit(url)
-        proxy = None if proxy_bypass(split.hostname or "") else getproxies().get(split.scheme)
+        proxy = _proxy_for(url)
         with self._lock:
             if proxy not in self._pools:
                 trusted = os.environ.get("SSL_CERT_FILE") or os.environ.get("REQUESTS_CA_BUNDLE") or certifi.where()
@@ -227,9 +238,25 @@ class Ranges:
                 }  # fmt: skip
                 make: Callable[..., urllib3.PoolManager] = urllib3.PoolManager
                 if proxy is not None:
-                    make, options = urllib3.ProxyManager, options | {"proxy_url": proxy}
+                    make, options = (
+                        urllib3.ProxyManager,
+                        options | {"proxy_url": proxy, "proxy_headers": _login_at(proxy)},
+                    )
                 self._pools[proxy] = make(**options)
             return self._pools[proxy]
+
+
+def _proxy_for(url: str) -> str | None:
+    """The proxy that the environment names for an address, read as the hub's library reads it."""
+    split, named = urlsplit(url), getproxies()
+    found = None if proxy_bypass(split.hostname or "") else named.get(split.scheme) or named.get("all")
+    return found if not found or "://" in found else f"http://{found}"
+
+
+def _login_at(proxy: str) -> dict[str, str]:
+    """urllib3 does not send the login that stands in a proxy's address by itself."""
+    login = urllib3.util.parse_url(proxy).auth
+    return {"Proxy-Authorization": f"Basic {b64encode(unquote(login).encode()).decode()}"} if login else {}
 
 
 def _check(answer: Any, address: _Address, file: RemoteFile, start: int, nbytes: int) -> None:

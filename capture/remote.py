@@ -47,7 +47,10 @@ class Source:
         Raises CheckpointError.
         """
         repo = missing[0].repo
-        if why := _only_whole(snapshot):
+        why = _only_whole(snapshot)
+        if not all(file.size for file in missing):
+            why = "the hub does not say how large its weights are"
+        if why:
             if not self.keep:
                 raise CheckpointError(f"'{repo}': {why}; set weights: download")
             log.info("%s: %s: its weights are downloaded first", repo, why)
@@ -77,6 +80,12 @@ class Source:
 
     def _room_for(self, files: Sequence[RemoteFile], snapshot: Path) -> bool:
         from capture.hub import free_bytes
+
+        if not all(file.has_hash for file in files):
+            log.warning(
+                "%s is not kept: the hub gives no hash to check it by; weights: download keeps it", files[0].repo
+            )
+            return False
 
         def to_write(of: Mapping[RemoteFile, Path]) -> int:
             return sum(file.size - bytes_there(part_of(file, at)) for file, at in of.items())
@@ -167,16 +176,19 @@ class Source:
     def finish(self) -> None:
         """Check the files that have passed whole, and put them into the hub's cache.
 
-        Of a file that has nearly passed (all but tensors that the model does not use) the rest is fetched first. Raises
-        CheckpointError where a hash is not the hub's.
+        Of a file that has nearly passed (all but tensors that the model does not use) the rest is fetched first; where it
+        does not come, the file is not kept. Raises CheckpointError where a hash is not the hub's, and for nothing else.
         """
         if self._fetcher is None:
             return
         for file, spool in self._fetcher.spools.items():
             missing = spool.missing
             if 0 < sum(b - a for a, b in missing) <= (1 - NEARLY) * file.size:
-                for start, stop in missing:
-                    self._rest(file, start, stop)
+                try:
+                    for start, stop in missing:
+                        self._rest(file, start, stop)
+                except CheckpointError as why:  # the capture has all that it needs
+                    log.warning("%s is not kept: %s", file, why)
         with ThreadPoolExecutor(2, thread_name_prefix="hash") as threads:
             found = list(threads.map(_finished, self._fetcher.spools.values()))
         for error in found:

@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ log = logging.getLogger(__name__)
 
 BLOCK = 8 << 20
 SETTLE = 256 << 20  # bytes that may wait for the disk before it is told to write them
+SAVE_EVERY_S = 5.0  # between two notes of what is there of a file: so much is lost where the process is killed
 
 
 def part_of(file: RemoteFile, snapshot: Path) -> Path:
@@ -142,11 +144,21 @@ class Spool:
                 return False
             got = 0
             while got < len(view):
-                n = os.preadv(self._fd, [view[got:]], start + got)
+                n = self._pread(view[got:], start + got)
                 if n == 0:
                     return False
                 got += n
         return True
+
+    def _pread(self, view: memoryview, start: int) -> int:
+        """Bytes read; 0 where there is no more, or the disk does not give them: the file is then given up, and only that."""
+        assert self._fd is not None
+        try:
+            return os.preadv(self._fd, [view], start)
+        except OSError as error:
+            log.warning("%s is not kept: %s", self.file, _why(error))
+            self.discard()
+            return 0
 
     def write(self, start: int, view: memoryview) -> None:
         """Keep bytes that have come. Where the disk refuses them the file is given up, and only that."""
@@ -164,10 +176,11 @@ class Spool:
             self._have = list(joined([*self._have, (start, start + len(view))]))
             self._unsettled += len(view)
 
-    def settle(self) -> None:
-        """Have the disk write what has come, where that is much: else all of it is waited for at the end, with nothing beside it."""
+    def settle(self, least: int | None = None) -> None:
+        """Have the disk write what has come, where that is much (SETTLE, or `least` bytes): else all of it is waited for at the end,
+        with nothing beside it."""
         with self._lock:
-            if self._fd is None or self._unsettled < SETTLE:
+            if self._fd is None or self._unsettled < (SETTLE if least is None else least):
                 return
             fd, self._unsettled = os.dup(self._fd), 0
         try:
@@ -192,6 +205,9 @@ class Spool:
         if self._fd is None or self.missing:
             return False
         self.hash()
+        if self._hashed < self.file.size:  # it was not given back: nothing is known of the bytes that came
+            self.discard()
+            return False
         found = str(self._sha.hexdigest())
         if found != (self.file.sha256 or self.file.etag):
             self.discard()
@@ -203,8 +219,10 @@ class Spool:
         try:
             # it has its size already: who finds it in the cache would not see that bytes are missing
             os.fsync(self._fd)
-            self.note.unlink(missing_ok=True)
-            os.replace(self.part, blob)
+            with self._lock:  # after which no note of it is made
+                self.note.unlink(missing_ok=True)
+                os.replace(self.part, blob)
+                self._close()
             self.pointer.parent.mkdir(parents=True, exist_ok=True)
             with contextlib.suppress(FileExistsError):
                 self.pointer.symlink_to(os.path.relpath(blob, self.pointer.parent))
@@ -229,19 +247,30 @@ class Spool:
             self.discard()
 
     def save(self) -> None:
-        """Note what is there, so that it is not lost with this process. Raises OSError."""
+        """Note what is there, so that it is not lost with this process. Raises OSError.
+
+        It is on the disk before: of a file that never comes whole nobody would see that a power cut left zeros.
+        """
         with self._lock:
-            text = json.dumps({"size": self.file.size, "have": self._have})
-        temporary = self.note.with_name(self.note.name + ".new")
-        temporary.write_text(text)
-        os.replace(temporary, self.note)
+            have = list(self._have)
+        self.settle(1)
+        self._note(have)
+
+    def _note(self, have: list[tuple[int, int]]) -> None:
+        with self._lock:
+            if self.given_up or not have:
+                return
+            temporary = self.note.with_name(self.note.name + ".new")
+            temporary.write_text(json.dumps({"size": self.file.size, "have": have}))
+            os.replace(temporary, self.note)
 
     def discard(self) -> None:
         """Remove it."""
-        for path in (self.part, self.note):
-            with contextlib.suppress(OSError):
-                path.unlink()
-        self._close()
+        with self._lock:
+            for path in (self.part, self.note):
+                with contextlib.suppress(OSError):
+                    path.unlink()
+            self._close()
 
     def hash(self) -> None:
         """Go on with the hash, as far as bytes are there in order: of a long file most is done once the last of them comes."""
@@ -252,7 +281,7 @@ class Spool:
                     end = self._have[0][1] if self._have and self._have[0][0] == 0 else 0
                     if self._fd is None or end <= self._hashed:
                         return
-                    n = os.preadv(self._fd, [buffer[: end - self._hashed]], self._hashed)
+                    n = self._pread(buffer[: end - self._hashed], self._hashed)
                 if n == 0:
                     return
                 self._sha.update(buffer[:n])
@@ -266,7 +295,7 @@ class Spool:
 
 
 class Hasher:
-    """A thread that hashes what has come of the spools, and has the disk write it, while the rest is on its way."""
+    """A thread that hashes what has come of the spools, notes it, and has the disk write it, while the rest is on its way."""
 
     def __init__(self, spools: Sequence[Spool]) -> None:
         self.spools, self.stop = spools, threading.Event()
@@ -274,10 +303,16 @@ class Hasher:
         self.thread.start()
 
     def _work(self) -> None:
+        next_save = 0.0
         while not self.stop.wait(0.1):
+            save = time.monotonic() >= next_save
             for spool in self.spools:
+                if save:
+                    with contextlib.suppress(OSError):
+                        spool.save()
                 spool.hash()
                 spool.settle()
+            next_save = time.monotonic() + SAVE_EVERY_S if save else next_save
 
     def close(self) -> None:
         self.stop.set()

@@ -19,7 +19,7 @@ from capture.comparable import check_comparable, check_lengths
 from capture.config import Entry
 from capture.device import DeviceChoice
 from capture.document import document
-from capture.errors import ConfigError, DeviceMemoryError, SelfCheckError, UnsupportedModelError
+from capture.errors import CheckpointError, ConfigError, DeviceMemoryError, SelfCheckError, UnsupportedModelError
 from capture.files import ModelFiles
 from capture.group import ALONE, join_group, leave_group
 from capture.layout import RunDir
@@ -115,7 +115,11 @@ class Work:
             self._walk()
             self._check_zeros()
             if self.source is not None:
-                self.source.finish()
+                try:
+                    self.source.finish()
+                except CheckpointError:  # what was committed was computed from other bytes than the hub's
+                    self.store.clear()
+                    raise
             if self.group.rank == 0 and not self.relay.is_last:
                 self.handover = self.course.hand_over(self.mode.mode)
             self.peaks.begin("write")

@@ -33,8 +33,9 @@ def hub_sizes(model: str, revision: str | None, dtype: str, token: str | bool | 
     except NotASafetensorsRepoError as error:
         names = [s.rfilename for s in info.siblings or []]
         raise CheckpointError(f"hub model '{model}': {_instead(names)}") from error
-    except (OSError, HTTPError, HFValidationError, ValueError) as error:
-        if isinstance(error, HfHubHTTPError | HFValidationError):  # the hub answered, or the name cannot be one
+    except (OSError, HTTPError, HFValidationError, ValueError, ImportError) as error:
+        # the hub answered, the name cannot be one, or its library lacks something
+        if isinstance(error, HfHubHTTPError | HFValidationError | ImportError):
             raise hub_error(model, revision, error) from error
         raise HubUnreachable(
             f"'{model}' is not in configs/models.yaml and the hub cannot be reached ({type(error).__name__})"

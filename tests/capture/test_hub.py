@@ -146,6 +146,17 @@ def test_what_comes_is_of_the_commit_that_was_asked_about_and_the_cache_knows_it
     assert {p.name: p.read_text() for p in refs.iterdir()} == {"v2": COMMIT, "main": COMMIT}
 
 
+def test_a_cache_that_cannot_be_told_where_a_branch_is_serves_all_the_same(fake: FakeHub) -> None:
+    """One that may only be read, whose files were fetched by their commit, has all that is needed."""
+    resolve_model("org/model", COMMIT)
+    refs = fake.cache.parents[1] / "refs"
+    refs.write_text("as good as no permission")
+    assert resolve_model("org/model").revision == COMMIT
+    refs.unlink()
+    resolve_model("org/model")
+    assert [p.name for p in refs.iterdir()] == ["main"]
+
+
 def test_a_format_that_cannot_be_read_is_refused_before_the_download(fake: FakeHub) -> None:
     (fake.remote / "model.safetensors").unlink()
     assert "hub model 'org/model': only pickled weights" in refused()
@@ -207,6 +218,7 @@ def test_the_real_library_s_cache_is_read_offline(tmp_path: Path, monkeypatch: p
         ("model_info", http_error(errors.RevisionNotFoundError), "has no revision 'v2' on the hub"),
         ("model_info", http_error(errors.HfHubHTTPError, "429\ntoo many"), "the hub refused 'org/model': HfHubHTTPError: 429 too many"),
         ("snapshot_download", errors.LocalEntryNotFoundError("Got: 503"), "the hub did not answer for 'org/model', and not all of it is in the cache"),
+        ("model_info", ImportError("the 'socksio' package is not installed"), "'org/model' here: ImportError: the 'socksio' package is not installed; install that, or name an HTTP proxy"),
         ("model_info", errors.HFValidationError("bad"), "neither a directory here nor a name on the hub"),
         ("snapshot_download", OSError(errno.ENOSPC, "full"), "the disk is full while downloading"),
         ("snapshot_download", PermissionError(errno.EACCES, "denied"), "the hub's cache cannot be written"),

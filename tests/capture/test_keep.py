@@ -134,7 +134,7 @@ def test_a_capture_that_streams_goes_on_from_there(hub: LocalHub) -> None:
 
 
 def test_a_process_that_is_killed_loses_only_what_was_not_noted(hub: LocalHub, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(keep, "SAVE_EVERY_S", 0.05)
+    monkeypatch.setattr(spool, "SAVE_EVERY_S", 0.05)
     files = missing()[:1]
     hub.faults.append(Fault("stall", part="model-1", after=100, seconds=30.0, times=1))
     keeper = Keeper(connections=2)
@@ -159,6 +159,31 @@ def test_a_process_that_is_killed_loses_only_what_was_not_noted(hub: LocalHub, m
         keeper.stop()
         thread.join()
     assert len(heard) == 1
+
+
+def test_a_capture_that_is_killed_while_it_streams_loses_no_more(
+    hub: LocalHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spool, "SAVE_EVERY_S", 0.05)
+    with (hub.root / "org" / "model" / "model-1-of-2.safetensors").open("r+b") as stream:
+        stream.write((2).to_bytes(8, "little") + b"{}")  # a header that names no tensor
+    file, folder = missing()[0]
+    source = Source(keep=True)
+    try:
+        path = source.stand_in(folder, [file])
+        assert path is not None
+        source.fetcher.take((file, PART, 2 * PART))
+        end = time.monotonic() + 60
+        while not any(a <= PART and b >= 2 * PART for a, b in noted(part_of(file, folder))):
+            assert time.monotonic() < end, "no note tells of it"
+            time.sleep(0.01)
+        for at in range(0, SIZE, PART):
+            source.fetcher.take((file, at, min(at + PART, SIZE)))
+        source.finish()
+        assert source.kept == 1
+    finally:
+        source.close()
+    assert not list(part_of(file, folder).parent.glob("*.pairscope*")), "it is whole, and has no note any more"
 
 
 def noted(part: Path) -> list[list[int]]:
@@ -224,6 +249,25 @@ def test_much_that_came_is_written_to_the_disk_before_the_file_is_whole(
     spooled.discard()
 
 
+def test_what_a_note_tells_of_is_on_the_disk(hub: LocalHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a power cut the note may be there and the bytes zeros, and a capture that needs no more of the file sees no hash."""
+    (file, folder), *_ = missing()
+    spooled = Spool.open(file, folder)
+    assert spooled is not None
+    sync = os.fsync
+
+    def later(fd: int) -> None:
+        assert noted(part_of(file, folder)) == []
+        spooled.write(PART, memoryview(bytes(PART)))
+        sync(fd)
+
+    spooled.write(0, memoryview(bytes(PART)))
+    monkeypatch.setattr(os, "fsync", later)
+    spooled.save()
+    assert noted(part_of(file, folder)) == [[0, PART]], "what came meanwhile is for the next note"
+    spooled.discard()
+
+
 def test_a_disk_that_fails_meanwhile_keeps_nothing_of_the_file(hub: LocalHub, monkeypatch: pytest.MonkeyPatch) -> None:
     """Linux tells it once: the fsync at the end would say that all is well."""
     (file, folder), *_ = missing()
@@ -240,6 +284,29 @@ def test_a_disk_that_fails_meanwhile_keeps_nothing_of_the_file(hub: LocalHub, mo
         spooled.settle()
     assert spooled.given_up
     assert not spooled.finish()
+    assert not part_of(file, folder).exists()
+
+
+@pytest.mark.parametrize("is_cut", [False, True])
+def test_a_disk_that_does_not_give_back_what_came_keeps_nothing_of_the_file(
+    is_cut: bool, hub: LocalHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a cache on NFS whose file was removed or cut on another machine: what was computed meanwhile is right all the same."""
+    (file, folder), *_ = missing()
+    spooled = Spool.open(file, folder)
+    assert spooled is not None
+    spooled.write(0, memoryview((hub.root / "org" / "model" / file.name).read_bytes()))
+
+    def fails(*_: Any) -> int:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    if is_cut:
+        os.truncate(part_of(file, folder), PART)
+    else:
+        monkeypatch.setattr(os, "preadv", fails)
+    assert not spooled.read(SIZE - PART, memoryview(bytearray(PART)))
+    assert not spooled.finish()
+    assert spooled.given_up
     assert not part_of(file, folder).exists()
 
 

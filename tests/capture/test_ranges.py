@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
+from base64 import b64decode
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from capture import ranges
 from capture.errors import CheckpointError
 from capture.ranges import Ranges, RemoteFile, Stopped
 
+PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
 DATA = bytes(range(256)) * 12_000  # 3 MB
 NAME = "model.safetensors"
 
@@ -162,4 +165,57 @@ def test_a_hub_that_asks_for_a_pause_is_left_alone_by_all_connections(hub: Local
         assert caught.value.after is not None
         assert 200 < caught.value.after <= 300
     assert len(hub.seen("hub", NAME)) == 1
+    reader.close()
+
+
+@pytest.fixture
+def proxy(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """host:port of a proxy that wants a login, between here and an address that nothing else leads to."""
+
+    class Proxy(BaseHTTPRequestHandler):
+        def log_message(self, *_: Any) -> None:
+            pass
+
+        def do_GET(self) -> None:
+            login = b64decode(self.headers.get("Proxy-Authorization", "").removeprefix("Basic "))
+            ok = login == "user:pä:ss@".encode() and self.path == "http://content.invalid/file"
+            first, last = map(int, self.headers["Range"].removeprefix("bytes=").split("-"))
+            self.send_response(206 if ok else 407)
+            self.send_header("Content-Range", f"bytes {first}-{last}/{len(DATA)}")
+            self.send_header("Content-Length", str(last - first + 1 if ok else 0))
+            self.end_headers()
+            self.wfile.write(DATA[first : last + 1] if ok else b"")
+
+    for name in PROXIES:
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    monkeypatch.setattr(ranges, "FIRST_PAUSE_S", 0.001)
+    monkeypatch.setattr(Ranges, "_resolve", lambda *_: ranges._Address("http://content.invalid/file", {}, True))
+    with HTTPServer(("127.0.0.1", 0), Proxy) as server:
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        yield f"127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("variable", "scheme"), [("http_proxy", "http://"), ("http_proxy", ""), ("all_proxy", "http://")]
+)
+def test_a_proxy_is_used_as_the_hubs_library_uses_it(
+    proxy: str, variable: str, scheme: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the login that stands in its address, named without a scheme, or for all schemes."""
+    monkeypatch.setenv(variable, f"{scheme}user:p%C3%A4:ss%40@{proxy}")
+    reader, got = Ranges(), bytearray(1000)
+    reader.read(RemoteFile("org/model", "c", NAME, len(DATA), None, None), 500, memoryview(got))
+    reader.close()
+    assert got == DATA[500:1500]
+
+
+def test_a_proxy_of_a_kind_that_is_not_known_is_told_at_once(proxy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("all_proxy", f"socks5://{proxy}")
+    reader = Ranges()
+    with pytest.raises(
+        CheckpointError, match=r"'org/model', .*cannot be used .*unsupported scheme socks5.*, or set weights: download"
+    ):
+        reader.read(RemoteFile("org/model", "c", NAME, len(DATA), None, None), 0, memoryview(bytearray(9)))
     reader.close()

@@ -208,8 +208,9 @@ def test_a_files_bytes_are_on_the_disk_before_it_has_its_name_in_the_cache(
 def test_wrong_bytes_end_the_capture_and_leave_nothing(
     pairs: Callable[..., Any], at_hub: Callable[..., LocalHub], tmp_path: Path
 ) -> None:
+    """Not what was committed meanwhile either: the next attempt would go on from it, and never read those bytes again."""
     at_hub(pairs("llama"))
-    entry = entry_of("cache")
+    entry = entry_of("cache", spans={"layers": 1})
     real = ranges.Ranges.read
 
     def spoilt(self: Any, file: Any, start: int, view: memoryview) -> None:
@@ -227,6 +228,28 @@ def test_wrong_bytes_end_the_capture_and_leave_nothing(
     assert kept(tmp_path) == []
     assert not list((tmp_path / "cache").rglob("*.pairscope"))
     assert not RunDir(str(tmp_path / "out")).is_complete("tiny", resolve(entry_of("download")).capture)
+    assert not list((tmp_path / "out").rglob("*.safetensors"))
+    for out in ("out", "undisturbed"):
+        capture_pair(entry, str(tmp_path / out))
+    assert tables(tmp_path / "out") == tables(tmp_path / "undisturbed") != {}
+
+
+def test_bytes_that_only_the_cache_wants_may_fail_to_come(
+    pairs: Callable[..., Any], at_hub: Callable[..., LocalHub], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    """The model does not use them, and all that it uses was measured."""
+    at_hub(pairs("llama"))
+    monkeypatch.setattr(remote, "NEARLY", 0.0)
+
+    def fail(*_: Any) -> None:
+        raise CheckpointError("bytes 7 to 9 could not be read")
+
+    monkeypatch.setattr(remote.Source, "_rest", fail)
+    monkeypatch.setattr("capture.spool.Spool.missing", property(lambda _: [(7, 10)]))
+    assert capture_pair(entry_of("cache"), str(tmp_path / "out")).state == "complete"
+    assert "'org/base', 'model.safetensors' is not kept: bytes 7 to 9 could not be read" in caplog.text
+    assert kept(tmp_path) == []
 
 
 def test_what_an_ended_capture_had_kept_is_not_fetched_again(
@@ -292,6 +315,48 @@ def test_a_hub_that_fails_before_the_small_files_have_come_is_told(
             ask("org/base")
         assert not served.faults[0].times
     assert resolve_model("org/base").weight_bytes
+
+
+@pytest.mark.parametrize("way", ["cache", "stream", "download"])
+@pytest.mark.parametrize("says", ["in its answers for files", "no hash", "no size"])
+def test_a_mirror_whose_lists_say_no_sizes_and_hashes(
+    way: str, says: str, pairs: Callable[..., Any], at_hub: Callable[..., LocalHub], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    served = at_hub(pairs("llama"))
+    served.bare = True
+    if says == "no hash":
+        monkeypatch.setattr(served, "etag", lambda path: f"its-own-{path.parent.name}-{path.name}")
+    if says == "no size":
+        monkeypatch.setattr(
+            "huggingface_hub.get_hf_file_metadata", lambda *_, **__: SimpleNamespace(size=None, etag=None)
+        )
+        if way == "stream":
+            with pytest.raises(
+                CheckpointError, match=r"'org/base': the hub does not say how large .*; set weights: download"
+            ):
+                capture_pair(entry_of(way), str(tmp_path / "out"))
+            return
+    assert capture_pair(entry_of(way), str(tmp_path / "out")).state == "complete"
+    is_kept = way == "download" or (way == "cache" and says != "no hash")
+    assert len(kept(tmp_path)) == 2 * is_kept
+    assert ("gives no hash to check it by" in caplog.text) == (way == "cache" and says == "no hash")
+    assert not list((tmp_path / "cache").rglob("*pairscope*"))
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_weights_that_were_not_kept_are_told_when_there_is_no_hub_any_more(
+    sharded: bool, pairs: Callable[..., Any], at_hub: Callable[..., LocalHub], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """The cache has the small files alone, which look like a repository without weights."""
+    at_hub(pairs("llama", sharded=sharded))
+    capture_pair(entry_of("stream"), str(tmp_path / "out"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(
+        CheckpointError, match=r"'org/base' in .*in the hub's cache.* without HF_HUB_OFFLINE, what is miss"
+    ):
+        capture_pair(entry_of("stream"), str(tmp_path / "out"))
 
 
 def test_a_disk_that_is_too_small_keeps_nothing_and_the_capture_goes_on(

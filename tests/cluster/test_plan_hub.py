@@ -114,3 +114,9 @@ def test_gated_without_access_says_what_to_do(hub):
     hub(fails=GatedRepoError("no", response=SimpleNamespace(headers={}, request=None)))
     with pytest.raises(CheckpointError, match="hf auth login"):
         Models().sizes("some/model", None, "auto")
+
+
+def test_what_the_hubs_library_lacks_is_told(hub):
+    hub(fails=ImportError("the 'socksio' package is not installed"))
+    with pytest.raises(CheckpointError, match=r"'some/model' here: .*socksio.*; install that"):
+        Models().sizes("some/model", None, "auto")

@@ -96,6 +96,7 @@ class LocalHub:
         self.requests: list[Seen] = []
         self.lock = threading.Lock()
         self.secret = os.urandom(16)
+        self.bare = False  # its lists of files say neither sizes nor hashes, as some mirrors' do not
         self.refused_before = 0.0  # addresses signed earlier have expired
         self._sha: dict[tuple[str, int, int], str] = {}
         self.servers = [_Server(self, "hub"), _Server(self, "content")]
@@ -311,7 +312,9 @@ class _Handler(BaseHTTPRequestHandler):
                 for n, p in files
             ]  # fmt: skip
             return self._json(tree)
-        siblings = [{"rfilename": n} | (self._blob(p) if self.query.get("blobs") else {}) for n, p in files]
+        siblings = [
+            {"rfilename": n} | (self._blob(p) if self.query.get("blobs") and not hub.bare else {}) for n, p in files
+        ]
         return self._json({"_id": "0", "id": repo, "modelId": repo, "sha": commit, "private": False, "gated": False, "tags": [],
                            "downloads": 0, "likes": 0, "siblings": siblings})  # fmt: skip
 
