@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from capture.manifest import now
-from capture.process import born
+from capture.process import alive, born
 
 KEPT = 50  # notes, and more where they are the last ones of a run directory or of sweeps that run
 
@@ -65,7 +65,8 @@ def read_notes() -> tuple[list[dict[str, Any]], dict[str, str]]:
 
 
 def _runs(note: dict[str, Any]) -> bool:
-    return note["ended"] is None and born(note["pid"]) == note["born"]
+    """Whether its process works on; one that was killed and that nobody reaps is still in the list of processes."""
+    return note["ended"] is None and born(note["pid"]) == note["born"] and alive(note["pid"])
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
