@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import time
 import types
 from pathlib import Path
@@ -69,6 +70,20 @@ def test_a_mounted_file_that_cannot_be_read_is_told_before_anything_is_rented(
     content["file_mounts"]["~/data"] = str(tmp_path / local) if isinstance(local, str) else local
     assert re.search(said, refused(monkeypatch, content))
     assert on_laptop(content).non_terminated_nodes({}) == [], "other commands than `ray up` work"
+    assert fake.live() == []
+
+
+def test_a_machine_without_rsync_rents_none_that_it_could_not_set_up(
+    fake: Fake, tmp_path: Path, monkeypatch: Any
+) -> None:
+    (tmp_path / "bin").mkdir()
+    for program in ("ssh", "ssh-keygen"):
+        (tmp_path / "bin" / program).symlink_to(shutil.which(program) or pytest.skip("no ssh client"))
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    monkeypatch.setattr(before_up, "PROGRAMS", ("ssh", "rsync"))
+    assert refused(monkeypatch) == (
+        "ConfigError: there is no rsync on this machine, and without it no rented one can be set up: install it, then run `ray up` again"
+    )
     assert fake.live() == []
 
 
