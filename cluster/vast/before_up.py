@@ -17,6 +17,7 @@ import click
 from ray.autoscaler._private.cli_logger import cli_logger
 
 from capture.errors import ConfigError
+from cluster.vast import keys
 from cluster.vast.errors import CapError, HeadError, NoOfferError, VersionError
 from cluster.vast.fleet import Fleet
 from cluster.vast.locked import differences, locked_versions, versions
@@ -53,6 +54,7 @@ def check(settings: Settings, caps: Caps, fleet: Fleet, heads: Sequence[Node]) -
     check_programs()
     check_versions(settings.image_versions)
     check_mounts(settings.mounts)
+    keys.check_closed(fleet.state.folder)
     if not heads:
         return quote(settings, caps, fleet)
     check_head(fleet.cluster, heads)

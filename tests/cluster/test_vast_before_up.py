@@ -87,6 +87,15 @@ def test_a_machine_without_rsync_rents_none_that_it_could_not_set_up(
     assert fake.live() == []
 
 
+def test_a_key_that_ssh_would_not_use_rents_no_machine(fake: Fake, tmp_path: Path, monkeypatch: Any) -> None:
+    on_laptop()
+    for key in (tmp_path / "laptop" / "clusters" / "pairscope").glob("*_ed25519"):
+        key.chmod(0o777)
+    monkeypatch.setattr(Path, "chmod", lambda *_: None)
+    assert "id_ed25519' can be read by others" in refused(monkeypatch)
+    assert fake.live() == []
+
+
 def test_a_worker_type_that_nobody_offers_is_told_and_is_no_obstacle(fake: Fake, monkeypatch: Any) -> None:
     content = config()
     content["available_node_types"]["h200"]["max_workers"] = 2
