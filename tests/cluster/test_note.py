@@ -58,3 +58,12 @@ def test_a_sweep_that_was_killed_does_not_run_where_nobody_asks_how_it_ended(mon
     with noted("/root/out", ["one"]):
         assert [found["alive"] for found in read_notes()[0]] == [False]
     killed.wait()
+
+
+def test_a_note_names_the_sweeps_that_run_when_its_own_begins() -> None:
+    with noted("/root/out", ["one"]) as first:
+        pass
+    with noted("/root/out", ["two"]) as second, noted("/root/out", ["three"]) as third:
+        pass
+    assert (first["beside"], second["beside"]) == ([], [])
+    assert third["beside"] == [[second["pid"], second["born"]]]
