@@ -170,6 +170,8 @@ def vast_offers(rows: Sequence[Mapping[str, Any]], data: Mapping[str, Any], wher
     for i, row in enumerate(rows):
         try:
             n = int(row["num_gpus"])
+            if n < 1:  # a machine without a GPU, which Vast offers as well
+                continue
             memory = float(row["gpu_ram"])
             known = _known(str(row["gpu_name"]), memory, data)
             flops = 0.5 * float(row.get("total_flops") or 0) / n
@@ -184,9 +186,9 @@ def vast_offers(rows: Sequence[Mapping[str, Any]], data: Mapping[str, Any], wher
                     int(row.get("compute_cap") or 0), row.get("id"), str(row.get("geolocation") or ""),
                 )
             )  # fmt: skip
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ConfigError(f"--offers: {where}: offer {i} lacks {error}, or it is no number") from error
-    return [o for o in offers if o.gbit > 0 and o.tflops.half > 0 and o.gpus > 0]
+    return [o for o in offers if o.gbit > 0 and o.tflops.half > 0]
 
 
 def _known(name: str, memory_mib: float, data: Mapping[str, Any]) -> Mapping[str, Any] | None:

@@ -53,6 +53,10 @@ def test_a_saved_list_is_read_with_or_without_its_wrapping(tmp_path):
         assert offer.offer_id == 7
 
 
+def test_a_machine_without_a_gpu_in_a_saved_list_is_passed_over():
+    assert [o.gpus for o in vast_offers([ROW | {"num_gpus": 0}, ROW], prices(), "list")] == [2]
+
+
 def test_a_row_without_a_price_is_named(tmp_path):
     broken = {k: v for k, v in ROW.items() if not k.startswith("dph")}
     (tmp_path / "o.json").write_text(json.dumps([ROW, broken]))
