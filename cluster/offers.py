@@ -152,9 +152,14 @@ def assumed_offers(data: Mapping[str, Any], gbit: float | None = None) -> list[O
     ]  # fmt: skip
 
 
+def is_prices(file: Path) -> bool:
+    """Whether a file of offers is one of prices, in the layout of configs/prices.yaml, by its name."""
+    return file.suffix in (".yaml", ".yml")
+
+
 def read_offers(file: Path, data: Mapping[str, Any], gbit: float | None = None) -> list[Offer]:
     """Offers from a file: prices in the layout of configs/prices.yaml, or Vast's list as `vastai search offers --raw` prints it."""
-    if file.suffix in (".yaml", ".yml"):
+    if is_prices(file):
         return assumed_offers(read_prices(file), gbit)
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
