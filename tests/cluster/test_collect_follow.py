@@ -489,6 +489,15 @@ def test_what_did_not_come_home_is_not_said_to_run_once_the_sweep_is_over(far: F
 
 
 @pytest.mark.usefixtures("near")
+def test_what_another_cluster_has_under_way_in_the_same_place_runs_on(far: Far, tmp_path: Path) -> None:
+    _under_way(far, "two")
+    far.capture("one")
+    far.note(("one", "complete", ID))
+    assert Run(far, tmp_path / "home")() == 0
+    assert _states(tmp_path / "home") == {"one": "complete", "two": "running"}
+
+
+@pytest.mark.usefixtures("near")
 def test_before_the_first_sweep_there_is_nothing_to_fetch(far: Far, tmp_path: Path) -> None:
     run = Run(far, tmp_path / "home", teardown=True)
     assert (run(), run.down) == (1, 0)
