@@ -15,6 +15,7 @@ from click.testing import CliRunner
 from fake_server import Fake, wait_for
 from provider_stage import HEAD_TAGS, config, node_config, on_laptop, ray_up
 
+from capture.machine import checks
 from cluster.vast import before_up
 from cluster.vast.cli import vast as command
 from cluster.vast.errors import VersionError
@@ -85,6 +86,10 @@ def test_a_machine_without_rsync_rents_none_that_it_could_not_set_up(
         "ConfigError: there is no rsync on this machine, and without it no rented one can be set up: install it, then run `ray up` again"
     )
     assert fake.live() == []
+
+
+def test_what_ray_up_needs_of_this_machine_is_what_doctor_looks_for() -> None:
+    assert set(before_up.PROGRAMS) <= {check.name for check in checks()}
 
 
 def test_a_key_that_ssh_would_not_use_rents_no_machine(fake: Fake, tmp_path: Path, monkeypatch: Any) -> None:
