@@ -195,6 +195,7 @@ def _tools() -> list[Check]:
     path = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin"])
     remedy = {
         "sshd": "only the rehearsal cluster needs it: install openssh-server",
+        "ssh": "only rented clusters need it: install openssh-client",
         "rsync": "only rented clusters need it: install rsync",
     }
     lines = []

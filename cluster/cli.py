@@ -120,12 +120,16 @@ def on_a_cluster() -> bool:
 @contextlib.contextmanager
 def _noted(out: str, names: list[str]) -> Iterator[dict[str, Any]]:
     """On a cluster: leave word for `pairscope collect` of where the results are and how the sweep ended."""
+    from capture.layout import RunDir
     from cluster.note import noted
 
     if not on_a_cluster():
         yield {}
         return
-    with noted(out if "://" in out else str(Path(out).expanduser().absolute()), names) as note:
+    in_store = "://" in out and not out.startswith(
+        "file://"
+    )  # which is this machine's disk, and nobody else can look into it
+    with noted(out if in_store else RunDir(out).root, names) as note:
         yield note
 
 

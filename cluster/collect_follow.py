@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import shlex
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -45,33 +45,54 @@ def verdict(done: Round, at_home: Callable[[str, str], bool]) -> Verdict:
         return Verdict(False, f"no sweep into '{look.out}' is known{into}", tuple(trouble))
     if sweep.get("alive"):
         return Verdict(False, "the sweep runs", tuple(trouble))
-    if sweep.get("exit_code") is None:
-        return Verdict(
-            True,
-            DIED,
-            (
-                *trouble,
-                "the sweep ended without a word: killed, or its job's log says why; submit it again, it goes on",
-            ),
-        )
-    items = [i for i in sweep.get("items", []) if isinstance(i, dict)]
-    for item in items:
-        known = item.get("state") in ("complete", "skipped")
+    judged = [*_beside(sweep, look), sweep]
+    ended = [s for s in judged if s.get("exit_code") is not None]
+    items = [i for s in ended for i in s.get("items", []) if isinstance(i, dict)]
+    whole = [i for i in items if i.get("state") in ("complete", "skipped")]
+    died = any(_lacks(s, {str(i.get("entry")) for i in whole}) for s in judged if s.get("exit_code") is None)
+    if died:
+        trouble.append("the sweep ended without a word: killed, or its job's log says why; submit it again, it goes on")
+    for item in whole:
         name = f"{item.get('entry')} ({item.get('capture')})"
-        if known and name not in done.left and not at_home(str(item.get("entry")), str(item.get("capture"))):
+        if name not in done.left and not at_home(str(item.get("entry")), str(item.get("capture"))):
             trouble.append(f"{name} is not at home: the sweep completed it, and it is not there any more")
-    open_ = [str(i.get("entry")) for i in items if i.get("state") not in ("complete", "skipped", "failed")]
+    rest = [i for i in items if not any(_serves(w, i) for w in whole)]
+    failed = tuple(dict.fromkeys(str(i.get("entry")) for i in rest if i.get("state") == "failed"))
+    open_ = [e for e in dict.fromkeys(str(i.get("entry")) for i in rest) if e not in failed]
     if open_:
         trouble.append(f"the sweep was stopped before {', '.join(open_)}; submit it again, it goes on")
-    failed = tuple(str(i.get("entry")) for i in items if i.get("state") == "failed")
-    return Verdict(True, "the sweep has ended", tuple(trouble), failed)
+    return Verdict(True, DIED if died else "the sweep has ended", tuple(trouble), failed)
+
+
+def _beside(sweep: dict[str, Any], look: Look) -> list[dict[str, Any]]:
+    """The sweeps into the same directory that ran when this one began, which took up nothing of theirs. What had ended before was
+    there for it to take up."""
+    beside = sweep.get("beside")
+    known = beside if isinstance(beside, list) else []
+    return [s for s in _ours(look) if s is not sweep and [s.get("pid"), s.get("born")] in known]
+
+
+def _serves(whole: dict[str, Any], item: dict[str, Any]) -> bool:
+    """Whether an entry that is complete is what another sweep has not completed: the same capture, where that came as far as to know."""
+    unknown = item.get("capture") is None and item.get("state") != "failed"
+    return whole.get("entry") == item.get("entry") and (unknown or whole.get("capture") == item.get("capture"))
+
+
+def _lacks(sweep: dict[str, Any], done: Container[str]) -> bool:
+    """Whether something that a sweep was to do is in none that has ended."""
+    entries = sweep.get("entries")
+    return not isinstance(entries, list) or not entries or any(str(entry) not in done for entry in entries)
 
 
 def sweep_of(look: Look) -> dict[str, Any] | None:
     """The last sweep into the directory looked at; one that runs before one that has ended."""
-    ours = [s for s in look.sweeps if place(s.get("out")) == place(look.out)]
+    ours = _ours(look)
     running = [s for s in ours if s.get("alive")]
     return (running or ours)[-1] if ours else None
+
+
+def _ours(look: Look) -> list[dict[str, Any]]:
+    return [s for s in look.sweeps if place(s.get("out")) == place(look.out)]
 
 
 def place(out: Any) -> Any:
@@ -170,8 +191,10 @@ class Follow:
         assert self.collector is not None
         found = verdict(done, self.collector.at_home)
         n = len(self.collector.verified)
-        if found.state == DIED:
-            settle_away(self.home, {str(row.get("attempt")) for row in done.look.rows})
+        if found.over:  # what has ended over there and could not come home; into a store others may still write
+            died = found.state == DIED
+            rows = [row for row in done.look.rows if died or row.get("state") != "running"]
+            settle_away(self.home, {str(row.get("attempt")) for row in rows})
         if found.over:
             self.show.note(f"{found.state}; {n} capture{'s' * (n != 1)} at home in {self.home.out}")
             for line in found.trouble:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from capture.manifest import now
-from capture.process import born
+from capture.process import alive, born
 
 KEPT = 50  # notes, and more where they are the last ones of a run directory or of sweeps that run
 
@@ -24,14 +24,15 @@ def folder() -> Path:
 
 @contextlib.contextmanager
 def noted(out: str, entries: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Note a sweep for the length of the block; what the block adds to the dict (exit_code, items) is noted at its end.
+    """Note a sweep for the length of the block; what the block adds to the dict (exit_code, items) is noted at its end. beside:
+    [pid, born] of the sweeps that run as it begins: it does not take up what those leave.
 
     out: the run directory, an absolute path or a URI. A block that ends with an exception leaves exit_code null.
     """
     place = folder()
     content: dict[str, Any] = {
         "out": out, "entries": list(entries), "started": now(), "ended": None, "exit_code": None, "items": [],
-        "pid": os.getpid(), "born": born(os.getpid()),
+        "pid": os.getpid(), "born": born(os.getpid()), "beside": _running(),
     }  # fmt: skip
     path = place / f"{content['started'].replace(':', '')}-{os.getpid()}.json"
     with contextlib.suppress(OSError):  # it is for convenience, and must not cost a sweep
@@ -64,8 +65,15 @@ def read_notes() -> tuple[list[dict[str, Any]], dict[str, str]]:
     return found, unread
 
 
+def _running() -> list[list[Any]]:
+    with contextlib.suppress(OSError):  # as below
+        return [[note["pid"], note["born"]] for note in read_notes()[0] if note["alive"]]
+    return []
+
+
 def _runs(note: dict[str, Any]) -> bool:
-    return note["ended"] is None and born(note["pid"]) == note["born"]
+    """Whether its process works on; one that was killed and that nobody reaps is still in the list of processes."""
+    return note["ended"] is None and born(note["pid"]) == note["born"] and alive(note["pid"])
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:

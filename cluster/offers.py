@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -106,15 +107,35 @@ def read_prices(file: Path) -> dict[str, Any]:
     for block, keys in (("network", ("gbit", "usd_per_gb")), ("disk", ("gb_per_second", "usd_per_gb_month", "gb")),
                         ("cpu", ("tflops_per_core",))):  # fmt: skip
         for key in keys:
-            if not isinstance((data.get(block) or {}).get(key), int | float):
+            if not _is_amount(_part(data, block).get(key)):
                 raise ConfigError(f"'{file}': {block}.{key} is missing or no number; see configs/prices.yaml")
-    if not isinstance(data.get("boot_minutes"), int | float) or not isinstance(data.get("gpus"), list):
+    if not _is_amount(data.get("boot_minutes")) or not isinstance(data.get("gpus"), list):
         raise ConfigError(f"'{file}': boot_minutes or gpus is missing; see configs/prices.yaml")
     for gpu in data["gpus"]:
-        for key in ("name", "memory_mib", "usd_per_hour", "pcie", "tflops", "compute_cap"):
-            if key not in gpu:
-                raise ConfigError(f"'{file}': the GPU '{gpu.get('name', '?')}' has no {key}; see configs/prices.yaml")
+        if not isinstance(gpu, dict) or not isinstance(gpu.get("name"), str):
+            raise ConfigError(f"'{file}': gpus: {gpu!r:.60} is no GPU with a name; see configs/prices.yaml")
+        tflops = {f"tflops: {f.name}": _part(gpu, "tflops").get(f.name) for f in fields(Tflops)}
+        numbers = {key: gpu.get(key) for key in ("memory_mib", "usd_per_hour", "pcie", "compute_cap")} | tflops
+        for key, value in numbers.items():
+            if not _is_amount(value):
+                raise ConfigError(
+                    f"'{file}': the GPU '{gpu['name']}': '{key}' is a number from 0 up, with a point, not {value!r}; see configs/prices.yaml"
+                )
+        unknown = set(gpu["tflops"]) - {f.name for f in fields(Tflops)}
+        if unknown or not isinstance(gpu.get("also", []), list):
+            raise ConfigError(
+                f"'{file}': the GPU '{gpu['name']}': tflops or also is not as in configs/prices.yaml {sorted(unknown, key=str) or ''}".rstrip()
+            )
     return data
+
+
+def _part(data: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    part = data.get(key)
+    return part if isinstance(part, Mapping) else {}
+
+
+def _is_amount(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
 
 
 def assumed_offers(data: Mapping[str, Any], gbit: float | None = None) -> list[Offer]:
@@ -131,9 +152,14 @@ def assumed_offers(data: Mapping[str, Any], gbit: float | None = None) -> list[O
     ]  # fmt: skip
 
 
+def is_prices(file: Path) -> bool:
+    """Whether a file of offers is one of prices, in the layout of configs/prices.yaml, by its name."""
+    return file.suffix in (".yaml", ".yml")
+
+
 def read_offers(file: Path, data: Mapping[str, Any], gbit: float | None = None) -> list[Offer]:
     """Offers from a file: prices in the layout of configs/prices.yaml, or Vast's list as `vastai search offers --raw` prints it."""
-    if file.suffix in (".yaml", ".yml"):
+    if is_prices(file):
         return assumed_offers(read_prices(file), gbit)
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
@@ -170,6 +196,8 @@ def vast_offers(rows: Sequence[Mapping[str, Any]], data: Mapping[str, Any], wher
     for i, row in enumerate(rows):
         try:
             n = int(row["num_gpus"])
+            if n < 1:  # a machine without a GPU, which Vast offers as well
+                continue
             memory = float(row["gpu_ram"])
             known = _known(str(row["gpu_name"]), memory, data)
             flops = 0.5 * float(row.get("total_flops") or 0) / n
@@ -184,9 +212,9 @@ def vast_offers(rows: Sequence[Mapping[str, Any]], data: Mapping[str, Any], wher
                     int(row.get("compute_cap") or 0), row.get("id"), str(row.get("geolocation") or ""),
                 )
             )  # fmt: skip
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ConfigError(f"--offers: {where}: offer {i} lacks {error}, or it is no number") from error
-    return [o for o in offers if o.gbit > 0 and o.tflops.half > 0 and o.gpus > 0]
+    return [o for o in offers if o.gbit > 0 and o.tflops.half > 0]
 
 
 def _known(name: str, memory_mib: float, data: Mapping[str, Any]) -> Mapping[str, Any] | None:

@@ -10,7 +10,7 @@ from typing import Any
 from capture.config import Config
 from capture.errors import ConfigError
 from capture.fields import near
-from cluster.offers import assumed_offers, live_offers, prices, read_offers, this_machine
+from cluster.offers import assumed_offers, is_prices, live_offers, prices, read_offers, read_prices, this_machine
 from cluster.plan import EntryPlan, Plan, plan_entry, plan_sweeps
 from cluster.plan_models import Models
 from cluster.plan_options import DISK_MARGIN_GB
@@ -44,8 +44,11 @@ def make_plan(
         machines = assumed_offers(data, gbit)
     elif offers == "live":
         machines = live_offers(data, disk_gb=DISK_MARGIN_GB)
+    elif is_prices(file := Path(offers).expanduser()):
+        data = read_prices(file)
+        machines = assumed_offers(data, gbit)
     else:
-        machines = read_offers(Path(offers).expanduser(), data, gbit)
+        machines = read_offers(file, data, gbit)
     here = this_machine(data, gbit or data["network"]["gbit"], os.cpu_count() or 1, _free_memory())
     models = Models(offline=offline, refresh=refresh)
     planned = []

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from capture.errors import ConfigError
 from cluster.offers import Offer
 from cluster.plan import Plan
+from cluster.vast.offers import Wish, read_wish
 
 FILE = Path("ray_cluster.yaml")
 
@@ -30,29 +33,35 @@ def cluster_lines(plan: Plan, path: Path = FILE) -> list[str]:
                 continue
             told = "its head_node_type" if name == head else f"to be its head_node_type, which is {head}"
             disk = max(m.disk_gb for one in plan.sweeps for m in one.machines if m.kind == title)
-            have = float(wanted[name].get("disk_gb", 0))
+            have = _wish(wanted[name]).disk_gb
             room = (
                 f"disk_gb {have:g} holds all of it"
                 if have >= disk
-                else f"set disk_gb: {disk:.0f} there, it is {have:g}"
+                else f"set disk_gb: {math.ceil(disk)} there, it is {have:g}"
             )
             lines.append(f"{title} is node type {name} of {path} ({told}); {room}")
         return lines
-    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError):
+    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError, ConfigError):
         return []
 
 
 def node_type(types: Mapping[str, Mapping[str, Any]], offer: Offer) -> str | None:
     """The name of the node type that rents such a machine: where both A100 sizes pass, the one that asks for the larger card."""
+    wishes = {name: _wish(one) for name, one in types.items()}
     fitting = {
-        name: float(one.get("min_gpu_gb", 0))
-        for name, one in types.items()
-        if offer.gpu in one.get("gpus", ())
-        and one.get("num_gpus", 1) == offer.gpus
-        and float(one.get("min_gpu_gb", 0)) * 1000 * 0.95 <= offer.memory_mib
-        and not one.get("bid")
+        name: wish.min_gpu_gb
+        for name, wish in wishes.items()
+        if (offer.gpu in wish.gpus or not wish.gpus)
+        and wish.num_gpus == offer.gpus
+        and wish.min_gpu_gb * 1000 * 0.95 <= offer.memory_mib
+        and not wish.bid
     }
     return max(fitting, key=lambda name: fitting[name], default=None)
+
+
+def _wish(values: Mapping[str, Any]) -> Wish:
+    """What is asked of a machine, with what stands for that which a file leaves out."""
+    return read_wish({**values, "image": values.get("image") or "any"}, "")
 
 
 def _machines(plan: Plan) -> dict[str, Offer]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ import click
 from ray.autoscaler._private.cli_logger import cli_logger
 
 from capture.errors import ConfigError
+from cluster.vast import keys
 from cluster.vast.errors import CapError, HeadError, NoOfferError, VersionError
 from cluster.vast.fleet import Fleet
 from cluster.vast.locked import differences, locked_versions, versions
@@ -26,6 +28,7 @@ from cluster.vast.settings import Settings
 from cluster.vast.state import open_requests
 
 CONSTRAINTS = "constraints.txt"
+PROGRAMS = ("ssh", "rsync")  # that Ray starts here, once a machine is rented
 CLOCK_S = 300.0  # that this machine may be off
 LEAST_LEFT_S = 600.0  # for a running head: `ray up` takes minutes itself
 RENTED_AS = ("image", "gpus", "num_gpus", "disk_gb", "bid")  # what a running head cannot change, wherever it is written
@@ -48,8 +51,10 @@ def ray_command() -> str | None:
 def check(settings: Settings, caps: Caps, fleet: Fleet, heads: Sequence[Node]) -> float | None:
     """All checks. Shows the price where a head is to be rented, and returns it: dollars an hour. Raises an error of ours that says
     what to do."""
+    check_programs()
     check_versions(settings.image_versions)
     check_mounts(settings.mounts)
+    keys.check_closed(fleet.state.folder)
     if not heads:
         return quote(settings, caps, fleet)
     check_head(fleet.cluster, heads)
@@ -59,6 +64,16 @@ def check(settings: Settings, caps: Caps, fleet: Fleet, heads: Sequence[Node]) -
     check_clock(fleet.vast.clock_ahead())
     check_left(fleet.cluster, caps, fleet.bill(), heads[0].dph)
     return None
+
+
+def check_programs() -> None:
+    """Raise ConfigError where this machine lacks what it would need to reach a rented one."""
+    missing = [program for program in PROGRAMS if shutil.which(program) is None]
+    if missing:
+        raise ConfigError(
+            f"there is no {' and no '.join(missing)} on this machine, and without it no rented one can be set up: install it, then run "
+            "`ray up` again"
+        )
 
 
 def check_versions(image: Mapping[str, str], constraints: Path | None = None) -> None:

@@ -29,6 +29,10 @@ def make_missing(folder: Path) -> None:
                 _generate(folder / name)
         if not (folder / TOKEN).exists():
             write_secret(folder / TOKEN, secrets.token_hex(32))
+        for name in (SSH_KEY, MESH_KEY, TOKEN, API_KEY):
+            _close(folder / name)
+        for name in (SSH_KEY, MESH_KEY):
+            _complete(folder / name)
     except OSError as error:
         raise not_written(f"the cluster's keys in '{folder}'", error) from error
 
@@ -41,6 +45,7 @@ def remove(folder: Path) -> None:
 
 def owner(folder: Path) -> str:
     """A short fingerprint of the cluster's ssh key. Instances carry it, to tell our cluster from another's of the same name."""
+    _complete(folder / SSH_KEY)
     return hashlib.sha256((folder / f"{SSH_KEY}.pub").read_bytes()).hexdigest()[:12]
 
 
@@ -59,6 +64,48 @@ def pinned(known_hosts: Path, alias: str) -> str:
         return ""
     lines = known_hosts.read_text().splitlines()
     return "".join(f"{line}\n" for line in lines if line.split(" ", 1)[0] == alias)
+
+
+def check_closed(folder: Path) -> None:
+    """Raise ConfigError where the disk keeps no secret to its owner: ssh passes over a key that others can read, and a machine that is
+    rented lets in no other."""
+    for name in (SSH_KEY, MESH_KEY):
+        if _is_open(folder / name):
+            raise ConfigError(
+                f"'{folder / name}' can be read by others, and its disk keeps it so: ssh does not use it. Set PAIRSCOPE_HOME to a folder on "
+                "a disk that knows owners and rights"
+            )
+
+
+def _close(path: Path) -> None:
+    """Leave a secret to its owner alone, also one that was copied."""
+    if _is_open(path):
+        path.chmod(0o600)
+
+
+def _is_open(path: Path) -> bool:
+    """Whether a file of ours can be read by others; of one that is not ours ssh does not ask."""
+    return path.exists() and path.stat().st_uid == os.getuid() and bool(path.stat().st_mode & 0o077)
+
+
+def _complete(path: Path) -> None:
+    """The public half of the key at `path`, where it is not there."""
+    public = Path(f"{path}.pub")
+    if public.exists():
+        return
+    _close(path)  # nor does ssh-keygen read one that others can read
+    try:
+        done = subprocess.run(
+            ["ssh-keygen", "-y", "-P", "", "-f", str(path)], capture_output=True, stdin=subprocess.DEVNULL, text=True
+        )
+    except OSError as error:
+        raise ConfigError(f"cannot read the ssh key '{path}': {error}; install the ssh client") from error
+    if done.returncode:
+        raise ConfigError(
+            f"'{path}' is no key that ssh-keygen can read ({' '.join(done.stderr.split())[-200:]}): copy the folder anew from where the "
+            "cluster was made, or remove the file if nothing is rented"
+        )
+    write_secret(public, done.stdout)
 
 
 def _generate(path: Path) -> None:

@@ -51,11 +51,14 @@ def as_instance(row: Mapping[str, Any]) -> dict[str, Any]:
 
 def is_offer(row: Mapping[str, Any], bid: bool) -> bool:
     """Whether an offer says in numbers what it is and costs; one that does not cannot be compared, and is passed over."""
-    optional = ("inet_down_cost", "disk_space", "reliability", "cuda_max_good", "cpu_ram", "direct_port_count")
+    optional = (
+        "inet_down_cost", "disk_space", "reliability", "cuda_max_good", "cpu_ram", "direct_port_count", "duration",
+    )  # fmt: skip
     return (
         all(_is_number(row.get(key)) for key in (*_OFFER, *(("min_bid",) if bid else ())))
         and all(row.get(key) is None or _is_number(row[key]) for key in optional)
         and type(row.get("machine_id")) is int
         and isinstance(row.get("gpu_name"), str)
         and row["dph_total"] >= 0
+        and (row.get("inet_down_cost") or 0) >= 0
     )

@@ -127,15 +127,16 @@ class Far:
         alive: bool = False,
         out: str = "",
         n: int = 0,
+        beside: tuple[int, ...] = (),
     ) -> None:
-        """A sweep's word on itself; items: (entry, state, capture)."""
+        """A sweep's word on itself; items: (entry, state, capture). beside: the n of those that ran when it began."""
         place = self.folder / "home" / ".pairscope" / "sweeps"
         place.mkdir(parents=True, exist_ok=True)
         content: dict[str, Any] = {
             "out": out or self.run.root, "entries": [i[0] for i in items], "started": "2026-01-01T00:00:00.000",
             "ended": None if alive or exit_code is None else "2026-01-01T01:00:00.000", "exit_code": None if alive else exit_code,
             "items": [{"entry": e, "state": s, "capture": c} for e, s, c in items],
-            "pid": os.getpid(), "born": "0",
+            "pid": os.getpid(), "born": f"0{n}", "beside": [[os.getpid(), f"0{other}"] for other in beside],
         }  # fmt: skip
         if alive:
             content["born"] = Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +21,11 @@ WORKER_TAGS = HEAD_TAGS | {"ray-node-type": "worker", "ray-launch-request": "5f0
 @contextmanager
 def laptop_home(server: Fake, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fake]:
     """A laptop with a key that may do all; nothing is rented and no key is left when this ends."""
+    from cluster.vast import before_up
+
     server.control("faults", [])
+    # no test here sets a machine up
+    monkeypatch.setattr(before_up, "PROGRAMS", tuple(filter(shutil.which, before_up.PROGRAMS)))
     monkeypatch.setenv("PAIRSCOPE_HOME", str(folder / "laptop"))
     monkeypatch.setenv("VAST_API_KEY", "full-rights")
     monkeypatch.setenv("VAST_URL", server.url)

@@ -102,6 +102,62 @@ def test_a_failed_entry_makes_the_exit_code_and_does_not_keep_the_cluster(far: F
     assert {r["entry"]: r["error"] for r in rows} == {"one": None, "two": "it is broken"}
 
 
+@pytest.mark.usefixtures("near")
+@pytest.mark.parametrize(
+    ("first", "code", "down", "said"),
+    [
+        ([("two", "failed", None)], 1, 1, "failed: two"),
+        ([("two", "not started", None)], 143, 0, "the sweep was stopped before two"),
+        ([("two", "planned", None)], None, 0, "the sweep ended without a word"),
+    ],
+)
+def test_of_two_sweeps_at_a_time_into_one_directory_the_first_is_judged_too(
+    far: Far, tmp_path: Path, first: list[tuple[str, str, str | None]], code: int | None, down: int, said: str
+) -> None:
+    far.capture("one")
+    far.note(*first, exit_code=code, n=0)
+    far.note(("one", "complete", ID), n=1, beside=(0,))
+    run = Run(far, tmp_path / "home", once=False, teardown=True)
+    assert (run(), run.down) == (1, down)
+    assert said in run.said
+
+
+@pytest.mark.usefixtures("near")
+@pytest.mark.parametrize("code", [None, 143])
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_sweep_that_was_submitted_twice_is_whole_where_one_of_the_two_was_ended(
+    far: Far, tmp_path: Path, killed: int, code: int | None
+) -> None:
+    far.capture("one")
+    for n in (0, 1):
+        beside = (0,) * n
+        if n == killed:
+            far.note(("one", "interrupted", ID), exit_code=code, n=n, beside=beside)
+        else:
+            far.note(("one", "complete", ID), n=n, beside=beside)
+    run = Run(far, tmp_path / "home", once=False, teardown=True)
+    assert (run(), run.down) == (0, 1)
+
+
+@pytest.mark.usefixtures("near")
+def test_another_capture_of_an_entry_that_is_complete_may_have_failed(far: Far, tmp_path: Path) -> None:
+    far.capture("one")
+    far.note(("one", "complete", ID), n=0)
+    far.note(("one", "failed", "fedcba9876543210"), exit_code=1, n=1, beside=(0,))
+    assert Run(far, tmp_path / "home", once=False)() == 1
+
+
+@pytest.mark.usefixtures("near")
+def test_what_a_sweep_left_that_had_ended_before_the_last_one_began_is_the_last_ones_matter(
+    far: Far, tmp_path: Path
+) -> None:
+    far.capture("one")
+    far.note(("one", "failed", None), ("two", "failed", None), exit_code=1, n=0)
+    far.note(("one", "complete", ID), n=1)
+    run = Run(far, tmp_path / "home", once=False, teardown=True)
+    assert (run(), run.down) == (0, 1)
+
+
 def _running(far: Far) -> None:
     far.note(alive=True)
 
@@ -416,6 +472,29 @@ def test_what_a_sweep_had_under_way_that_died_is_interrupted(far: Far, tmp_path:
     far.note(exit_code=None)
     assert Run(far, tmp_path / "home")() == 1
     assert _states(tmp_path / "home") == {"two": "interrupted"}
+
+
+@pytest.mark.usefixtures("near")
+def test_what_did_not_come_home_is_not_said_to_run_once_the_sweep_is_over(far: Far, tmp_path: Path) -> None:
+    home = RunDir(str(tmp_path / "home"))
+    path = far.capture("one")
+    (row,) = far.run.manifest_rows()
+    home.write_manifest_row(row | {"state": "running", "driver": "far/1/1"})  # as it came before
+    far.run.write_manifest_row(row | {"driver": "far/1/1"})
+    table = next(path.glob("*.parquet"))
+    table.write_bytes(bytes(table.stat().st_size))
+    far.note(("one", "complete", ID))
+    assert Run(far, tmp_path / "home", once=False)() == 1
+    assert [r["state"] for r in home.manifest_rows()] == ["interrupted"]
+
+
+@pytest.mark.usefixtures("near")
+def test_what_another_cluster_has_under_way_in_the_same_place_runs_on(far: Far, tmp_path: Path) -> None:
+    _under_way(far, "two")
+    far.capture("one")
+    far.note(("one", "complete", ID))
+    assert Run(far, tmp_path / "home")() == 0
+    assert _states(tmp_path / "home") == {"one": "complete", "two": "running"}
 
 
 @pytest.mark.usefixtures("near")

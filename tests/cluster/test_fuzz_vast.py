@@ -25,7 +25,7 @@ INSTANCE: dict[str, Any] = {
 OFFER: dict[str, Any] = {
     "id": 5, "machine_id": 3, "gpu_name": "RTX 4090", "gpu_ram": 24576, "num_gpus": 1, "dph_total": 0.4, "min_bid": 0.2, "inet_down": 900.0,
     "inet_down_cost": 0.001, "disk_space": 500, "reliability": 0.99, "cuda_max_good": 13.0, "cpu_ram": 64000, "direct_port_count": 10,
-    "verified": True, "geolocation": "Nowhere",
+    "verified": True, "geolocation": "Nowhere", "duration": 7776000.0,
 }  # fmt: skip
 ODD: tuple[Any, ...] = (
     None, True, -1, 10**30, float("nan"), float("inf"), "", "x", "-oProxyCommand=x", "a b;c", "\ud800", "\x1b[2J", [], [[]], [1], {}, {"22/tcp": "x"},

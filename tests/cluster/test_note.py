@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from capture.process import born
 from cluster import note
 from cluster.note import noted, read_notes
 
@@ -42,3 +46,24 @@ def test_a_sweep_that_runs_is_not_forgotten_however_many_come_after_it() -> None
             with noted("/root/out", ["two"]):
                 pass
         assert [found["entries"] for found in read_notes()[0] if found["alive"]] == [["one"]]
+
+
+def test_a_sweep_that_was_killed_does_not_run_where_nobody_asks_how_it_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    killed = subprocess.Popen([sys.executable, "-c", "pass"])
+    os.waitid(
+        os.P_PID, killed.pid, os.WEXITED | os.WNOWAIT
+    )  # a container's first process may reap none that it did not start
+    assert born(killed.pid) is not None
+    monkeypatch.setattr(note.os, "getpid", lambda: killed.pid)
+    with noted("/root/out", ["one"]):
+        assert [found["alive"] for found in read_notes()[0]] == [False]
+    killed.wait()
+
+
+def test_a_note_names_the_sweeps_that_run_when_its_own_begins() -> None:
+    with noted("/root/out", ["one"]) as first:
+        pass
+    with noted("/root/out", ["two"]) as second, noted("/root/out", ["three"]) as third:
+        pass
+    assert (first["beside"], second["beside"]) == ([], [])
+    assert third["beside"] == [[second["pid"], second["born"]]]

@@ -8,6 +8,7 @@ import pytest
 
 from capture.errors import ConfigError
 from cluster.offers import assumed_offers, live_offers, prices, read_offers, vast_offers
+from cluster.plan_facts import CONFIGS
 
 ROW = {
     "id": 7, "gpu_name": "A100 PCIE", "num_gpus": 2, "gpu_ram": 40960, "dph_base": 1.5, "dph_total": 1.6, "inet_down": 2500,
@@ -53,6 +54,10 @@ def test_a_saved_list_is_read_with_or_without_its_wrapping(tmp_path):
         assert offer.offer_id == 7
 
 
+def test_a_machine_without_a_gpu_in_a_saved_list_is_passed_over():
+    assert [o.gpus for o in vast_offers([ROW | {"num_gpus": 0}, ROW], prices(), "list")] == [2]
+
+
 def test_a_row_without_a_price_is_named(tmp_path):
     broken = {k: v for k, v in ROW.items() if not k.startswith("dph")}
     (tmp_path / "o.json").write_text(json.dumps([ROW, broken]))
@@ -70,6 +75,26 @@ def test_a_file_that_is_no_list_is_refused(content, tmp_path):
 def test_prices_that_lack_a_key_are_refused(tmp_path):
     (tmp_path / "p.yaml").write_text("network: {gbit: 1}\n")
     with pytest.raises(ConfigError, match=r"network\.usd_per_gb"):
+        read_offers(tmp_path / "p.yaml", prices())
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "said"),
+    [
+        ("usd_per_hour: 0.15", "usd_per_hour: 0,15", r"the GPU 'Tesla T4': 'usd_per_hour' is a number from 0 up, with a point, not '0,15'"),
+        ("usd_per_hour: 0.15", "usd_per_hour: -0.15", r"'usd_per_hour' is a number from 0 up"),
+        ("usd_per_hour: 0.15", "price: 0.15", r"'usd_per_hour' is a number from 0 up, with a point, not None"),
+        ("{half: 20, tf32: 4", "{halb: 20, tf32: 4", r"'tflops: half' is a number"),
+        ("{half: 20, tf32: 4", "{half: 20, fp8: 40, tf32: 4", r"tflops or also is not as in configs/prices.yaml \['fp8'\]"),
+        ("- name: Tesla T4", "- name:", r"is no GPU with a name"),
+        ("gbit: 1 ", "gbit: .nan ", r"network\.gbit is missing or no number"),
+    ],
+)  # fmt: skip
+def test_a_price_that_was_mistyped_is_named(tmp_path, right, wrong, said):
+    text = (CONFIGS / "prices.yaml").read_text()
+    assert right in text
+    (tmp_path / "p.yaml").write_text(text.replace(right, wrong, 1))
+    with pytest.raises(ConfigError, match=said):
         read_offers(tmp_path / "p.yaml", prices())
 
 

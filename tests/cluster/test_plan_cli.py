@@ -8,9 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from click.testing import CliRunner
 
+from capture.config import load_config
 from cluster.plan_cli import plan
+from cluster.plan_make import make_plan
 
 ROOT = Path(__file__).resolve().parents[2]
 TABLE = str(ROOT / "configs/hardware_table.yaml")
@@ -91,6 +94,16 @@ def test_saved_offers_are_what_is_chosen_from(tmp_path):
     file.write_text(json.dumps([offer]))
     text = typed(TABLE, "--offers", str(file), "--entries", "qwen-7b").output
     assert "(offer 99)" in text
+
+
+def test_all_numbers_of_a_file_of_prices_are_planned_with(tmp_path):
+    text = (ROOT / "configs" / "prices.yaml").read_text()
+    assert "boot_minutes: 5 " in text
+    (tmp_path / "p.yaml").write_text(text.replace("boot_minutes: 5 ", "boot_minutes: 65 "))
+    config, file = load_config(TABLE), str(tmp_path / "p.yaml")
+    usual, slow = (make_plan(config, ["qwen-7b"], offers=offers, offline=True) for offers in (None, file))
+    assert slow.sweeps[0].makespan - usual.sweeps[0].makespan == pytest.approx(1.0)
+    assert any("65 minutes until a machine is up" in " ".join(line.split()) for line in slow.assumptions)
 
 
 def test_the_overview_the_detail_and_json_name_one_download():

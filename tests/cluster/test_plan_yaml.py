@@ -62,6 +62,19 @@ def test_what_must_be_changed_is_said(prod: Plan, tmp_path: Path) -> None:
     ]
 
 
+def test_what_the_file_leaves_out_or_spells_otherwise_is_taken_as_it_is_rented(prod: Plan, tmp_path: Path) -> None:
+    content = yaml.safe_load(YAML.read_text())
+    file = tmp_path / "ray_cluster.yaml"
+    del content["provider"]["offers"]["disk_gb"]
+    types = content["available_node_types"]
+    types["larger"] = {"node_config": {**types["rtx3060"]["node_config"], "gpus": "RTX 3060 Ti", "min_gpu_gb": 12.5}}
+    types["rtx3060"]["node_config"]["gpus"] = ["RTX_3060"]
+    file.write_text(yaml.safe_dump(content))
+    (line,) = cluster_lines(prod, file)
+    assert line.startswith("RTX 3060 12G is node type rtx3060 of ")
+    assert line.endswith("; set disk_gb: 150 there, it is 100")
+
+
 @pytest.mark.parametrize(
     "text", [None, "", "- a", "available_node_types: 5", "provider: [", "{provider: {}, head_node_type: 1}"]
 )

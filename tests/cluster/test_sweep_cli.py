@@ -207,3 +207,16 @@ def test_what_is_shown_next_can_be_pasted_into_a_shell(config: Path, asked: dict
         ["pairscope", "sweep", str(mine), "--out", "my out"],
         ["pairscope", "status", "my out"],
     ]
+
+
+@pytest.mark.parametrize("way", ["file://{}/out", "{}/out", "{}/there/../out/"])
+def test_a_sweep_onto_the_heads_own_disk_is_noted_by_its_path(tmp_path: Path, monkeypatch: Any, way: str) -> None:
+    from cluster.cli import _noted
+    from cluster.note import read_notes
+
+    monkeypatch.setenv("PAIRSCOPE_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.1.1:6379")
+    with _noted(way.format(tmp_path), ["one"]):
+        (found,) = read_notes()[0]
+    assert "://" not in found["out"]
+    assert Path(found["out"]).resolve() == tmp_path / "out"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import time
 import types
 from pathlib import Path
@@ -14,6 +15,7 @@ from click.testing import CliRunner
 from fake_server import Fake, wait_for
 from provider_stage import HEAD_TAGS, config, node_config, on_laptop, ray_up
 
+from capture.machine import checks
 from cluster.vast import before_up
 from cluster.vast.cli import vast as command
 from cluster.vast.errors import VersionError
@@ -69,6 +71,33 @@ def test_a_mounted_file_that_cannot_be_read_is_told_before_anything_is_rented(
     content["file_mounts"]["~/data"] = str(tmp_path / local) if isinstance(local, str) else local
     assert re.search(said, refused(monkeypatch, content))
     assert on_laptop(content).non_terminated_nodes({}) == [], "other commands than `ray up` work"
+    assert fake.live() == []
+
+
+def test_a_machine_without_rsync_rents_none_that_it_could_not_set_up(
+    fake: Fake, tmp_path: Path, monkeypatch: Any
+) -> None:
+    (tmp_path / "bin").mkdir()
+    for program in ("ssh", "ssh-keygen"):
+        (tmp_path / "bin" / program).symlink_to(shutil.which(program) or pytest.skip("no ssh client"))
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    monkeypatch.setattr(before_up, "PROGRAMS", ("ssh", "rsync"))
+    assert refused(monkeypatch) == (
+        "ConfigError: there is no rsync on this machine, and without it no rented one can be set up: install it, then run `ray up` again"
+    )
+    assert fake.live() == []
+
+
+def test_what_ray_up_needs_of_this_machine_is_what_doctor_looks_for() -> None:
+    assert set(before_up.PROGRAMS) <= {check.name for check in checks()}
+
+
+def test_a_key_that_ssh_would_not_use_rents_no_machine(fake: Fake, tmp_path: Path, monkeypatch: Any) -> None:
+    on_laptop()
+    for key in (tmp_path / "laptop" / "clusters" / "pairscope").glob("*_ed25519"):
+        key.chmod(0o777)
+    monkeypatch.setattr(Path, "chmod", lambda *_: None)
+    assert "id_ed25519' can be read by others" in refused(monkeypatch)
     assert fake.live() == []
 
 

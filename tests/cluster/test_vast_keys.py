@@ -32,3 +32,39 @@ def test_a_key_that_could_not_be_made_whole_is_made_by_the_next_try(
     names = {path.name for path in folder.iterdir()}
     assert names == {"id_ed25519", "id_ed25519.pub", "mesh_ed25519", "mesh_ed25519.pub", "auth_token"}
     assert {oct((folder / name).stat().st_mode & 0o777) for name in ("id_ed25519", "mesh_ed25519")} == {"0o600"}
+
+
+def test_keys_that_others_can_read_since_they_were_copied_are_closed_again(tmp_path: Path) -> None:
+    keys.make_missing(tmp_path)
+    for name in ("id_ed25519", "mesh_ed25519", "auth_token"):
+        (tmp_path / name).chmod(0o644)  # ssh would pass over such a key, with a machine rented that lets in no other
+    keys.make_missing(tmp_path)
+    assert {(tmp_path / name).stat().st_mode & 0o777 for name in ("id_ed25519", "mesh_ed25519", "auth_token")} == {
+        0o600
+    }
+
+
+def test_a_disk_that_keeps_no_key_to_its_owner_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys.make_missing(tmp_path)
+    (tmp_path / "id_ed25519").chmod(0o777)
+    monkeypatch.setattr(Path, "chmod", lambda *_: None)  # as on a disk of Windows' file systems
+    keys.make_missing(tmp_path)  # for `ray down`, which needs no ssh
+    with pytest.raises(ConfigError, match=r"id_ed25519' can be read by others, .*ssh does not use it.*PAIRSCOPE_HOME"):
+        keys.check_closed(tmp_path)
+
+
+def test_a_public_key_that_was_not_copied_is_made_from_the_private_one(tmp_path: Path) -> None:
+    keys.make_missing(tmp_path)
+    owner = keys.owner(tmp_path)
+    (tmp_path / "id_ed25519.pub").unlink()
+    assert keys.owner(tmp_path) == owner
+    keys.make_missing(tmp_path)
+    assert keys.owner(tmp_path) == owner
+
+
+def test_a_private_key_that_is_none_is_said_to_be_so(tmp_path: Path) -> None:
+    keys.make_missing(tmp_path)
+    (tmp_path / "id_ed25519").write_text("half\n")
+    (tmp_path / "id_ed25519.pub").unlink()
+    with pytest.raises(ConfigError, match=r"id_ed25519' is no key that ssh-keygen can read"):
+        keys.make_missing(tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,14 @@ def test_it_has_limits_and_tokens_and_no_secret(content: dict[str, Any]) -> None
         assert "RAY_health_check_failure_threshold=20" in commands[-1]
     for word in ("api_key:", "auth_token:", "HF_TOKEN=", "hf_"):
         assert word not in text
+
+
+def test_a_worker_that_boots_is_given_up_by_its_boot_minutes_and_not_by_ray(content: dict[str, Any]) -> None:
+    from ray.autoscaler.v2.instance_manager.config import InstanceReconcileConfig
+
+    said = re.search(r"RECONCILE_ALLOCATE_STATUS_TIMEOUT_S=(\d+)", content["head_start_ray_commands"][-1])
+    given_up_s = int(said[1]) if said else InstanceReconcileConfig().allocate_status_timeout_s
+    assert given_up_s >= 50 * 60, "somebody may raise boot_minutes, and it would be rented again and again"
 
 
 def test_every_mounted_file_is_there(content: dict[str, Any]) -> None:
