@@ -98,7 +98,8 @@ def _floor(floors: dict[str, Any], metric: Metric, label: str, layers: Any) -> A
     known = [dict(enumerate(values, start=-1)) for values in lists if values]
     if metric.record_type != "pairwise" or not known:
         return None
-    return np.array([max(k.get(int(layer), np.nan) for k in known) for layer in layers], dtype=np.float64)
+    each = [[k.get(int(layer)) for layer in layers] for k in known]
+    return np.max(np.array(each, dtype=np.float64), axis=0)  # null, where a state overflowed, is NaN
 
 
 def build_stack(

@@ -190,9 +190,17 @@ SQL_VIEWS = (
         "what running a prompt alone, not in its batch, changed: the noise floor; no rows where it was not measured",
         (
             *(PAIR, CAPTURE, RUN, LAYER),
-            Column("norm_diff", "float64", "largest norm of the difference over the tokens of one prompt", "residual"),
-            Column("norm_diff_relative", "float64", "largest such norm divided by that of the state", "1"),
-            Column("cosine_distance", "float64", "largest 1 - cosine", "1"),
+            Column(
+                "norm_diff",
+                "float64",
+                "largest norm of the difference over the tokens of one prompt; null where a state overflowed",
+                "residual",
+                True,
+            ),
+            Column(
+                "norm_diff_relative", "float64", "largest such norm divided by that of the state, likewise", "1", True
+            ),
+            Column("cosine_distance", "float64", "largest 1 - cosine, likewise", "1", True),
         ),
     ),
     View(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 from typing import TYPE_CHECKING, Any
 
@@ -135,16 +136,21 @@ def _models(work: Work) -> dict[str, Any]:
 
 
 def _noise_floor(work: Work) -> dict[str, Any]:
-    """What running one prompt alone, instead of in its batch, changes: below it a difference means nothing."""
+    """What running one prompt alone, instead of in its batch, changes: below it a difference means nothing. None, null in the
+    file, where a state overflowed; JSON has no NaN."""
     if not work.batches[-1].probe:
         return {"measured": False, "why": "every batch holds one prompt, or noise_floor is off"}
-    worst: dict[str, float] = {}
-    for metrics in work.collector.noise.values():
-        for name, values in metrics.items():
-            worst[name] = max(worst.get(name, 0.0), *values)
+    found = {
+        run: {name: [v if math.isfinite(v) else None for v in values] for name, values in metrics.items()}
+        for run, metrics in work.collector.noise.items()
+    }
+    worst: dict[str, float | None] = {}
+    for name in next(iter(found.values())):
+        every = [v for metrics in found.values() for v in metrics[name]]
+        worst[name] = None if None in every else max(v for v in every if v is not None)
     return {
         "measured": True,
         "item": work.batches[-1].items[0],
         "largest": worst,
-        "by_run_and_layer": work.collector.noise,
+        "by_run_and_layer": found,
     }

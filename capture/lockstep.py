@@ -209,7 +209,8 @@ class Pair:
                 fresh = {first: [self._turn(first, inputs[first], layer, b, stop) for b in range(len(self.states))]}
                 if len(models) == 2:
                     loader.wait(step + 1)
-                shared = self._may_share(inputs) and not self.inside and self._same_weights(layer)
+                known = not self.inside or len(models) == 1  # one checkpoint is equal to itself, unread
+                shared = self._may_share(inputs) and known and self._same_weights(layer)
                 loader.free(step)
                 loader.ahead(step + 2)
                 if others and not shared:

@@ -93,7 +93,8 @@ class SpanStore:
         for info in self.run.list_dir(self.path):
             found = re.fullmatch(r"state-(\d+)\.safetensors", info.base_name)
             if found and since <= int(found[1]) < last:
-                self.run.fs.delete_file(info.path)
+                with contextlib.suppress(FileNotFoundError):  # another writer of the same capture forgot them as well
+                    self.run.fs.delete_file(info.path)
         return Span(self, first, last, meta)
 
     def committed(self, first: int = -1, last: int | None = None) -> list[Span]:

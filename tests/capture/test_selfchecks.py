@@ -3,12 +3,15 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 import torch
+from safetensors.torch import load_file, save_file
 from transformers.models.llama import modeling_llama
 from walked import open_pair, walk
 
+import analysis
 from capture import lens, lens_queue, logits
 from capture.checkpoint import StreamedModel
 from capture.collector import Collector
@@ -162,6 +165,23 @@ def test_the_noise_floor_is_what_a_prompt_alone_differs_by_from_its_batch(
     for metric, largest in floor["largest"].items():
         assert largest == max(max(metrics[metric]) for metrics in floor["by_run_and_layer"].values())
         assert largest >= least
+
+
+def test_a_noise_floor_of_states_that_overflow_is_null_and_its_largest_value_is_not_told(tmp_path):
+    paths = tiny.make_pair("llama", tmp_path / "pair")
+    for side in (paths.base, paths.sft):
+        weights = load_file(side / "model.safetensors")
+        weights["model.layers.2.mlp.down_proj.weight"] *= 1e38
+        weights["model.layers.2.mlp.up_proj.weight"] *= 1e4
+        save_file(weights, side / "model.safetensors", {"format": "pt"})
+    result = capture_pair(entry_of(paths, prompts=("two alike",) * 2), str(tmp_path / "out"))
+    written = (Path(result.path) / "capture.json").read_text()
+    floor = json.loads(written, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))["noise_floor"]
+    assert floor["by_run_and_layer"]["BB"]["norm_diff"][-3:] == [None] * 3
+    assert None not in floor["by_run_and_layer"]["BB"]["norm_diff"][:3]
+    assert floor["largest"] == {"norm_diff": None, "norm_diff_relative": None, "cosine_distance": None}
+    grid = analysis.open(tmp_path / "out").grid("norm_diff", comparison="BB-SS", prompt=0)
+    assert np.isnan(grid.floor).tolist() == [False] * 3 + [True] * 3
 
 
 def noise(batched, alone):

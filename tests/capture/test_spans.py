@@ -189,6 +189,22 @@ def test_states_are_those_that_were_found_though_another_writer_has_got_further_
     assert mine.states(span, torch.device("cpu")) == [[torch.ones(1, 1, 1)]]
 
 
+def test_states_that_another_writer_forgets_at_the_same_moment_are_no_error(tmp_path, monkeypatch):
+    run = RunDir(str(tmp_path))
+    store = SpanStore(run, run.capture_path("p", "c"))
+    store.commit(-1, 0, {}, {}, [[torch.ones(1, 1, 1)]])
+    listed = run.list_dir
+
+    def and_then_forgotten(path):
+        found = listed(path)
+        Path(store.state_path(0)).unlink(missing_ok=True)
+        return found
+
+    monkeypatch.setattr(run, "list_dir", and_then_forgotten)
+    store.commit(1, 1, {}, {}, [[torch.ones(1, 1, 1)]])
+    assert [(s.first, s.last) for s in store.committed()] == [(-1, 0), (1, 1)]
+
+
 def test_a_walk_goes_on_with_states_that_layers_have_made_wider(tmp_path, monkeypatch):
     """Mamba's carry the residual in float32, whatever enters them."""
     paths = tiny.make_pair("mamba", tmp_path / "pair", dtype=torch.bfloat16)

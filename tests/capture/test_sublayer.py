@@ -1,6 +1,7 @@
 """Sub-layer mode: a matrix in use, the next being read, the ends by rows. The numbers are those of every other mode."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import tiny
@@ -36,6 +37,12 @@ def test_states_equal_those_of_resident_mode_bitwise(arch, tie, pairs):
     assert_same(walk(pair, IDS, mode="sub-layer"), want)
     live = [t for m in pair.models.values() for g in m.groups() if g not in (REST, HEAD, EMBEDDING) for t in m.names(g)]
     assert all(pair.models["base"].weights.get(n).is_meta for n in live)
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2"])
+def test_a_checkpoint_is_walked_beside_itself(arch, pairs):
+    paths = replace(pairs(arch), sft=pairs(arch).base)
+    assert_same(walk(open_pair(paths), IDS, mode="sub-layer"), walk(open_pair(paths), IDS, mode="resident"))
 
 
 @pytest.mark.parametrize("arch", ["llama", "gpt2", "mixtral", "deepseek_v3", "nemotron"])
