@@ -195,6 +195,29 @@ def test_an_unknown_metric_or_record_type_names_the_near_ones(con: Any, syntheti
     assert "Did you mean" in call("sql", synthetic.out, "FROM hotspot('norm')").err
 
 
+@pytest.mark.parametrize(
+    ("query", "said"),
+    [
+        (
+            "FROM hotspots('norm', 3)",
+            "'norm' is a metric of passes, and this asks for one of comparisons: record := 'runs'",
+        ),
+        ("FROM pairwise_grid('alpha', 0, 'BB-SS', 'entropy')", "'entropy' is a metric of passes"),
+        ("FROM edges('cosine_prev')", "'cosine_prev' is a metric of passes"),
+        (
+            "FROM hotspots('norm_diff', 3, record := 'runs')",
+            "'norm_diff' is a metric of comparisons, and this asks for one",
+        ),
+        ("FROM run_grid('alpha', 0, 'BB', 'kl_div')", "'kl_div' is a metric of comparisons"),
+        ("FROM decomposition('norm_diff')", "'norm_diff' is a metric of comparisons"),
+    ],
+)
+def test_a_metric_of_the_other_record_type_is_called_so(synthetic: Any, call: Any, query: str, said: str) -> None:
+    answer = call("sql", synthetic.out, query)
+    assert answer.code == 2
+    assert answer.err.startswith(said)
+
+
 def test_the_noise_floor_marks_differences_that_are_none(tmp_path: Path) -> None:
     import json
 
