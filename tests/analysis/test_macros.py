@@ -187,6 +187,12 @@ def test_the_edges_of_the_square_are_its_four_comparisons(con: Any, synthetic: A
         assert np.array_equal([r[column] for r in rows], expected.ravel())
 
 
+def test_the_name_of_a_metric_is_the_same_in_capitals_as_a_column_is(con: Any) -> None:
+    for metric in ("norm_diff", "norm_delta", "entropy_sft"):
+        asked = "SELECT layer, position, value FROM pairwise_grid('alpha', 0, 'BB-SS', ?)"
+        assert con.execute(asked, [metric.upper()]).fetchall() == con.execute(asked, [metric]).fetchall()
+
+
 def test_an_unknown_metric_or_record_type_names_the_near_ones(con: Any, synthetic: Any, call: Any) -> None:
     answer = call("sql", synthetic.out, "FROM hotspots('norm_dif', 3)")
     assert answer.code == 2
@@ -281,7 +287,7 @@ def test_of_two_layers_of_which_the_lens_says_the_same_one_is_a_hotspot(tmp_path
     con = open_run(str(tmp_path))
     assert con.execute("SELECT twin_layer FROM captures").fetchall() == [(2,)]
     asked = "SELECT DISTINCT layer FROM {}('{}', 30{}) ORDER BY layer"
-    for metric, record in (("kl_divergence", ""), ("entropy", ", record := 'runs'")):
+    for metric, record in (("kl_divergence", ""), ("KL_Div", ""), ("entropy", ", record := 'runs'")):
         layers = [layer for (layer,) in con.execute(asked.format(macro, metric, record)).fetchall()]
         assert 1 in layers
         assert 2 not in layers
@@ -335,6 +341,6 @@ def test_the_macro_and_the_report_know_the_same_metrics_of_the_lens() -> None:
     from analysis.metrics import of_lens
 
     (statement,) = (m.statement for m in MACROS if m.name == "cells")
-    listed = set(re.findall(r"'(\w+)'", statement.split("metric IN (")[1].split(")")[0]))
+    listed = set(re.findall(r"'(\w+)'", statement.split("lower(metric) IN (")[1].split(")")[0]))
     known = [m for record in ("runs", "pairwise") for m in metrics(record).values()]
     assert listed == {m.name for m in known if of_lens(m.name, m.unit)}
