@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 TERMINAL_ROWS = 40
 _MAX_CELL = 60
+_MIN_CELL = 16  # a text that is cut to less tells nothing
 
 
 def cell(value: Any) -> str:
@@ -154,7 +155,11 @@ def show_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], *, more: b
         if same and len(same) < len(columns):
             notes.append("in each row " + ", ".join(f"{columns[i]} {texts[0][i]}" for i in same))
             shown = [i for i in shown if i not in same]
-        while len(shown) > 1 and sum(widths[i] for i in shown) > console.width:
+        while len(shown) > 1 and (over := sum(widths[i] for i in shown) - console.width) > 0:
+            room = widths[last := shown[-1]] - over - 2
+            if room >= _MIN_CELL and not _is_numeric(rows, last):  # a prompt, say: its beginning is better than nothing
+                texts = [[*t[:last], fit(t[last], room), *t[last + 1 :]] for t in texts]
+                break
             shown.pop()
         left = [c for i, c in enumerate(columns) if i not in shown and i not in same]
         notes += [f"without {', '.join(left)}"] if left else []

@@ -285,6 +285,23 @@ def test_on_a_terminal_the_table_is_cut_and_says_what_is_left_out(monkeypatch: A
     assert "metric_two" in out.splitlines()[0]
 
 
+@pytest.mark.parametrize(("columns", "shown"), [(80, True), (50, True), (34, False)])
+def test_a_long_text_is_cut_to_the_room_there_is_before_its_column_is_left_out(
+    monkeypatch: Any, capsys: Any, columns: int, shown: bool
+) -> None:
+    from analysis.tables import show_table
+
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", str(columns))
+    rows = [[i, 40 + i, f"prompt {i}: " + "a word and " * 9] for i in range(3)]
+    show_table(["prompt_idx", "n_tokens", "text"], rows)
+    header, *lines = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out).splitlines()
+    assert all(len(line) <= columns for line in (header, *lines))
+    assert [f"prompt {i}: " in line for i, line in enumerate(lines[:3])] == [shown] * 3
+    assert ("text" in header) is shown
+    assert ("without text" in " ".join(lines)) is not shown
+
+
 def test_control_characters_never_reach_the_terminal(synthetic: Any, call: Callable[..., Any]) -> None:
     out = call("sql", synthetic.out, "SELECT 'a' || chr(27) || '[31m' || chr(10) AS x").out
     assert out == "x\na\\x1b[31m\\n\n"
