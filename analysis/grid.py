@@ -69,7 +69,10 @@ class Grid:
                 }
 
     def at(self, start: int | None, stop: int | None) -> Grid:
-        """The grid at positions start <= position < stop; None is an end."""
+        """The grid at positions start <= position < stop, counted from 0; None is an end."""
+        for end in (start, stop):
+            if end is not None and end < 0:
+                raise QueryError(f"no position {end}: they count from 0, to {len(self.positions) - 1} here")
         keep = self.positions >= (0 if start is None else start)
         if stop is not None:
             keep &= self.positions < stop
