@@ -211,6 +211,25 @@ def test_ctrl_c_while_any_verb_asks_is_a_ctrl_c(synthetic: Any) -> None:
         ask_and_interrupt()
 
 
+@pytest.mark.parametrize(
+    "query", ["-- one\nSELECT 1 AS one", "--one, and x = 1\nSELECT 1 AS one", "--\nSELECT 1 AS one"]
+)
+def test_a_query_may_begin_with_a_comment(synthetic: Any, call: Callable[..., Any], query: str) -> None:
+    for args in ((query, "--json"), ("--json", query), ("--json", "--", query)):
+        assert call("sql", synthetic.out, *args).rows == [{"one": 1}]
+    assert "No such option '--nope'" in call("sql", synthetic.out, "SELECT 1", "--nope=a b").err
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a shell that closes streams")
+def test_a_stream_that_the_caller_closed_is_no_traceback(synthetic: Any) -> None:
+    for verb, closed in (("sql", ">&-"), ("status", ">&-"), ("report", ">&-"), ("sql", "2>&-"), ("sql", "<&-")):
+        asked = {"sql": ["-" if closed == "<&-" else "FROM captures"]}.get(verb, [])
+        words = [sys.executable, "-m", "pairscope", verb, str(synthetic.out), *asked]
+        done = subprocess.run(["sh", "-c", f'"$@" {closed}', "sh", *words], capture_output=True, text=True, check=False)
+        assert "Traceback" not in done.stderr
+        assert done.returncode == (2 if closed == "<&-" else 0)
+
+
 def test_two_queries_or_none_are_refused(synthetic: Any, call: Callable[..., Any]) -> None:
     assert "expected one query, got 2" in call("sql", synthetic.out, "SELECT 1; DROP VIEW runs").err
     assert "expected one query, got 0" in call("sql", synthetic.out, "-", stdin="").err
