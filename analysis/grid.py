@@ -51,10 +51,10 @@ class Grid:
 
     @property
     def below_floor(self) -> NDArray[np.bool_]:
-        """[layers, positions]: true where the value is not above the noise floor; all false where none is known."""
+        """[layers, positions]: true where the value is not above the noise floor; false where none is known, or it is no number."""
         if self.floor is None:
             return np.zeros(self.values.shape, dtype=bool)
-        return np.abs(self.values) <= self.floor[:, None]
+        return (np.abs(self.values) <= self.floor[:, None]) & np.isfinite(self.floor)[:, None]
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """One row per cell: layer, position, token, value (None for NaN)."""

@@ -98,7 +98,8 @@ def _floor(floors: dict[str, Any], metric: Metric, label: str, layers: Any) -> A
     known = [dict(enumerate(values, start=-1)) for values in lists if values]
     if metric.record_type != "pairwise" or not known:
         return None
-    return np.array([max(k.get(int(layer), np.nan) for k in known) for layer in layers], dtype=np.float64)
+    # numpy's maximum, as a state that overflows has NaN, which Python's takes or leaves by its place
+    return np.array([np.max([k.get(int(layer), np.nan) for k in known]) for layer in layers], dtype=np.float64)
 
 
 def build_stack(

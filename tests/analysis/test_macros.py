@@ -258,6 +258,33 @@ def test_the_noise_floor_marks_differences_that_are_none(tmp_path: Path) -> None
     assert "line-through" in grid._repr_html_()
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_beside_a_floor_that_is_no_number_no_difference_is_called_none(tmp_path: Path, first: bool) -> None:
+    import json
+
+    made = alpha()
+    values = made.cells[0, "identity", "BB-SS"]["norm_diff"]
+    values[2, 0], values[3, 0] = np.inf, np.inf
+    path = write_capture(tmp_path, made) / "capture.json"
+    odd, plain = [0.0, 100.0, float("nan"), float("inf")], [0.0, 100.0, 0.0, 0.0]
+    floors = {
+        p: {"norm_diff": odd if (p == "BB") is first else plain, "norm_diff_relative": plain, "cosine_distance": plain}
+        for p in PASSES
+    }
+    said = {"measured": True, "by_run_and_layer": floors}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"noise_floor": said}))
+    con = open_run(str(tmp_path))
+    rows = con.execute(
+        "SELECT layer, position, below_floor FROM pairwise_floor WHERE prompt_idx = 0 AND comparison = 'BB-SS' ORDER BY ALL"
+    ).fetchall()
+    assert {below for layer, _, below in rows if layer > 0} == {None}
+    assert [below for layer, _, below in rows if layer == 0] == [True] * 5
+    from analysis import build_residual_grid
+
+    grid = build_residual_grid(con, "norm_diff", comparison="BB-SS")
+    assert grid.below_floor.ravel().tolist() == [bool(below) for *_, below in rows]
+
+
 def test_without_a_measured_floor_nothing_is_below_it(con: Any) -> None:
     from analysis import build_residual_grid
 
