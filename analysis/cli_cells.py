@@ -182,7 +182,8 @@ def grid(
             check_tracked(con, token_id, filters)
         shown = build_grid(con, chosen, filters).at(start, stop)
         drawn = build_stack(con, chosen, filters).at(start, stop) if every else shown
-        several = len(con.execute("SELECT 1 FROM captures WHERE pair = ?", [shown.pair]).fetchall())
+        captures = dict(con.execute("SELECT capture, newest FROM captures WHERE pair = ?", [shown.pair]).fetchall())
+        several = len(captures)
     for figure in figures:
         click.echo(f"wrote {write_png(drawn, figure, log=log)}", err=True)
     if output and output not in figures:
@@ -198,8 +199,11 @@ def grid(
         if below := int(shown.below_floor.sum()):
             click.echo(f"{below} of {shown.values.size} cells are not above the noise floor of this capture")
         if several > 1 and capture is None:  # the config was changed between two runs of one output
-            of = f"of the {several} of this pair the newest that tracks token {token_id}"
-            of = f"the newest of {several} of this pair" if token_id is None else of
+            of = f"the newest of {several} of this pair"
+            if token_id is not None:
+                of = f"of the {several} of this pair the newest that tracks token {token_id}"
+            elif not captures[shown.capture]:
+                of = f"of the {several} of this pair the newest that has what is asked for"
             click.echo(f"capture {shown.capture}, {of}; --capture chooses another")
 
 

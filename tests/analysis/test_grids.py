@@ -173,6 +173,17 @@ def test_the_logit_of_a_token_is_of_a_capture_that_tracks_it(tmp_path: Path, cal
         build_logit_grid(open_run(str(tmp_path), all_captures=True), 12, prompt=1)
 
 
+def test_a_grid_of_an_older_capture_is_not_called_that_of_the_newest(tmp_path: Path, call: Callable[..., Any]) -> None:
+    newer = make_capture("alpha", "ffff", ("SS",), 2, {(0, "identity"): ["x"]}, {0, 1, 2}, 0)
+    for taken, time in ((alpha(), 1_000_000), (newer, 2_000_000)):
+        os.utime(write_capture(tmp_path, taken) / "_COMPLETE", (time, time))
+    assert (
+        f"capture {ALPHA}, of the 2 of this pair the newest that has what is asked for;" in call("grid", tmp_path).out
+    )
+    assert f"capture {ALPHA}, of the 2 of" in call("grid", tmp_path, "--run", "SS", "--prompt", 1).out
+    assert "capture ffff, the newest of 2 of this pair;" in call("grid", tmp_path, "--run", "SS").out
+
+
 def test_an_empty_run_directory_says_so(tmp_path: Path) -> None:
     (tmp_path / "captures").mkdir()
     with pytest.raises(QueryError, match="no complete capture"):
