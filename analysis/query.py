@@ -127,13 +127,13 @@ def answer(
 
 def _hearing_ctrl_c(con: duckdb.DuckDBPyConnection, work: Callable[[], Found]) -> Found:
     """What `work` on the connection gives. It runs in a thread of its own, since Python hears Ctrl-C in its main thread alone, and
-    not while DuckDB computes there. KeyboardInterrupt is raised when the query has stopped.
+    not while DuckDB computes there. KeyboardInterrupt, or SystemExit after SIGTERM, is raised when the query has stopped.
     """
     with ThreadPoolExecutor(1) as pool:
         working = pool.submit(work)
         try:
             return working.result()
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, SystemExit):  # or told to end: the pool waits for a query that nobody stops
             con.interrupt()
             while wait([working], 0.1).not_done:  # a query that only begins forgets an interruption from before
                 con.interrupt()

@@ -230,6 +230,22 @@ def test_a_stream_that_the_caller_closed_is_no_traceback(synthetic: Any) -> None
         assert done.returncode == (2 if closed == "<&-" else 0)
 
 
+def test_a_long_query_that_is_told_to_end_ends(synthetic: Any) -> None:
+    script = (
+        "import os, signal, threading, analysis.query as asked, pairscope\n"
+        "check = asked.check_query\n"
+        "def checked(*args):\n"
+        "    check(*args)\n"
+        "    threading.Timer(1, os.kill, (os.getpid(), signal.SIGTERM)).start()\n"
+        "asked.check_query = checked\n"
+        "pairscope.main()\n"
+    )
+    query = "SELECT count(*) FROM range(100000000000) AS a, range(1000) AS b"
+    command = [sys.executable, "-c", script, "sql", str(synthetic.out), query]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=40, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (128 + signal.SIGTERM, "", "")
+
+
 def test_two_queries_or_none_are_refused(synthetic: Any, call: Callable[..., Any]) -> None:
     assert "expected one query, got 2" in call("sql", synthetic.out, "SELECT 1; DROP VIEW runs").err
     assert "expected one query, got 0" in call("sql", synthetic.out, "-", stdin="").err
