@@ -79,14 +79,14 @@ def json_line(row: Mapping[str, Any]) -> str:
 
 
 def csv_lines(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Iterator[str]:
-    """CSV with a header; none is an empty field, lists are JSON."""
+    """CSV with a header; none is an empty field, lists are JSON. Unlike JSON it has words for nan and inf, as DuckDB's own CSV."""
     buffer = io.StringIO()
     # a field is quoted where it has a character of the line's end: a carriage return of its own would end its row
     ends = SimpleNamespace(write=lambda line: buffer.write(line.removesuffix("\r\n") + "\n"))
     writer = csv.writer(ends, lineterminator="\r\n")
     writer.writerow(columns)
     for row in rows:
-        plain = [v if isinstance(v, Decimal) else jsonable(v) for v in row]
+        plain = [v if isinstance(v, Decimal | float) else jsonable(v) for v in row]
         writer.writerow([json.dumps(v) if isinstance(v, list | dict | bool) else v for v in plain])
         if buffer.tell() > 1 << 16:
             yield buffer.getvalue()

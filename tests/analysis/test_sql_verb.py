@@ -77,6 +77,11 @@ def test_csv_reads_back(synthetic: Any, call: Callable[..., Any]) -> None:
     assert rows[0] == {"position": "0", "token": "<s>", "nothing": "", "list": "[1, 2]", "yes": "true"}
 
 
+def test_what_is_no_finite_number_is_told_from_nothing_in_csv(synthetic: Any, call: Callable[..., Any]) -> None:
+    query = "SELECT 'inf'::FLOAT AS a, '-inf'::DOUBLE AS b, 'nan'::FLOAT AS c, NULL::FLOAT AS d, -0.0::DOUBLE AS e"
+    assert call("sql", synthetic.out, query, "--csv").out == "a,b,c,d,e\ninf,-inf,nan,,-0.0\n"
+
+
 def test_a_field_with_a_carriage_return_does_not_end_its_row_in_csv(synthetic: Any, call: Callable[..., Any]) -> None:
     odd = ["\r", "a\rb", "\n", "plain"]
     values = ", ".join(f"({i}, '{text}')" for i, text in enumerate(odd))
