@@ -68,6 +68,7 @@ function drawHotspots(s, many, jump) {
       el("span", { class: "at" }, `${s.scope === "all" ? `p${spot.data.sheet.prompt} ` : ""}${layerName(spot.data, spot.row)} : ${spot.column}`),
       el("span", { class: "value" }, show(spot.value, 3)), el("span", { class: "z" }, show(spot.z, 2))))));
   byId("spots-none").hidden = s.spots.length > 0;
+  byId("spots-none").textContent = s.order === "z" ? "No cell stands out within its layer." : "No cell has a number other than zero.";
   byId("spots-scope").textContent = scopeWords(s);
   showSql("spots-sql", SQL.hotspots(s, SPOTS));
 }

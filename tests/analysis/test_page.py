@@ -549,6 +549,13 @@ def test_cells_without_a_number_and_the_masks_are_told(made: Made, browser: Brow
     browser.open(f"{made.address}#pair=alpha&mask=1")
     assert browser.execute_script("return S.spots.every((h) => h.column > 0)")
     assert "without first and special tokens" in browser.text("#spots-scope")
+    for order, said in (
+        ("size", "No cell has a number other than zero."),
+        ("z", "No cell stands out within its layer."),
+    ):
+        browser.open(f"{made.address}#pair=alpha&mask=1&first=99&order={order}")
+        assert browser.execute_script("return [S.spots.length, byId('spots-none').hidden]") == [0, False]
+        assert browser.text("#spots-none") == said
 
 
 def test_a_cell_of_an_infinite_norm_is_read_like_any_other(tmp_path: Path, browser: Browser) -> None:  # noqa: F811
