@@ -84,6 +84,10 @@ def main() -> None:
     """Run the command line; a user's error is one line on stderr and its exit code, a bug keeps its traceback."""
     from capture.errors import PairscopeError, disk_is_full, why_not_written
 
+    # closed by the caller, as with >&-: Python has no such stream then, and the next file that is opened would take its place
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115  (until the end)
     for stream in (sys.stdout, sys.stderr):  # in a locale without UTF-8, where tokens have letters that it has not
         if isinstance(stream, io.TextIOWrapper) and codecs.lookup(stream.encoding).name != "utf-8":
             stream.reconfigure(errors="backslashreplace")

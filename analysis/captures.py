@@ -62,7 +62,7 @@ def _capture_row(run: RunDir, capture: CaptureDir) -> dict[str, Any]:
         "bytes": sum(f["bytes"] for f in capture.marker["files"]) if complete else None,
     }
     if complete:
-        row["written"] = run.fs.get_file_info(f"{capture.path}/{MARKER}").mtime
+        row["written"] = _written(capture) or run.fs.get_file_info(f"{capture.path}/{MARKER}").mtime
     try:
         text = run.read_bytes(f"{capture.path}/capture.json").decode()
         said = json.loads(text)
@@ -78,6 +78,15 @@ def _capture_row(run: RunDir, capture: CaptureDir) -> dict[str, Any]:
             sum(v for v in seconds.values() if isinstance(v, float) or (isinstance(v, int) and abs(v) < 1 << 53))
         )
     return row
+
+
+def _written(capture: CaptureDir) -> datetime.datetime | None:
+    """When the capture was complete, as its marker says: the file's own time is that of the last copy, in what order they came."""
+    try:
+        time = datetime.datetime.fromisoformat(str(capture.marker.get("finished")))
+        return time.astimezone(datetime.UTC) if time.tzinfo else time.replace(tzinfo=datetime.UTC)
+    except (ValueError, OverflowError):
+        return None
 
 
 def _twin_layer(said: Mapping[str, Any]) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import sys
 import threading
@@ -143,7 +144,17 @@ def status(ctx: click.Context, out: str, every_attempt: bool, memory: bool, as_j
         ctx.exit(1)
 
 
+class TakesSql(click.Command):
+    """Lets a query begin with a comment: `-- of the last layer` and a line of SQL is no option, which has no space in its name."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        queries = [] if "--" in args else [arg for arg in args if re.match(r"--[^=\s]*\s", arg)]
+        others = [arg for arg in args if arg not in queries]
+        return super().parse_args(ctx, [*others, "--", *queries] if queries else args)
+
+
 @click.command(
+    cls=TakesSql,
     context_settings=HELP,
     epilog=example(
         "pairscope sql out/demo \"SELECT pair, layer, avg(kl_divergence) AS kl FROM pairwise WHERE comparison = 'BB-SS' GROUP BY ALL ORDER BY ALL\"",

@@ -170,8 +170,8 @@ def grid(
     from analysis.tables import export_rows, json_line
 
     start, stop = _positions(positions)
-    figure = png or (output if output and output.endswith(FIGURES) else None)
-    if (log or every) and not figure:
+    figures = list(dict.fromkeys(f for f in (png, output) if f and (f == png or f.endswith(FIGURES))))
+    if (log or every) and not figures:
         raise QueryError("--log and --all are for a figure: add --png FILE")
     if every and (comparison or run_):
         raise QueryError("--all takes every comparison (or pass): leave out --comparison and --run")
@@ -182,15 +182,16 @@ def grid(
             check_tracked(con, token_id, filters)
         shown = build_grid(con, chosen, filters).at(start, stop)
         drawn = build_stack(con, chosen, filters).at(start, stop) if every else shown
-        several = len(con.execute("SELECT 1 FROM captures WHERE pair = ?", [shown.pair]).fetchall())
-    if figure:
+        captures = dict(con.execute("SELECT capture, newest FROM captures WHERE pair = ?", [shown.pair]).fetchall())
+        several = len(captures)
+    for figure in figures:
         click.echo(f"wrote {write_png(drawn, figure, log=log)}", err=True)
-    if output and output != figure:
+    if output and output not in figures:
         click.echo(f"wrote {export_rows(list(shown.rows()), output, *FIGURES)}", err=True)
     if as_json:
         for row in shown.rows():
             click.echo(json_line(row))
-    elif not output and not figure:
+    elif not output and not figures:
         from rich.console import Console
 
         console = Console(highlight=False, soft_wrap=True)
@@ -198,8 +199,11 @@ def grid(
         if below := int(shown.below_floor.sum()):
             click.echo(f"{below} of {shown.values.size} cells are not above the noise floor of this capture")
         if several > 1 and capture is None:  # the config was changed between two runs of one output
-            of = f"of the {several} of this pair the newest that tracks token {token_id}"
-            of = f"the newest of {several} of this pair" if token_id is None else of
+            of = f"the newest of {several} of this pair"
+            if token_id is not None:
+                of = f"of the {several} of this pair the newest that tracks token {token_id}"
+            elif not captures[shown.capture]:
+                of = f"of the {several} of this pair the newest that has what is asked for"
             click.echo(f"capture {shown.capture}, {of}; --capture chooses another")
 
 

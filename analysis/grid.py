@@ -51,10 +51,10 @@ class Grid:
 
     @property
     def below_floor(self) -> NDArray[np.bool_]:
-        """[layers, positions]: true where the value is not above the noise floor; all false where none is known."""
+        """[layers, positions]: true where the value is not above the noise floor; false where none is known, or it is no number."""
         if self.floor is None:
             return np.zeros(self.values.shape, dtype=bool)
-        return np.abs(self.values) <= self.floor[:, None]
+        return (np.abs(self.values) <= self.floor[:, None]) & np.isfinite(self.floor)[:, None]
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """One row per cell: layer, position, token, value (None for NaN)."""
@@ -69,7 +69,10 @@ class Grid:
                 }
 
     def at(self, start: int | None, stop: int | None) -> Grid:
-        """The grid at positions start <= position < stop; None is an end."""
+        """The grid at positions start <= position < stop, counted from 0; None is an end."""
+        for end in (start, stop):
+            if end is not None and end < 0:
+                raise QueryError(f"no position {end}: they count from 0, to {len(self.positions) - 1} here")
         keep = self.positions >= (0 if start is None else start)
         if stop is not None:
             keep &= self.positions < stop

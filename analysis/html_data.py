@@ -169,8 +169,8 @@ class Sheet:
 def read_sheet(con: duckdb.DuckDBPyConnection, pair: PairData, prompt: Prompt) -> Sheet:
     """The scalars of one prompt: those of passes as float32, which differences are made of, those of comparisons as float16."""
     key = [pair.name, pair.capture, prompt.prompt_idx, prompt.variant]
-    found = con.execute(f"SELECT position, token, is_special FROM tokens WHERE {_CELL}", key).fetchall()
-    texts = {position: (token, special) for position, token, special in found}
+    found = con.execute(f"SELECT position, token, is_special, token_id FROM tokens WHERE {_CELL}", key).fetchall()
+    texts = {position: rest for position, *rest in found}
     slots = {f"logit {t['token_id']}": f"tracked_logits[{i + 1}]" for i, t in enumerate(pair.tracked)}
     columns = {c.name: f"{c.name}::FLOAT" for c in scalars("runs")} | {k: f"{v}::FLOAT" for k, v in slots.items()}
     runs = _cells(con, "runs", "run", columns, key)
@@ -178,7 +178,7 @@ def read_sheet(con: duckdb.DuckDBPyConnection, pair: PairData, prompt: Prompt) -
     layers = np.unique(np.concatenate([runs["layer"], pairwise["layer"]])).astype(int)
     # a damaged table may be left out, that of the tokens too
     last = max([*texts, *(int(cells["position"].max(initial=-1)) for cells in (runs, pairwise))])
-    tokens = [texts.get(position, ("", False)) for position in range(last + 1)]
+    tokens = [texts.get(position, ("", False, -1)) for position in range(last + 1)]
     shape = (len(layers), len(tokens))
     packer = Packer()
     for cells, labels, add in ((runs, pair.runs, packer.exact), (pairwise, pair.comparisons, packer.half)):
@@ -195,8 +195,9 @@ def read_sheet(con: duckdb.DuckDBPyConnection, pair: PairData, prompt: Prompt) -
         "prompt": prompt.prompt_idx,
         "variant": prompt.variant,
         "text": prompt.text,
-        "tokens": [t for t, _ in tokens],
-        "special": [i for i, (_, special) in enumerate(tokens) if special],
+        "tokens": [t for t, *_ in tokens],
+        "ids": [i for *_, i in tokens],
+        "special": [i for i, (_, special, _) in enumerate(tokens) if special],
         "layers": layers.tolist(),
         "arrays": packer.places,
     }

@@ -14,7 +14,7 @@ import click
 
 from analysis.errors import QueryError, near
 from analysis.macros import MACROS
-from analysis.metrics import metrics
+from analysis.metrics import RECORD_TYPES, metrics
 from analysis.tables import TERMINAL_ROWS, csv_lines, json_line, shortest_float32, show_table
 from analysis.views import BY_VIEW, VIEWS
 from capture.printable import escape
@@ -127,13 +127,13 @@ def answer(
 
 def _hearing_ctrl_c(con: duckdb.DuckDBPyConnection, work: Callable[[], Found]) -> Found:
     """What `work` on the connection gives. It runs in a thread of its own, since Python hears Ctrl-C in its main thread alone, and
-    not while DuckDB computes there. KeyboardInterrupt is raised when the query has stopped.
+    not while DuckDB computes there. KeyboardInterrupt, or SystemExit after SIGTERM, is raised when the query has stopped.
     """
     with ThreadPoolExecutor(1) as pool:
         working = pool.submit(work)
         try:
             return working.result()
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, SystemExit):  # or told to end: the pool waits for a query that nobody stops
             con.interrupt()
             while wait([working], 0.1).not_done:  # a query that only begins forgets an interruption from before
                 con.interrupt()
@@ -144,8 +144,7 @@ def explain(error: Exception, query: str = "") -> str:
     """DuckDB's message, and for an unknown column, table or metric where it is or what is near."""
     message = str(error).strip()
     if (found := re.search(r'Referenced column "([^"]+)" not found', message)) and f"'{found[1]}'" in query:
-        known = sorted({*metrics("pairwise"), *metrics("runs")})  # a macro's argument, not a column in the query itself
-        return f"no metric '{found[1]}'. {near(found[1], known)}"
+        return _no_metric(found[1])  # a macro's argument, not a column in the query itself
     if found := re.search(
         r'column(?: named)? "?([^"\s]+)"? (?:not found|does not)|have a column named "([^"]+)"', message
     ):
@@ -160,6 +159,23 @@ def explain(error: Exception, query: str = "") -> str:
     if (found := re.search(r"Table with name (\S+) does not exist", message)) and "Did you mean" not in message:
         return f"{message}\n{near(found[1], sorted(BY_VIEW))}"
     return message
+
+
+def _no_metric(name: str) -> str:
+    """Why a macro does not find a metric: there is none of the name, or it is one of passes where comparisons are asked, or the
+    other way round."""
+    of = [record_type for record_type in RECORD_TYPES if name.lower() in metrics(record_type)]
+    if of == ["runs"]:
+        return (
+            f"'{name}' is a metric of passes, and this asks for one of comparisons: record := 'runs', run_grid and "
+            "decomposition are of passes"
+        )
+    if of == ["pairwise"]:
+        return (
+            f"'{name}' is a metric of comparisons, and this asks for one of passes: record := 'pairwise', pairwise_grid and "
+            "edges are of comparisons"
+        )
+    return f"no metric '{name}'. {near(name, sorted({*metrics('pairwise'), *metrics('runs')}))}"
 
 
 def print_answer(con: duckdb.DuckDBPyConnection, query: str, as_json: bool, as_csv: bool) -> None:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 TERMINAL_ROWS = 40
 _MAX_CELL = 60
+_MIN_CELL = 16  # a text that is cut to less tells nothing
 
 
 def cell(value: Any) -> str:
@@ -78,14 +79,14 @@ def json_line(row: Mapping[str, Any]) -> str:
 
 
 def csv_lines(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Iterator[str]:
-    """CSV with a header; none is an empty field, lists are JSON."""
+    """CSV with a header; none is an empty field, lists are JSON. Unlike JSON it has words for nan and inf, as DuckDB's own CSV."""
     buffer = io.StringIO()
     # a field is quoted where it has a character of the line's end: a carriage return of its own would end its row
     ends = SimpleNamespace(write=lambda line: buffer.write(line.removesuffix("\r\n") + "\n"))
     writer = csv.writer(ends, lineterminator="\r\n")
     writer.writerow(columns)
     for row in rows:
-        plain = [v if isinstance(v, Decimal) else jsonable(v) for v in row]
+        plain = [v if isinstance(v, Decimal | float) else jsonable(v) for v in row]
         writer.writerow([json.dumps(v) if isinstance(v, list | dict | bool) else v for v in plain])
         if buffer.tell() > 1 << 16:
             yield buffer.getvalue()
@@ -154,7 +155,11 @@ def show_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], *, more: b
         if same and len(same) < len(columns):
             notes.append("in each row " + ", ".join(f"{columns[i]} {texts[0][i]}" for i in same))
             shown = [i for i in shown if i not in same]
-        while len(shown) > 1 and sum(widths[i] for i in shown) > console.width:
+        while len(shown) > 1 and (over := sum(widths[i] for i in shown) - console.width) > 0:
+            room = widths[last := shown[-1]] - over - 2
+            if room >= _MIN_CELL and not _is_numeric(rows, last):  # a prompt, say: its beginning is better than nothing
+                texts = [[*t[:last], fit(t[last], room), *t[last + 1 :]] for t in texts]
+                break
             shown.pop()
         left = [c for i, c in enumerate(columns) if i not in shown and i not in same]
         notes += [f"without {', '.join(left)}"] if left else []

@@ -214,7 +214,11 @@ SQL_VIEWS = (
             Column("cosine_distance", "float32", "1 - cosine between the two states", "1"),
             Column("cosine_distance_floor", "float64", "its noise floor; null where that was not measured", "1", True),
             Column(
-                "below_floor", "bool", "true where norm_diff is not above its floor: no difference is seen", "", True
+                "below_floor",
+                "bool",
+                "true where norm_diff is not above its floor: no difference is seen; null where one of them is no number",
+                "",
+                True,
             ),
         ),
     ),

@@ -42,9 +42,11 @@ async function drawCell(s) {
   if (kind === "effect")
     for (const run of FOUR) if (data.get(`${run} ${s.metric}`)) add(`${s.metric} of ${run}`, data.get(`${run} ${s.metric}`)[i], "");
   const next = data.sheet.tokens[cell.column + 1];
-  const text = (id) => s.pair.texts[id];
+  const text = (id) => s.pair.texts[id], nextId = data.sheet.ids[cell.column + 1] ?? -1;
+  // texts tell no byte from another: alone, each is U+FFFD; they count where an imported file says no ids
+  const isNext = (id) => nextId < 0 ? text(id) !== undefined && text(id) === next : id === nextId;
   const listNodes = (lists || []).map(([title, found]) => el("div", {}, el("h4", {}, title), el("ol", {},
-    ...found.map(([id, value]) => el("li", text(id) !== undefined && text(id) === next ? { class: "next" } : {},
+    ...found.map(([id, value]) => el("li", isNext(id) ? { class: "next" } : {},
       el("span", { class: "token", title: `token ${id}` }, text(id) === undefined ? `#${id}` : showToken(text(id))), el("span", {}, show(value, 3)))))));
   const floor = s.floor && Math.abs(s.values?.[i]) <= s.floor[cell.row];
   host.replaceChildren(...[
@@ -66,6 +68,7 @@ function drawHotspots(s, many, jump) {
       el("span", { class: "at" }, `${s.scope === "all" ? `p${spot.data.sheet.prompt} ` : ""}${layerName(spot.data, spot.row)} : ${spot.column}`),
       el("span", { class: "value" }, show(spot.value, 3)), el("span", { class: "z" }, show(spot.z, 2))))));
   byId("spots-none").hidden = s.spots.length > 0;
+  byId("spots-none").textContent = s.order === "z" ? "No cell stands out within its layer." : "No cell has a number other than zero.";
   byId("spots-scope").textContent = scopeWords(s);
   showSql("spots-sql", SQL.hotspots(s, SPOTS));
 }

@@ -17,7 +17,7 @@ FROM query(
        THEN ' AND (pair, capture, prompt_idx, variant, position) NOT IN'
          || ' (SELECT (pair, capture, prompt_idx, variant, position) FROM tokens WHERE is_special)'
        ELSE '' END
-  || CASE WHEN NOT twins AND metric IN (
+  || CASE WHEN NOT twins AND lower(metric) IN (
        'kl_divergence', 'kl_reverse', 'kl_div', 'top1_agree', 'entropy', 'entropy_base', 'entropy_sft', 'entropy_delta',
        'next_token_logprob'
      )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -34,6 +35,32 @@ def test_sql_asks_the_newest_capture_and_says_so(out: Path, call: Callable[..., 
     macro = call("sql", out, "SELECT DISTINCT capture FROM hotspots('norm_diff', 1000) WHERE pair = 'alpha'", "--json")
     assert [row["capture"] for row in macro.rows] == [ALPHA]
     assert "the newest of several captures" in macro.err, "a macro asks tables too"
+
+
+def test_the_newest_is_the_one_that_was_complete_last_in_whatever_order_they_were_copied(
+    out: Path, call: Callable[..., Any]
+) -> None:
+    for capture, finished in ((OLDER, "2026-01-01T00:00:00.000"), (ALPHA, "2026-01-01T00:00:01.000")):
+        marker = out / f"captures/pair=alpha/capture={capture}/_COMPLETE"
+        said = json.loads(marker.read_text()) | {"finished": finished}
+        marker.write_text(json.dumps(said))
+        copied = 2_000_000 if capture == ALPHA else 3_000_000
+        os.utime(marker, (copied, copied))
+    rows = call("sql", out, "SELECT capture, newest, written FROM captures WHERE pair = 'alpha'", "--json").rows
+    assert {row["capture"]: (row["newest"], row["written"]) for row in rows} == {
+        OLDER: (False, "2026-01-01T00:00:00"),
+        ALPHA: (True, "2026-01-01T00:00:01"),
+    }
+    assert call("sql", out, COUNT, "--json").rows[0] == {"pair": "alpha", "n": 2}
+
+
+@pytest.mark.parametrize("finished", [None, 7, "yesterday", "", [], "9999-99-99", "0001-01-01T00:00+14:00"])
+def test_a_marker_that_says_no_time_has_that_of_its_file(out: Path, call: Callable[..., Any], finished: object) -> None:
+    marker = out / f"captures/pair=alpha/capture={ALPHA}/_COMPLETE"
+    marker.write_text(json.dumps(json.loads(marker.read_text()) | {"finished": finished}))
+    os.utime(marker, (2_000_000, 2_000_000))
+    rows = call("sql", out, "SELECT written FROM captures WHERE pair = 'alpha' AND newest", "--json").rows
+    assert rows == [{"written": "1970-01-24T03:33:20"}]
 
 
 def test_all_captures_are_there_on_request_and_not_to_be_pooled(out: Path, call: Callable[..., Any]) -> None:

@@ -173,6 +173,17 @@ def test_the_logit_of_a_token_is_of_a_capture_that_tracks_it(tmp_path: Path, cal
         build_logit_grid(open_run(str(tmp_path), all_captures=True), 12, prompt=1)
 
 
+def test_a_grid_of_an_older_capture_is_not_called_that_of_the_newest(tmp_path: Path, call: Callable[..., Any]) -> None:
+    newer = make_capture("alpha", "ffff", ("SS",), 2, {(0, "identity"): ["x"]}, {0, 1, 2}, 0)
+    for taken, time in ((alpha(), 1_000_000), (newer, 2_000_000)):
+        os.utime(write_capture(tmp_path, taken) / "_COMPLETE", (time, time))
+    assert (
+        f"capture {ALPHA}, of the 2 of this pair the newest that has what is asked for;" in call("grid", tmp_path).out
+    )
+    assert f"capture {ALPHA}, of the 2 of" in call("grid", tmp_path, "--run", "SS", "--prompt", 1).out
+    assert "capture ffff, the newest of 2 of this pair;" in call("grid", tmp_path, "--run", "SS").out
+
+
 def test_an_empty_run_directory_says_so(tmp_path: Path) -> None:
     (tmp_path / "captures").mkdir()
     with pytest.raises(QueryError, match="no complete capture"):
@@ -189,6 +200,17 @@ def test_positions_cut_values_and_tokens_together(con: Any) -> None:
         whole.at(7, None)
     with pytest.raises(QueryError, match="no positions :0;"):
         whole.at(None, 0)
+    for ends in ((-3, None), (None, -1)):
+        with pytest.raises(QueryError, match=rf"no position {min(e for e in ends if e)}: they count from 0, to 4 here"):
+            whole.at(*ends)
+
+
+def test_two_figures_are_drawn_where_two_are_named(synthetic: Any, call: Callable[..., Any], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    answer = call("grid", synthetic.out, "--png", tmp_path / "a.png", "-o", tmp_path / "b.svg")
+    assert (answer.code, answer.out) == (0, "")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.png", "b.svg"]
+    assert answer.err.count("wrote ") == 2
 
 
 def test_a_grid_becomes_an_xarray(con: Any) -> None:
@@ -243,6 +265,7 @@ def test_a_metric_of_passes_alone_shows_a_pass(synthetic: Any, call: Callable[..
         (("--comparison", "BB-SS", "--run", "BB"), "exclude each other"),
         (("--metric", "norm", "--token-id", "7"), "exclude each other"),
         (("--positions", "x:y"), "is not A:B"),
+        (("--positions", "-3:"), "no position -3: they count from 0, to 4 here"),
         (("-o", "grid.txt"), "must end in .csv, .json, .parquet, .png"),
         (("--metric", "kl"), "no metric 'kl'"),
         (("--prompt", "9" * 44), "There are 0 to 1."),

@@ -187,12 +187,41 @@ def test_the_edges_of_the_square_are_its_four_comparisons(con: Any, synthetic: A
         assert np.array_equal([r[column] for r in rows], expected.ravel())
 
 
+def test_the_name_of_a_metric_is_the_same_in_capitals_as_a_column_is(con: Any) -> None:
+    for metric in ("norm_diff", "norm_delta", "entropy_sft"):
+        asked = "SELECT layer, position, value FROM pairwise_grid('alpha', 0, 'BB-SS', ?)"
+        assert con.execute(asked, [metric.upper()]).fetchall() == con.execute(asked, [metric]).fetchall()
+
+
 def test_an_unknown_metric_or_record_type_names_the_near_ones(con: Any, synthetic: Any, call: Any) -> None:
     answer = call("sql", synthetic.out, "FROM hotspots('norm_dif', 3)")
     assert answer.code == 2
     assert answer.err.startswith("no metric 'norm_dif'. Did you mean 'norm_diff'")
     assert "there are: runs, pairwise" in call("sql", synthetic.out, "FROM layer_profile('norm', record := 'run')").err
     assert "Did you mean" in call("sql", synthetic.out, "FROM hotspot('norm')").err
+
+
+@pytest.mark.parametrize(
+    ("query", "said"),
+    [
+        (
+            "FROM hotspots('norm', 3)",
+            "'norm' is a metric of passes, and this asks for one of comparisons: record := 'runs'",
+        ),
+        ("FROM pairwise_grid('alpha', 0, 'BB-SS', 'entropy')", "'entropy' is a metric of passes"),
+        ("FROM edges('cosine_prev')", "'cosine_prev' is a metric of passes"),
+        (
+            "FROM hotspots('norm_diff', 3, record := 'runs')",
+            "'norm_diff' is a metric of comparisons, and this asks for one",
+        ),
+        ("FROM run_grid('alpha', 0, 'BB', 'kl_div')", "'kl_div' is a metric of comparisons"),
+        ("FROM decomposition('norm_diff')", "'norm_diff' is a metric of comparisons"),
+    ],
+)
+def test_a_metric_of_the_other_record_type_is_called_so(synthetic: Any, call: Any, query: str, said: str) -> None:
+    answer = call("sql", synthetic.out, query)
+    assert answer.code == 2
+    assert answer.err.startswith(said)
 
 
 def test_the_noise_floor_marks_differences_that_are_none(tmp_path: Path) -> None:
@@ -229,6 +258,36 @@ def test_the_noise_floor_marks_differences_that_are_none(tmp_path: Path) -> None
     assert "line-through" in grid._repr_html_()
 
 
+@pytest.mark.parametrize("unknown", [float("nan"), None])  # older captures have the first
+@pytest.mark.parametrize("first", [True, False])
+def test_beside_a_floor_that_is_no_number_no_difference_is_called_none(
+    tmp_path: Path, first: bool, unknown: float | None
+) -> None:
+    import json
+
+    made = alpha()
+    values = made.cells[0, "identity", "BB-SS"]["norm_diff"]
+    values[2, 0], values[3, 0] = np.inf, np.inf
+    path = write_capture(tmp_path, made) / "capture.json"
+    odd, plain = [0.0, 100.0, unknown, float("inf")], [0.0, 100.0, 0.0, 0.0]
+    floors = {
+        p: {"norm_diff": odd if (p == "BB") is first else plain, "norm_diff_relative": plain, "cosine_distance": plain}
+        for p in PASSES
+    }
+    said = {"measured": True, "by_run_and_layer": floors}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"noise_floor": said}))
+    con = open_run(str(tmp_path))
+    rows = con.execute(
+        "SELECT layer, position, below_floor FROM pairwise_floor WHERE prompt_idx = 0 AND comparison = 'BB-SS' ORDER BY ALL"
+    ).fetchall()
+    assert {below for layer, _, below in rows if layer > 0} == {None}
+    assert [below for layer, _, below in rows if layer == 0] == [True] * 5
+    from analysis import build_residual_grid
+
+    grid = build_residual_grid(con, "norm_diff", comparison="BB-SS")
+    assert grid.below_floor.ravel().tolist() == [bool(below) for *_, below in rows]
+
+
 def test_without_a_measured_floor_nothing_is_below_it(con: Any) -> None:
     from analysis import build_residual_grid
 
@@ -258,7 +317,7 @@ def test_of_two_layers_of_which_the_lens_says_the_same_one_is_a_hotspot(tmp_path
     con = open_run(str(tmp_path))
     assert con.execute("SELECT twin_layer FROM captures").fetchall() == [(2,)]
     asked = "SELECT DISTINCT layer FROM {}('{}', 30{}) ORDER BY layer"
-    for metric, record in (("kl_divergence", ""), ("entropy", ", record := 'runs'")):
+    for metric, record in (("kl_divergence", ""), ("KL_Div", ""), ("entropy", ", record := 'runs'")):
         layers = [layer for (layer,) in con.execute(asked.format(macro, metric, record)).fetchall()]
         assert 1 in layers
         assert 2 not in layers
@@ -312,6 +371,6 @@ def test_the_macro_and_the_report_know_the_same_metrics_of_the_lens() -> None:
     from analysis.metrics import of_lens
 
     (statement,) = (m.statement for m in MACROS if m.name == "cells")
-    listed = set(re.findall(r"'(\w+)'", statement.split("metric IN (")[1].split(")")[0]))
+    listed = set(re.findall(r"'(\w+)'", statement.split("lower(metric) IN (")[1].split(")")[0]))
     known = [m for record in ("runs", "pairwise") for m in metrics(record).values()]
     assert listed == {m.name for m in known if of_lens(m.name, m.unit)}

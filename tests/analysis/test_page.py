@@ -213,6 +213,24 @@ def test_the_pointer_reads_a_cell_with_all_metrics_and_both_lists(made: Made, br
     assert browser.find("#marginals").is_displayed() is False, "only a click asks for the marginals"
 
 
+def test_of_tokens_with_one_text_the_next_of_the_prompt_alone_is_marked(made: Made, browser: Browser) -> None:  # noqa: F811
+    browser.open(f"{made.address}#pair=alpha&show=BB-SS")
+    point(browser, 2, 3)
+    one, other = browser.wait(
+        "const ids = [...document.querySelectorAll('#cell .lists .token')].map((t) => Number(t.title.split(' ')[1]));"
+        "return ids.length && [...new Set(ids)].slice(0, 2)"
+    )
+    script = """
+      const [next, ...ids] = arguments;
+      for (const id of ids) S.pair.texts[id] = S.data.sheet.tokens[4] = "\ufffd";
+      S.data.sheet.ids[4] = next;
+      return drawCell(S).then(() => [...new Set([...document.querySelectorAll("#cell .next .token")].map((t) => t.title))]);
+    """
+    assert browser.execute_script(script, one, one, other) == [f"token {one}"]
+    unknown = browser.execute_script(script, -1, one, other)
+    assert set(unknown) == {f"token {one}", f"token {other}"}, "an imported file says no ids"
+
+
 def test_another_prompt_or_metric_under_the_pointer_is_not_read_as_the_one_before(made: Made, browser: Browser) -> None:  # noqa: F811
     browser.open(f"{made.address}#pair=alpha&show=BB-SS")
     point(browser, 1, 4)
@@ -531,6 +549,13 @@ def test_cells_without_a_number_and_the_masks_are_told(made: Made, browser: Brow
     browser.open(f"{made.address}#pair=alpha&mask=1")
     assert browser.execute_script("return S.spots.every((h) => h.column > 0)")
     assert "without first and special tokens" in browser.text("#spots-scope")
+    for order, said in (
+        ("size", "No cell has a number other than zero."),
+        ("z", "No cell stands out within its layer."),
+    ):
+        browser.open(f"{made.address}#pair=alpha&mask=1&first=99&order={order}")
+        assert browser.execute_script("return [S.spots.length, byId('spots-none').hidden]") == [0, False]
+        assert browser.text("#spots-none") == said
 
 
 def test_a_cell_of_an_infinite_norm_is_read_like_any_other(tmp_path: Path, browser: Browser) -> None:  # noqa: F811

@@ -193,6 +193,9 @@ def test_a_page_of_what_a_damaged_table_leaves(call: Callable[..., Any], tmp_pat
     assert f"left out: '{file}'" in answer.err
     (pair,) = index_of(tmp_path / "page.html")["pairs"]
     assert [len(sheet["tokens"]) for sheet in pair["sheets"]] == [5, 3]
+    assert [sheet["ids"] for sheet in pair["sheets"]] == (
+        [[-1] * 5, [-1] * 3] if table == "tokens" else [[0, 1, 2, 3, 4], [10, 11, 12]]
+    )
     assert [len(pair[k]) for k in ("runs", "comparisons")] == [
         0 if table == "runs" else 4,
         0 if table == "pairwise" else 6,

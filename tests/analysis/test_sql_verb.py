@@ -77,6 +77,11 @@ def test_csv_reads_back(synthetic: Any, call: Callable[..., Any]) -> None:
     assert rows[0] == {"position": "0", "token": "<s>", "nothing": "", "list": "[1, 2]", "yes": "true"}
 
 
+def test_what_is_no_finite_number_is_told_from_nothing_in_csv(synthetic: Any, call: Callable[..., Any]) -> None:
+    query = "SELECT 'inf'::FLOAT AS a, '-inf'::DOUBLE AS b, 'nan'::FLOAT AS c, NULL::FLOAT AS d, -0.0::DOUBLE AS e"
+    assert call("sql", synthetic.out, query, "--csv").out == "a,b,c,d,e\ninf,-inf,nan,,-0.0\n"
+
+
 def test_a_field_with_a_carriage_return_does_not_end_its_row_in_csv(synthetic: Any, call: Callable[..., Any]) -> None:
     odd = ["\r", "a\rb", "\n", "plain"]
     values = ", ".join(f"({i}, '{text}')" for i, text in enumerate(odd))
@@ -211,6 +216,41 @@ def test_ctrl_c_while_any_verb_asks_is_a_ctrl_c(synthetic: Any) -> None:
         ask_and_interrupt()
 
 
+@pytest.mark.parametrize(
+    "query", ["-- one\nSELECT 1 AS one", "--one, and x = 1\nSELECT 1 AS one", "--\nSELECT 1 AS one"]
+)
+def test_a_query_may_begin_with_a_comment(synthetic: Any, call: Callable[..., Any], query: str) -> None:
+    for args in ((query, "--json"), ("--json", query), ("--json", "--", query)):
+        assert call("sql", synthetic.out, *args).rows == [{"one": 1}]
+    assert "No such option '--nope'" in call("sql", synthetic.out, "SELECT 1", "--nope=a b").err
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a shell that closes streams")
+def test_a_stream_that_the_caller_closed_is_no_traceback(synthetic: Any) -> None:
+    for verb, closed in (("sql", ">&-"), ("status", ">&-"), ("report", ">&-"), ("sql", "2>&-"), ("sql", "<&-")):
+        asked = {"sql": ["-" if closed == "<&-" else "FROM captures"]}.get(verb, [])
+        words = [sys.executable, "-m", "pairscope", verb, str(synthetic.out), *asked]
+        done = subprocess.run(["sh", "-c", f'"$@" {closed}', "sh", *words], capture_output=True, text=True, check=False)
+        assert "Traceback" not in done.stderr
+        assert done.returncode == (2 if closed == "<&-" else 0)
+
+
+def test_a_long_query_that_is_told_to_end_ends(synthetic: Any) -> None:
+    script = (
+        "import os, signal, threading, analysis.query as asked, pairscope\n"
+        "check = asked.check_query\n"
+        "def checked(*args):\n"
+        "    check(*args)\n"
+        "    threading.Timer(1, os.kill, (os.getpid(), signal.SIGTERM)).start()\n"
+        "asked.check_query = checked\n"
+        "pairscope.main()\n"
+    )
+    query = "SELECT count(*) FROM range(100000000000) AS a, range(1000) AS b"
+    command = [sys.executable, "-c", script, "sql", str(synthetic.out), query]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=40, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (128 + signal.SIGTERM, "", "")
+
+
 def test_two_queries_or_none_are_refused(synthetic: Any, call: Callable[..., Any]) -> None:
     assert "expected one query, got 2" in call("sql", synthetic.out, "SELECT 1; DROP VIEW runs").err
     assert "expected one query, got 0" in call("sql", synthetic.out, "-", stdin="").err
@@ -283,6 +323,23 @@ def test_on_a_terminal_the_table_is_cut_and_says_what_is_left_out(monkeypatch: A
     assert "in each row pair p" in note
     assert "without metric_three" in note
     assert "metric_two" in out.splitlines()[0]
+
+
+@pytest.mark.parametrize(("columns", "shown"), [(80, True), (50, True), (34, False)])
+def test_a_long_text_is_cut_to_the_room_there_is_before_its_column_is_left_out(
+    monkeypatch: Any, capsys: Any, columns: int, shown: bool
+) -> None:
+    from analysis.tables import show_table
+
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", str(columns))
+    rows = [[i, 40 + i, f"prompt {i}: " + "a word and " * 9] for i in range(3)]
+    show_table(["prompt_idx", "n_tokens", "text"], rows)
+    header, *lines = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out).splitlines()
+    assert all(len(line) <= columns for line in (header, *lines))
+    assert [f"prompt {i}: " in line for i, line in enumerate(lines[:3])] == [shown] * 3
+    assert ("text" in header) is shown
+    assert ("without text" in " ".join(lines)) is not shown
 
 
 def test_control_characters_never_reach_the_terminal(synthetic: Any, call: Callable[..., Any]) -> None:
