@@ -19,6 +19,7 @@ from cluster.collect_source import HeadSource, Look, StoreSource
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 2.0, 60.0  # between tries at a head that does not answer
 ONCE_TRIES = 3
+PATIENCE_S = 300.0  # without a sweep, until it is said that the one which was submitted may never have begun
 DIED = "the sweep died"
 
 
@@ -136,7 +137,7 @@ class Follow:
         self.every, self.once, self.tear_down = every, once, tear_down
         self.collector: Collector | None = None
         self.gone: ClusterGoneError | None = None
-        self.said = ""
+        self.said, self.began = "", time.monotonic()
 
     def run(self) -> int:
         """0: the sweep has ended and all of it is at home (with `once`: all that is complete so far). 1: something failed or is
@@ -170,8 +171,17 @@ class Follow:
                 self.show.note("no sweep was submitted to this cluster yet")
                 return 1
             if done is None:
-                self._say("no sweep yet; waiting for one")
+                self._say(self._no_sweep())
             self._sleep(self.every)
+
+    def _no_sweep(self) -> str:
+        waited = time.monotonic() - self.began
+        if waited < PATIENCE_S:
+            return "no sweep yet; waiting for one"
+        return (
+            "no sweep yet, and the cluster costs money: a job that failed before its sweep began leaves no word here, `ray job list` on "
+            "the head has it; waiting for one"
+        )
 
     def _round(self) -> Round | None:
         """None while there is no sweep."""

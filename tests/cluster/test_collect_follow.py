@@ -504,6 +504,28 @@ def test_before_the_first_sweep_there_is_nothing_to_fetch(far: Far, tmp_path: Pa
     assert "no sweep was submitted to this cluster yet" in run.said
 
 
+@pytest.mark.usefixtures("near")
+def test_who_waits_for_a_sweep_that_never_began_is_told_where_to_look(
+    far: Far, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(follow_module, "PATIENCE_S", 0.2)
+    run = Run(far, tmp_path / "home", once=False, every=0.05)
+    sleep, looks = run.follow._sleep, iter(range(20))
+
+    def sleep_for_a_while(seconds: float) -> None:
+        if next(looks) == 15:
+            raise KeyboardInterrupt
+        sleep(seconds)
+
+    monkeypatch.setattr(run.follow, "_sleep", sleep_for_a_while)
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    first, second = run.said.splitlines()
+    assert "no sweep yet; waiting for one" in first
+    assert "the cluster costs money" in second
+    assert "`ray job list`" in second
+
+
 def test_results_in_a_store_are_fetched_from_there(far: Far, tmp_path: Path) -> None:
     far.capture("one")
     uri = f"file://{far.run.root}"
