@@ -296,13 +296,15 @@ class StreamedModel:
             return True
         return self.is_view(group) and self.stored.cached(self._keys(group))
 
-    def map_ahead(self) -> threading.Thread | None:
+    def map_ahead(self, *, stay: bool) -> threading.Thread | None:
         """Have the system map the pages of all layers, in a thread, where they will be views of what is in memory: when a layer first
-        touches them, all of its cores wait. None where they are not that."""
+        touches them, all of its cores wait. None where they are not that. stay: nothing will be freed, and the system is not asked
+        again whether it has them in memory."""
         layers = [group for group in self.groups() if isinstance(group, tuple)]
         if not all(self.is_view(group) and self.stored.cached(self._keys(group)) for group in layers):
             return None
-        self._mapped.update(layers)  # and they are not asked about again
+        if stay:
+            self._mapped.update(layers)
         return self.stored.map_ahead([key for group in layers for key in self._keys(group)])
 
     def read_ahead(self, group: Any) -> None:

@@ -212,10 +212,14 @@ class Work:
         return model
 
     def _map_ahead(self, model: StreamedModel) -> None:
-        """Layers that will likely be resident, while all else is opened: that takes one core, and their mapping another."""
+        """Layers that are in the system's memory, while all else is opened: that takes one core, and their mapping another. Layers
+        that come leaf by leaf are no views."""
         likely = sum(model.layer_bytes()) <= self.choice.free_bytes // LIKELY_RESIDENT
         alone = self.relay.is_last and self.relay.index == 0
-        if self.entry.mode in ("auto", "resident") and likely and alone and (thread := model.map_ahead()) is not None:
+        if self.entry.mode == "sub-layer" or not alone:
+            return
+        stay = likely and self.entry.mode in ("auto", "resident")
+        if (thread := model.map_ahead(stay=stay)) is not None:
             self.mapping.append(thread)
 
     def _lens_plan(self, base: StreamedModel, sft: StreamedModel, n_tokens: int) -> LensPlan:

@@ -1,5 +1,6 @@
 """What streaming promises: few weights alive, each checkpoint byte read once, the same numbers as resident."""
 
+import contextlib
 import gc
 import mmap
 import os
@@ -8,14 +9,17 @@ import threading
 import pytest
 import tiny
 import torch
+from test_capture import entry_of
 from walked import CPU, open_pair, walk
 
 from capture import stored
 from capture.batches import make_batches
-from capture.checkpoint import EMBEDDING, HEAD, REST
+from capture.checkpoint import EMBEDDING, HEAD, REST, StreamedModel
 from capture.config import FOUR_PASSES, Batching
+from capture.errors import PairscopeError
 from capture.footprint import MODES, weight_bytes
 from capture.measure import model_bytes
+from capture.run import capture_pair
 
 
 def live_weight_bytes(pair):
@@ -138,36 +142,59 @@ def test_a_checkpoint_against_itself_is_opened_once_and_has_one_state(pairs):
 
 
 @pytest.mark.skipif(not hasattr(os, "RWF_NOWAIT"), reason="the system does not say what is in memory")
-def test_layers_that_lie_in_memory_are_mapped_ahead_and_not_asked_for_again(pairs, monkeypatch):
+@pytest.mark.parametrize("stay", [True, False])
+def test_layers_that_lie_in_memory_are_mapped_ahead_and_those_that_stay_are_not_asked_for_again(
+    stay, pairs, monkeypatch
+):
     for file in pairs("llama").base.glob("*.safetensors"):
         file.read_bytes()
     pair = open_pair(pairs("llama"))
     base, asked = pair.models["base"], []
     monkeypatch.setattr(stored, "_madvise", lambda *call: asked.append(call) or 0)
-    thread = base.map_ahead()
+    thread = base.map_ahead(stay=stay)
     if thread is None:
         pytest.skip("this file system does not say what is in memory")
     thread.join()
     sizes = sum(base.layer_bytes())
     assert sum(size for _, size, _ in asked) >= sizes
     assert all(start % mmap.PAGESIZE == 0 and advice == stored.POPULATE_READ for start, _, advice in asked)
-    monkeypatch.setattr(base.stored, "cached", lambda keys: pytest.fail("asked again"))
-    assert all(base.is_at_hand(("layer", i)) for i in range(pair.n_layers))
+    monkeypatch.setattr(base.stored, "cached", lambda keys: pytest.fail("asked again") if stay else False)
+    assert all(base.is_at_hand(("layer", i)) is stay for i in range(pair.n_layers))
+
+
+@pytest.mark.parametrize(
+    ("asked", "stay"),
+    [
+        ({}, True),
+        ({"mode": "resident"}, True),
+        ({"mode": "streamed"}, False),
+        ({"mode": "streamed-2"}, False),
+        ({"device_memory_gib": 0.001}, False),
+        ({"mode": "sub-layer"}, None),
+    ],
+)
+def test_which_layers_are_mapped_ahead(asked, stay, pairs, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(StreamedModel, "map_ahead", lambda self, *, stay: seen.append(stay))
+    entry = entry_of(pairs("llama"), prompts=("a bc",), **asked)
+    with contextlib.suppress(PairscopeError):  # a megabyte is too little for anything
+        capture_pair(entry, str(tmp_path))
+    assert seen == ([] if stay is None else [stay] * 2)
 
 
 def test_what_is_no_view_or_not_in_memory_is_not_mapped_ahead(pairs, monkeypatch):
     base = open_pair(pairs("mixtral")).models["base"]  # whose experts are put together from many tensors
-    assert base.map_ahead() is None
+    assert base.map_ahead(stay=True) is None
     assert not base.is_at_hand(("layer", 0))
     other = open_pair(pairs("llama")).models["base"]
     monkeypatch.setattr(other.stored, "cached", lambda keys: False)
-    assert other.map_ahead() is None
+    assert other.map_ahead(stay=True) is None
     assert not other.is_at_hand(("layer", 0))
 
 
 def test_where_the_system_cannot_map_ahead_layers_are_read_as_ever(pairs, monkeypatch):
     monkeypatch.setattr(stored, "_madvise", None)
     pair = open_pair(pairs("llama"))
-    assert pair.models["base"].map_ahead() is None
+    assert pair.models["base"].map_ahead(stay=True) is None
     walked = walk(pair, tiny.random_ids(1, 9).tolist(), streamed=False)
     assert all(len(states) == pair.n_layers + 2 for states in walked.values())
