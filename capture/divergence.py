@@ -22,9 +22,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from capture.asked import Mask, asked, indices, places
 from capture.group import Group
 
 if TYPE_CHECKING:
@@ -68,21 +70,34 @@ def divergences(
 ) -> Divergences:
     """Everything about S slots of logits [R, V], from their sums. maxima_SR: of each row, over all ranks. at_once: rows whose sums
     were made together; of those that have to go the plain way a fraction goes together, as each takes more."""
+    of, *doubts = doubted(found, pairs)
+    far, close = asked(*doubts)
+    again(of, far, close, logits, maxima_SR, pairs, group, at_once)
+    return of
+
+
+def doubted(found: Sums, pairs: Pairs) -> tuple[Divergences, Tensor, Tensor]:
+    """What the sums give; the rows [R] of which all of that may be wrong; the rows [pairs, R] of which one divergence may be."""
     of = _from_sums(found, pairs)
     far = found.far | _lossy(found.sums)
-    piece = max(1, at_once // PLAIN_PIECES)
-    for rows in _pieces(far, piece):
+    return of, far, _unsure(found.sums, of, pairs) & ~far
+
+
+def again(
+    of: Divergences, far_R: Mask, close_PR: Mask, logits: Logits, maxima_SR: Tensor, pairs: Pairs, group: Group, at_once: int
+) -> None:  # fmt: skip
+    """The rows that `doubted` names, the plain way, into `of`. Others as for `divergences`."""
+    device = maxima_SR.device
+    for rows in _pieces(far_R, max(1, at_once // PLAIN_PIECES), device):
         take = partial(torch.index_select, dim=0, index=rows)
         slots = [logits.slot(s, take) for s in range(logits.n_slots)]
         shifts = (logits.shift(a, b, take) for a, b in pairs)  # one at a time
-        again = plain(slots, maxima_SR[:, rows], pairs, group, shifts)
-        for mine, theirs in zip(vars(of).values(), vars(again).values(), strict=True):
+        better = plain(slots, maxima_SR[:, rows], pairs, group, shifts)
+        for mine, theirs in zip(vars(of).values(), vars(better).values(), strict=True):
             mine[:, rows] = theirs
-    close = _unsure(found.sums, of, pairs) & ~far
-    for i in close.any(1).nonzero().flatten().tolist():
-        for rows in _pieces(close[i], max(1, at_once // PAIR_PIECES)):
+    for i in np.flatnonzero(close_PR.any(1)).tolist():
+        for rows in _pieces(close_PR[i], max(1, at_once // PAIR_PIECES), device):
             of.ba[i, rows], of.ab[i, rows] = _of_pair(logits, pairs[i], rows, of.logsumexp[:, rows], group)
-    return of
 
 
 def _of_pair(
@@ -101,9 +116,9 @@ def _of_pair(
     return kl_both(shift, c, probabilities(a, every), partial(probabilities, b), group)
 
 
-def _pieces(chosen_R: Tensor, size: int) -> Sequence[Tensor]:
+def _pieces(chosen_R: Mask, size: int, device: torch.device) -> Sequence[Tensor]:
     """Indices of the chosen rows, so many at a time: what `plain` takes for all at once may be more than all else."""
-    rows = chosen_R.nonzero().flatten()
+    rows = places(chosen_R, device)
     return rows.split(size) if len(rows) else ()
 
 
@@ -120,14 +135,20 @@ def _from_sums(found: Sums, pairs: Pairs) -> Divergences:
     shift[:, 0] = 0  # from slot 0 to itself
     own = shift.diagonal().T  # [s]: mean of x_s under slot s
     kl = (own[:, None] - shift - u[:, None] + u).clamp(min=0)  # [s, t]: of s || t
-    a, b = [p[0] for p in pairs], [p[1] for p in pairs]
+    a, b = _sides(pairs, kl.device)
     return Divergences(log_z - (of_y + own), log_z + found.offsets, kl[b, a], kl[a, b])
+
+
+def _sides(pairs: Pairs, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The first and the second slot of each pair, as indices."""
+    return indices(tuple(a for a, _ in pairs), device), indices(tuple(b for _, b in pairs), device)
 
 
 def _lossy(sums: Tensor) -> Tensor:
     """Rows where some slot's sums are small differences of large ones, [R]: where slot 0 has much weight that it has not."""
     of = [sums[0, 1].abs()] + [
-        sums[[0, s], 1].abs().sum(0) + sums[[0, s], 1 + s].abs().sum(0) for s in range(1, len(sums))
+        (sums[0, 1].abs() + sums[s, 1].abs()) + (sums[0, 1 + s].abs() + sums[s, 1 + s].abs())
+        for s in range(1, len(sums))
     ]
     own = torch.stack(of)
     z = sums[:, 0].clone()
@@ -145,7 +166,8 @@ def _unsure(sums: Tensor, found: Divergences, pairs: Pairs) -> Tensor:
     spread = (sums[:, 1:].diagonal().T.abs() / z).sqrt()
     scale = mean + spread
     scale[0] = 0
-    of_both = scale[[a for a, _ in pairs]] + scale[[b for _, b in pairs]]
+    a, b = _sides(pairs, scale.device)
+    of_both = scale[a] + scale[b]
     return SUM_ERROR * of_both > KL_FLOOR + KL_ERROR * torch.minimum(found.ba, found.ab)
 
 

@@ -12,15 +12,17 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from capture.divergence import Divergences, divergences, mean_shift, plain
+from capture.asked import Mask, asked, indices, places
+from capture.divergence import Divergences, again, doubted, mean_shift, plain
 from capture.lens_kernel import Kernel
 from capture.lens_sums import Fused, Space, compared, largest_of, one_pass
 from capture.logits import Logits
 from capture.threads import alone, in_threads
-from capture.topk import BLOCK, Search, TopK, Vocabulary, block_maxima, top_k
+from capture.topk import BLOCK, Search, TopK, Vocabulary, best_of, block_maxima, merged, settled
 
 SMALL_KL = 1e-4  # nats: below this, differences of float32 logits may cost a KL its third digit
 NEGLIGIBLE_KL = 1e-10  # nats: where both passes are as good as sure of one token; noise of 1e-6 in a logit adds 1e-12
@@ -109,7 +111,7 @@ def _by_kernel(
 ) -> Statistics:  # fmt: skip
     found = kernel.tile(logits, pairs, v.n, v.k)
     d = found.divergences
-    lossy = _lossy(found.apart, d.ba, d.ab) & _unrelated(logits, pairs, d.ba.device)
+    lossy = _lossy(found.apart, d.ba, d.ab) & torch.from_numpy(_unrelated(logits, pairs))
     statistics = _statistics(
         logits, d, lossy, found.slots, pairs, found.increased, found.decreased, next_R, tracked_N, v
     )
@@ -127,7 +129,8 @@ def _rows(
     logits: Logits, pairs: Sequence[tuple[int, int]], next_R: Tensor, tracked_N: Tensor, v: Vocabulary, exact: bool,
     at_once: int, space: Space, fused: Fused | None = None,
 ) -> Statistics:  # fmt: skip
-    n_slots, n_pairs = logits.n_slots, len(pairs)
+    n_slots, n_pairs, unrelated = logits.n_slots, len(pairs), _unrelated(logits, pairs)
+    doubts: list[Any] = []  # masks of rows that `again` is for
     if exact:
         shifts = list(pairs)
         maxima_NRB, d = _exactly(logits, pairs, v, max(1, at_once // 2))  # shifts take as much again
@@ -138,13 +141,21 @@ def _rows(
         else:
             found = one_pass(logits, shifts, v.n, v.group, at_once=at_once, space=space)
         maxima_NRB = found.maxima_NRB
-        d = divergences(logits, found.largest_SR, pairs, v.group, found.sums, at_once)
-    lossy = _rounded(logits, d, pairs, v, at_once)
-    asked = [shifts.index(pair) for pair in pairs]
-    which = [*range(n_slots), *(n_slots + i for i in asked), *(n_slots + len(shifts) + i for i in asked)]
+        d, *doubts = doubted(found.sums, pairs)
+    asked_for = [shifts.index(pair) for pair in pairs]
+    which = [*range(n_slots), *(n_slots + i for i in asked_for), *(n_slots + len(shifts) + i for i in asked_for)]
     searches = [Search(partial(logits.slot, s)) for s in range(n_slots)]
     searches += [Search(partial(logits.shift, a, b), lowest) for lowest in (False, True) for a, b in pairs]
-    lists = top_k(searches, maxima_NRB if len(which) == len(maxima_NRB) else maxima_NRB[which], v)
+    if len(which) < len(maxima_NRB):
+        maxima_NRB = maxima_NRB[indices(tuple(which), maxima_NRB.device)]
+    best = best_of(searches, maxima_NRB, v.n, v.k)
+    small, ties, *to_redo = asked(_small(d.ba, d.ab), best.ties, *doubts)
+    if any(mask.any() for mask in to_redo):
+        far, close = to_redo
+        again(d, far, close, logits, found.largest_SR, pairs, v.group, at_once)
+        (small,) = asked(_small(d.ba, d.ab))
+    lossy = _rounded(logits, d, pairs, v, at_once, small & unrelated)
+    lists = merged(settled(best, searches, ties), searches, v)
     top, up, down = lists[:n_slots], lists[n_slots : n_slots + n_pairs], lists[n_slots + n_pairs :]
     return _statistics(logits, d, lossy, top, pairs, up, down, next_R, tracked_N, v)
 
@@ -165,12 +176,15 @@ def _exactly(
     return torch.cat(maxima, 1), Divergences(**{name: torch.cat([p[name] for p in parts], 1) for name in parts[0]})
 
 
-def _rounded(logits: Logits, d: Divergences, pairs: Sequence[tuple[int, int]], v: Vocabulary, at_once: int) -> Tensor:
+def _rounded(
+    logits: Logits, d: Divergences, pairs: Sequence[tuple[int, int]], v: Vocabulary, at_once: int, small_PR: Mask
+) -> Tensor:
     """`lossy` of every pair, [pairs, R], from logits [R, V]: the small ones only are looked at once more."""
-    lossy = _small(d.ba, d.ab) & _unrelated(logits, pairs, d.ba.device)
-    for i in lossy.any(1).nonzero().flatten().tolist():
+    device = d.ba.device
+    lossy = torch.zeros(small_PR.shape, dtype=torch.bool, device=device)
+    for i in np.flatnonzero(small_PR.any(1)).tolist():
         a, b = pairs[i]
-        for some in lossy[i].nonzero().flatten().split(at_once):
+        for some in places(small_PR[i], device).split(at_once):
             take = partial(torch.index_select, dim=0, index=some)
             two = logits.slot(a, take), logits.slot(b, take)
             apart = mean_shift(*two, d.logsumexp[a, some], d.logsumexp[b, some], v.group)
@@ -178,9 +192,9 @@ def _rounded(logits: Logits, d: Divergences, pairs: Sequence[tuple[int, int]], v
     return lossy
 
 
-def _unrelated(logits: Logits, pairs: Sequence[tuple[int, int]], device: torch.device) -> Tensor:
+def _unrelated(logits: Logits, pairs: Sequence[tuple[int, int]]) -> Mask:
     """The pairs, [pairs, 1], whose shifts are as rounded as the logits."""
-    return torch.tensor([not logits.related(a, b) for a, b in pairs], dtype=torch.bool, device=device)[:, None]
+    return np.array([not logits.related(a, b) for a, b in pairs], dtype=bool)[:, None]
 
 
 def _statistics(

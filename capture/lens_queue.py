@@ -12,11 +12,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from capture.asked import asked
 from capture.config import Owner
 from capture.ledger import free_memory, is_out_of_memory
 from capture.lens import SMALL_KL, PairStats, SlotStats, Statistics, join, joined, lens_tile, put
@@ -28,6 +30,9 @@ from capture.selfcheck import lens_check
 from capture.unembed import Space, keeps_space
 
 log = logging.getLogger(__name__)
+
+Places = np.ndarray[Any, np.dtype[np.int64]]  # of rows
+Ways = np.ndarray[Any, np.dtype[np.int64]]  # of each row SEPARATE, LED or SHIFTED
 
 LIKELY_SMALL = 4 * SMALL_KL  # as seen on some of the vocabulary
 SEPARATE, LED, SHIFTED = 0, 1, 2  # as in capture/logits.py, in the order of the digits that small divergences keep
@@ -151,53 +156,60 @@ class LensQueue:
         ways, furthest = self._likely(rows)
         parts, order = [], []
         for way in (SEPARATE, LED, SHIFTED):
-            if len(where := (ways == way).nonzero().flatten()):
+            if len(where := np.flatnonzero(ways == way)):
                 found = self._by(way, rows if len(where) == len(rows) else _chosen(rows, where))
                 self._again(found, rows, where, way, furthest[where])
                 parts.append(found)
                 order.append(where)
-        return parts[0] if len(parts) == 1 else _reordered(joined(parts), torch.cat(order).argsort())
+        if len(parts) == 1:
+            return parts[0]
+        back = torch.from_numpy(np.concatenate(order).argsort()).to(rows.following.device)
+        return _reordered(joined(parts), back)
 
-    def _again(self, found: Statistics, rows: Waiting, where: Tensor, way: int, furthest: Tensor) -> None:
+    def _again(self, found: Statistics, rows: Waiting, where: Places, way: int, furthest: Ways) -> None:
         """Divergences that lost digits, of the rows at `where`, by a further way: of one unembedding led, else shifted."""
-        needed = torch.full_like(furthest, way)
-        for pair, stats in found[1].items():
+        if not found[1] or (furthest == way).all():
+            return
+        lossy = dict(zip(found[1], asked(*(stats.lossy for stats in found[1].values())), strict=True))
+        needed = np.full_like(furthest, way)
+        for pair, lost in lossy.items():
             further = LED if rows.kind.of_one_head(pair) else SHIFTED
-            needed = torch.where(stats.lossy, needed.clamp(min=further), needed)
-        needed = torch.minimum(needed, furthest)
+            needed = np.where(lost, np.maximum(needed, further), needed)
+        needed = np.minimum(needed, furthest)
         mass = dict(self.left_out_mass)
         for further in (LED, SHIFTED):
-            if further > way and len(again := (needed == further).nonzero().flatten()):
+            if further > way and len(again := np.flatnonzero(needed == further)):
                 better = self._by(further, _finite(_chosen(rows, where[again])))
                 for pair, stats in found[1].items():
-                    lost = stats.lossy[again].nonzero().flatten()
-                    put(stats, again[lost], join([better[1][pair]], lost))
+                    which = np.flatnonzero(lossy[pair][again])
+                    to, of = (torch.from_numpy(x).to(rows.following.device) for x in (again[which], which))
+                    put(stats, to, join([better[1][pair]], of))
         self.left_out_mass.update(mass)  # was seen before, and of states that stand in for others it is not theirs
 
     def _checked(self, rows: Waiting, found: Statistics) -> dict[str, float]:
         """The first and the last row once more, by the plainest way: a product with so few rows costs what reading its weights does."""
         ends = sorted({0, len(rows) - 1})
-        few = _chosen(rows, torch.tensor(ends, device=rows.following.device))
+        few = _chosen(rows, np.array(ends))
         logits = tile_logits(self.pair, few.states, few.kind.heads, self.space)
         common = [x[:, : self.lens.n_vocab] for x in logits.tensors]
         return lens_check(common, found, few.following, ends, self.lens.vocabulary)
 
-    def _likely(self, rows: Waiting) -> tuple[Tensor, Tensor]:
+    def _likely(self, rows: Waiting) -> tuple[Ways, Ways]:
         """The way of each row [R], and the furthest that it may go."""
         kind = rows.kind
-        ways = torch.zeros(len(rows), dtype=torch.long, device=rows.following.device)
+        ways = np.full(len(rows), SEPARATE)
         if not kind.pairs or not can_shift(self.pair, kind.heads):
             return ways, ways
         finite = torch.stack([s.isfinite().all(1) for s in rows.states]).all(0)  # else one's overflow would take all
-        furthest = torch.full_like(ways, SHIFTED)
         of_one = [pair for pair in kind.pairs if kind.of_one_head(pair)]
         others = [pair for pair in kind.pairs if pair not in of_one]
         unlike = self.lens.vocabulary.group.max((~_alike(rows)).float()) > 0  # ranks take the same way
-        led, shifted = self._likely_close(rows, [[] if self.led_at_once else of_one, others]) & finite & ~unlike
-        if self.led_at_once:
-            led = finite & ~unlike
+        good = finite & ~unlike
+        likely = self._likely_close(rows, [[] if self.led_at_once else of_one, others]) & good
+        (led, shifted), good_here = asked(likely, good)
         first = SHIFTED if self._whole(kind.heads) else LED  # the mass left out is seen in whole logits
-        return torch.where(shifted, first, torch.where(led, LED, SEPARATE)), furthest
+        ways = np.where(shifted, first, np.where(good_here if self.led_at_once else led, LED, SEPARATE))
+        return ways, np.full_like(ways, SHIFTED)
 
     def _likely_close(self, rows: Waiting, groups: Sequence[Sequence[tuple[int, int]]]) -> Tensor:
         """For each group of pairs the rows [groups, R] where the KL of one of them is likely to be small, as half the variance of its
@@ -266,9 +278,10 @@ def _together(parts: Sequence[Waiting]) -> Waiting:
     )
 
 
-def _chosen(rows: Waiting, where: Tensor) -> Waiting:
+def _chosen(rows: Waiting, where: Places) -> Waiting:
     """Some rows, for their statistics only."""
-    return replace(rows, states=[s[where] for s in rows.states], following=rows.following[where])
+    at = torch.from_numpy(where).to(rows.following.device, non_blocking=True)
+    return replace(rows, states=[s[at] for s in rows.states], following=rows.following[at])
 
 
 def _finite(rows: Waiting) -> Waiting:

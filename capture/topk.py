@@ -9,10 +9,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from capture.asked import Mask, asked
 from capture.group import ALONE, Group
 
 BLOCK = 16  # entries per block
@@ -73,9 +75,26 @@ def block_maxima(x_RV: Tensor, n: int, *, lowest: bool = False) -> Tensor:
     return -blocks.amin(1) if lowest else blocks.amax(1)
 
 
+@dataclass
+class Best:
+    """The m best of N searches in R rows, not settled. ids and values [N * R, m], best first, the values of `lowest` negated.
+    ties [N * R]: rows where two of the values are equal, and which of them stand here is by chance. k: how many are wanted; n, how
+    many may be listed."""
+
+    ids: Tensor
+    values: Tensor
+    ties: Tensor
+    n: int
+    k: int
+
+
 def top_k(searches: Sequence[Search], maxima_NRB: Tensor, v: Vocabulary) -> list[TopK]:
     """The answer to each search over the whole vocabulary. Each rank sends its own k best; the best of those are the answer."""
-    mine = local_top_k(searches, maxima_NRB, v.n, v.k)
+    return merged(local_top_k(searches, maxima_NRB, v.n, v.k), searches, v)
+
+
+def merged(mine: list[TopK], searches: Sequence[Search], v: Vocabulary) -> list[TopK]:
+    """The best of all ranks, from the best of each."""
     if v.group.size == 1:
         return mine
     return [_merge(one, s.lowest, v) for one, s in zip(mine, searches, strict=True)]
@@ -93,12 +112,17 @@ def _merge(mine: TopK, lowest: bool, v: Vocabulary) -> TopK:
 
 
 def local_top_k(searches: Sequence[Search], maxima_NRB: Tensor, n: int, k: int) -> list[TopK]:
-    """The k best of the first n entries for each of N searches; fewer where n is smaller. maxima: `block_maxima` of each.
+    """The k best of the first n entries for each of N searches; fewer where n is smaller. maxima: `block_maxima` of each."""
+    best = best_of(searches, maxima_NRB, n, k)
+    return settled(best, searches, *asked(best.ties))
+
+
+def best_of(searches: Sequence[Search], maxima_NRB: Tensor, n: int, k: int) -> Best:
+    """The best of the first n entries, for `settled`.
 
     The m blocks of largest maxima hold the m largest entries of all blocks, up to the choice among equal ones. The few entries
     after the last whole block are candidates too. All searches go down together with m = k + 1: where no two of those m values
-    are equal, the first k are the answer. A row with equal values is searched again in full, so that ties never depend on the
-    order of the search.
+    are equal, the first k are the answer.
     """
     k = min(k, n)
     m = min(k + 1, n)
@@ -107,13 +131,19 @@ def local_top_k(searches: Sequence[Search], maxima_NRB: Tensor, n: int, k: int) 
     parts = [s.entries(partial(_at, ids=i)) for s, i in zip(searches, ids.split(rows), strict=True)]
     values = torch.cat([-x if s.lowest else x for s, x in zip(searches, parts, strict=True)])
     best, where = _largest(values, m)
-    best_ids = ids.gather(1, where)
-    ties = (best[:, :-1] == best[:, 1:]).any(1).nonzero().flatten().tolist()
-    for row in ties:
+    return Best(ids.gather(1, where), best, (best[:, :-1] == best[:, 1:]).any(1), n, k)
+
+
+def settled(best: Best, searches: Sequence[Search], ties: Mask) -> list[TopK]:
+    """The answer to each search. ties: those of `best`; such a row is searched again in full, so that ties never depend on the order
+    of the search."""
+    ids, values, k = best.ids, best.values, best.k
+    rows = len(ids) // len(searches)
+    for row in np.flatnonzero(ties).tolist():
         s = searches[row // rows]
-        x_V = s.entries(partial(_first, row=row % rows, n=n))
-        best_ids[row, :k], best[row, :k] = _with_ties(-x_V if s.lowest else x_V, best[row, k - 1], k)
-    answers = zip(searches, best_ids.split(rows), best.split(rows), strict=True)
+        x_V = s.entries(partial(_first, row=row % rows, n=best.n))
+        ids[row, :k], values[row, :k] = _with_ties(-x_V if s.lowest else x_V, values[row, k - 1], k)
+    answers = zip(searches, ids.split(rows), values.split(rows), strict=True)
     return [TopK(i[:, :k], -x[:, :k] if s.lowest else x[:, :k]) for s, i, x in answers]
 
 

@@ -8,10 +8,13 @@ import pytest
 import tiny
 import torch
 from test_capture import captured, entry_of, expected
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from capture import lens_plan, lens_queue
+from capture import lens, lens_plan, lens_queue
+from capture.asked import asked
 from capture.config import Lens
 from capture.lens_plan import layers_at_once
+from capture.lens_sums import Space
 from capture.run import capture_pair
 from capture.settings import Spans
 
@@ -100,6 +103,51 @@ def test_rows_whose_slots_hardly_differ_and_others_agree_with_float64(scale, com
     separate, led, shifted = lens_queue.SEPARATE, lens_queue.LED, lens_queue.SHIFTED
     at_first = separate if on_gpu else led
     assert set(ways) == {1e-3: {shifted}, 2e-2: {at_first, led}, 1.0: {at_first}}[scale]
+
+
+class Waits(TorchDispatchMode):
+    """Counts what a GPU would be waited for: numbers and lengths that Python has to know."""
+
+    ASK = (
+        torch.ops.aten.nonzero.default,
+        torch.ops.aten._local_scalar_dense.default,
+        torch.ops.aten.masked_select.default,
+    )
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        by_mask = func is torch.ops.aten.index.Tensor and any(i is not None and i.dtype == torch.bool for i in args[1])
+        if func in self.ASK or by_mask:
+            self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_decisions_about_a_tile_whose_rows_are_good_are_asked_of_the_device_in_three_copies(tmp_path, monkeypatch):
+    """Where rows are led only if they have to be, and nothing is compiled, as on a GPU."""
+    queue, statistics = lens_queue.LensQueue.__init__, lens_queue.LensQueue._statistics
+    monkeypatch.setattr(
+        lens_queue.LensQueue, "__init__", lambda self, *a: (queue(self, *a), setattr(self, "led_at_once", False))[0]
+    )
+    monkeypatch.setattr(lens_queue.LensQueue, "_workspaces", lambda self: [Space()])  # all in this thread
+    copies, tiles = [], []
+    for module in (lens, lens_queue):
+        monkeypatch.setattr(module, "asked", lambda *masks: copies.append(len(masks)) or asked(*masks))
+
+    def watched(self, rows):
+        before = len(copies)
+        with Waits() as waits:
+            found = statistics(self, rows)
+        tiles.append((len(copies) - before, len(waits.seen)))
+        return found
+
+    monkeypatch.setattr(lens_queue.LensQueue, "_statistics", watched)
+    paths = tiny.make_pair("llama", tmp_path / "pair", **DEEP, perturb=0.1)
+    captured(entry_of(paths, dtype="float32", lens=Lens(compile=False)), tmp_path / "out")
+    assert tiles.count((3, 0)) >= 3
+    assert {n for n, _ in tiles} <= {3, 4}, "one more, where a row is found again"
 
 
 @pytest.mark.parametrize("compiled", ["auto", False])
