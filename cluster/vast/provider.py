@@ -41,7 +41,7 @@ from cluster.vast.offers import Offer, Wish
 from cluster.vast.rent import Renter
 from cluster.vast.runner import Place, VastCommandRunner
 from cluster.vast.settings import Settings, bootstrap, check_ours, for_head
-from cluster.vast.state import State, cluster_folder, open_requests
+from cluster.vast.state import SET_UP_FAILED, State, cluster_folder, open_requests
 
 logger = logging.getLogger(__name__)
 MORE_S = 120.0  # that Ray waits for a node beyond the time of its boot, so that it sees that we have ended it
@@ -211,7 +211,7 @@ class VastNodeProvider(NodeProvider):
             node = self.fleet.get(id_)
             if node and self.node_tags(id_).get(TAG_RAY_NODE_STATUS) == "update-failed":
                 with even_unnoted(id_):
-                    self.state.block_machine(node.machine, "its set-up failed")
+                    self.state.block_machine(node.machine, SET_UP_FAILED)
             if node and node.label.kind == "head" and not self.settings.on_head:
                 before_up.refuse_to_replace(node)
                 machines.fetch(node, self.folder, self.settings.user, self.state)

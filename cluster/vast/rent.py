@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from ray.autoscaler.tags import TAG_RAY_NODE_KIND, TAG_RAY_NODE_STATUS
+
 from cluster.mesh.ports import HEAD, MOST_NODES
 from cluster.vast.errors import (
     CapError,
@@ -29,6 +31,10 @@ logger = logging.getLogger(__name__)
 
 PRICE_MAY_RISE = 1.1  # between the price that was shown and the one that is paid
 REFUSED_S = 60.0  # until a machine that would not take our key is asked again
+SAME_FAULT, SAME_FAULT_S = (
+    3,
+    3600.0,
+)  # set-ups that failed within this time, where none went well: it is not the machines
 MOST_OFFERS = 8  # tried one after the other before a launch is reported as failed
 
 
@@ -62,6 +68,8 @@ class Renter:
         where = f"node type '{type_}'"
         if (left_over := self._settle(kind, type_)) is not None:
             return left_over
+        if kind != "head":
+            self._check_set_ups(where)
         # a head has the results
         hours = self.caps.max_hours - self.fleet.bill().hours if kind == "head" else 0.0
         offers = find_offers(self.fleet.vast, wish, self.fleet.state.blocked_machines(), where, hours=hours)
@@ -93,6 +101,19 @@ class Renter:
             f"{where}: {len(offers)} offers fit, none of the first {min(len(offers), MOST_OFFERS)} could be rented; the last answer: "
             f"{refusals[-1] if refusals else 'all are being asked for already'}"
         )
+
+    def _check_set_ups(self, where: str) -> None:
+        """Raise NoOfferError where machine after machine was paid for and none of them could be set up, as where a package index is out
+        of reach, or constraints that no node can meet: the next would not be either."""
+        failed = self.fleet.state.failed_set_ups(SAME_FAULT_S)
+        tags = self.fleet.state.read()["tags"].values()
+        well = any(t.get(TAG_RAY_NODE_KIND) == "worker" and t.get(TAG_RAY_NODE_STATUS) == "up-to-date" for t in tags)
+        if len(failed) >= SAME_FAULT and not well:
+            minutes = max(1, round((SAME_FAULT_S - failed[SAME_FAULT - 1]) / 60))
+            raise NoOfferError(
+                f"{where}: the set-up of {len(failed)} machines failed within the hour, and no worker's went well: it is hardly the "
+                f"machines. No other is rented for {minutes} minutes; what failed stands in /tmp/ray/session_latest/logs/monitor.* on the head"
+            )
 
     def _take(self, offer: Offer) -> bool:
         with self.lock:

@@ -20,6 +20,7 @@ from capture.errors import StoreError, why_not_written
 from cluster.vast.labels import check_names
 
 OPEN_S = 900.0  # how long a request of unknown outcome counts as a machine and keeps its k
+SET_UP_FAILED = "its set-up failed"  # why a machine is blocked
 BLOCKED_S = 24 * 3600.0  # how long a bad machine is not rented
 MOST_SEEN = 500  # instances that a head is believed to have rented
 EMPTY: dict[str, Any] = {
@@ -119,6 +120,12 @@ class State:
         now = time.time()
         machines = self.given_machines() | self.read()["machines"]
         return {int(m): v["reason"] for m, v in machines.items() if v["until"] > now}
+
+    def failed_set_ups(self, within_s: float) -> list[float]:
+        """How long ago the set-ups of machines failed, in seconds, latest first; those of the last `within_s`."""
+        now = time.time()
+        rows = [row for row in self.read()["machines"].values() if row["reason"] == SET_UP_FAILED]
+        return sorted(age for row in rows if (age := now - (row["until"] - BLOCKED_S)) < within_s)
 
     def given_machines(self) -> dict[str, Any]:
         """What another machine knew of bad ones when this one was set up: machines.json, as `machines` in the state."""

@@ -27,7 +27,7 @@ from cluster.vast.money import Caps
 from cluster.vast.node import Node
 from cluster.vast.offers import Wish
 from cluster.vast.rent import Renter
-from cluster.vast.state import State
+from cluster.vast.state import BLOCKED_S, SET_UP_FAILED, State
 
 pytest.importorskip("vastai", reason="the Vast SDK is not installed: pip install 'pairscope[vast]'")
 
@@ -65,6 +65,39 @@ def rent(renter: Renter, wish: Wish = WISH) -> Node:
 
 def ready(renter: Renter, id_: str) -> None:
     wait_for(lambda: renter.fleet.refresh() and renter.fleet.is_running(id_))
+
+
+def test_after_three_machines_that_could_not_be_set_up_no_other_is_rented_for_an_hour(
+    fake: Fake, tmp_path: Path
+) -> None:
+    """A package index that is out of reach would have one machine after the other paid for, up to the limits."""
+    renter = make(fake, tmp_path)
+    state = renter.fleet.state
+    for machine in (9001, 9002):
+        state.block_machine(machine, SET_UP_FAILED)
+    state.block_machine(9003, "it took 40 minutes to boot")
+    renter.fleet.destroy(rent(renter).id, "the test has seen it")
+    state.block_machine(9004, SET_UP_FAILED, hours=BLOCKED_S / 3600 - 0.9)
+    with pytest.raises(NoOfferError, match=r"set-up of 3 machines failed.*for [56] minutes.*monitor"):
+        rent(renter)
+    assert fake.live() == []
+    state.block_machine(9004, SET_UP_FAILED, hours=BLOCKED_S / 3600 - 1.1)
+    assert rent(renter)
+
+
+def test_where_a_worker_has_come_up_machines_that_could_not_be_set_up_keep_no_other_from_being_rented(
+    fake: Fake, tmp_path: Path
+) -> None:
+    renter = make(fake, tmp_path)
+    for machine in (9001, 9002, 9003):
+        renter.fleet.state.block_machine(machine, SET_UP_FAILED)
+    for kind in ("head", "worker"):
+        with renter.fleet.state.edit() as content:
+            content["tags"]["5"] = {"ray-node-type": kind, "ray-node-status": "up-to-date"}
+        if kind == "head":
+            with pytest.raises(NoOfferError):
+                rent(renter)
+    assert rent(renter)
 
 
 @pytest.mark.parametrize("kind", ["lost", "503_done"])
