@@ -62,7 +62,7 @@ def test_no_secret_is_left_by_a_sweep_whether_its_entries_work_or_not(
     assert planted.found([out, ray_folder, tmp_path / "home"], {"what was printed": done.stdout}) == []
     assert seen == []
     # ... which says something only if a log with a secret in it would have been found
-    for log in (out / rows[0]["log"], next(ray_folder.glob("ray/session_*/logs/raylet.out"))):
+    for log in (out / rows[0]["log"], next(ray_folder.glob("ray/session_[0-9]*/logs/raylet.out"))):
         with log.open("a") as stream:
             stream.write(f"retrying with {planted.environment['HF_TOKEN']}\n")
         assert planted.found([out, ray_folder]) == [f"HF_TOKEN in {log}"]
