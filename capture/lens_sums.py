@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Pass:
-    """maxima_NRB: of blocks, for `local_top_k`: of the slots, of the shifts b - a of every compared pair (a, b), and of the
+    """maxima_NRB: of blocks, for `best_of`: of the slots, of the shifts b - a of every compared pair (a, b), and of the
     negatives of these. largest_SR: the largest logit of each row, over all ranks."""
 
     maxima_NRB: Tensor

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from capture.asked import Mask, asked
+from capture.asked import Mask
 from capture.group import ALONE, Group
 
 BLOCK = 16  # entries per block
@@ -88,13 +88,8 @@ class Best:
     k: int
 
 
-def top_k(searches: Sequence[Search], maxima_NRB: Tensor, v: Vocabulary) -> list[TopK]:
-    """The answer to each search over the whole vocabulary. Each rank sends its own k best; the best of those are the answer."""
-    return merged(local_top_k(searches, maxima_NRB, v.n, v.k), searches, v)
-
-
 def merged(mine: list[TopK], searches: Sequence[Search], v: Vocabulary) -> list[TopK]:
-    """The best of all ranks, from the best of each."""
+    """The k best over the whole vocabulary, from each rank's own k best, which are sent to all."""
     if v.group.size == 1:
         return mine
     return [_merge(one, s.lowest, v) for one, s in zip(mine, searches, strict=True)]
@@ -111,14 +106,8 @@ def _merge(mine: TopK, lowest: bool, v: Vocabulary) -> TopK:
     return TopK(by_id.values.gather(1, best.indices[:, :k]), best.values[:, :k])
 
 
-def local_top_k(searches: Sequence[Search], maxima_NRB: Tensor, n: int, k: int) -> list[TopK]:
-    """The k best of the first n entries for each of N searches; fewer where n is smaller. maxima: `block_maxima` of each."""
-    best = best_of(searches, maxima_NRB, n, k)
-    return settled(best, searches, *asked(best.ties))
-
-
 def best_of(searches: Sequence[Search], maxima_NRB: Tensor, n: int, k: int) -> Best:
-    """The best of the first n entries, for `settled`.
+    """The k best of the first n entries for each of N searches, for `settled`; fewer where n is smaller. maxima: `block_maxima` of each.
 
     The m blocks of largest maxima hold the m largest entries of all blocks, up to the choice among equal ones. The few entries
     after the last whole block are candidates too. All searches go down together with m = k + 1: where no two of those m values

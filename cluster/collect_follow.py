@@ -201,11 +201,11 @@ class Follow:
         assert self.collector is not None
         found = verdict(done, self.collector.at_home)
         n = len(self.collector.verified)
-        if found.over:  # what has ended over there and could not come home; into a store others may still write
+        if found.over:
+            # what has ended over there and could not come home; into a store others may still write
             died = found.state == DIED
             rows = [row for row in done.look.rows if died or row.get("state") != "running"]
             settle_away(self.home, {str(row.get("attempt")) for row in rows})
-        if found.over:
             self.show.note(f"{found.state}; {n} capture{'s' * (n != 1)} at home in {self.home.out}")
             for line in found.trouble:
                 self.show.note(f"  {line}")

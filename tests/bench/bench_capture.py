@@ -32,9 +32,8 @@ from pathlib import Path
 from typing import Any
 
 import pairs
-from measured import Bench, at_least, ratios
+from measured import STEADY, Bench, at_least, ratios
 
-STEADY = 1.3  # floors of one run that are further apart than this say that the machine was busy
 CASES = {
     "12": (12, 1),
     "64": (64, 1),

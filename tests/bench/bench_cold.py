@@ -32,10 +32,9 @@ from typing import Any
 
 import pairs
 from bench_hub import SHAPE
-from measured import CACHE, Bench, at_least, ratios
+from measured import CACHE, STEADY, Bench, at_least, ratios
 
 BAR = 1.3
-STEADY = 1.3  # readings of one run that are further apart than this say that the disk was busy
 BLOCK = 8 << 20
 READERS = 4
 WHAT = {

@@ -21,6 +21,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 CACHE = ROOT / ".cache" / "bench"
+STEADY = 1.3  # floors of one run that are further apart than this say that others used the machine
 FIGURE = {
     "name": str,  # unique within its bench
     "what": str,  # what was measured

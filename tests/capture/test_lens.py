@@ -13,7 +13,7 @@ from capture.lens_sums import Space
 from capture.live import Live
 from capture.logits import separate
 from capture.threads import alone, in_threads
-from capture.topk import Search, Vocabulary, block_maxima, local_top_k, top_k
+from capture.topk import Search, Vocabulary, best_of, block_maxima, merged, settled
 
 PAIRS = [(a, b) for a in range(4) for b in range(a + 1, 4)]
 NEXT = torch.tensor([3, 0, -1, 7, 1])
@@ -146,6 +146,11 @@ def test_some_pairs_alone_are_as_they_are_among_all(pairs):
         assert torch.equal(stats.decreased.ids, (want.increased if turned else want.decreased).ids)
 
 
+def local_top_k(searches, maxima, n, k):
+    best = best_of(searches, maxima, n, k)
+    return settled(best, searches, best.ties.numpy())
+
+
 @settings(max_examples=80, deadline=None)
 @given(st.data())
 def test_ties_are_broken_by_the_smaller_id(data):
@@ -182,7 +187,8 @@ def test_ranks_list_as_many_tokens_where_logits_are_not_finite():
     object.__setattr__(group, "other", [x[:, 10:], torch.arange(10, 20).expand(3, -1)])
     v = Vocabulary(10, 10, 0, group)
     mine = x[:, :10]
-    (top,) = top_k([Search(lambda take: take(mine))], block_maxima(mine, 10)[None], v)
+    searches = [Search(lambda take: take(mine))]
+    (top,) = merged(local_top_k(searches, block_maxima(mine, 10)[None], v.n, v.k), searches, v)
     assert top.ids.shape == (3, 10)
     assert top.ids[1, :3].tolist() == [4, 19, 18]
     assert top.ids[2].tolist() == list(range(19, 9, -1))
