@@ -1,4 +1,5 @@
-"""One local Ray for all tests of this folder that need one, and a fake Vast of a module's own with a laptop that uses it."""
+"""One local Ray for all tests of this folder that need one, a fake Vast of a module's own with a laptop that uses it, and a head
+to collect from."""
 
 from __future__ import annotations
 
@@ -9,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from far import Far
 
+import cluster.collect_follow
 from cluster.connect import START_TRIES, TOO_SLOW
 
 
@@ -56,3 +59,20 @@ def fake(server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
 
     with laptop_home(server, tmp_path, monkeypatch) as found:
         yield found
+
+
+@pytest.fixture
+def far(tmp_path: Path) -> Far:
+    return Far(tmp_path / "far")
+
+
+@pytest.fixture
+def near(far: Far, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the head answers and sends comes at once."""
+    far.near(monkeypatch)
+
+
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A head that is out of reach is asked again at once."""
+    monkeypatch.setattr(cluster.collect_follow, "FIRST_PAUSE_S", 0.01)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import stat
@@ -14,11 +15,15 @@ import pytest
 
 from capture.layout import RunDir
 from capture.manifest import Attempt
+from capture.show import Show
+from capture.stop import Stop
 from capture.store import CaptureWriter, category
+from cluster.collect_follow import Follow
 from cluster.collect_source import HeadSource, Link, Look, StoreSource, as_look
 from cluster.shelf import shelf
 
 ROOT = Path(__file__).resolve().parents[2]
+ID = "0123456789abcdef"  # of a capture
 
 # Leaves out ssh's options and the target; counts what comes back, and cuts the line after as many bytes as the file `cut` says.
 SSH = f"""#!{sys.executable}
@@ -105,7 +110,7 @@ class Far:
         else:
             (self.folder / "down").unlink()
 
-    def capture(self, pair: str, capture: str = "0123456789abcdef", rows: int = 50, seed: int = 0) -> Path:
+    def capture(self, pair: str, capture: str = ID, rows: int = 50, seed: int = 0) -> Path:
         """A complete capture of one table whose texts do not compress, with its attempt and log."""
         attempt = Attempt(self.run, pair)
         attempt.start(capture=capture)
@@ -141,6 +146,38 @@ class Far:
         if alive:
             content["born"] = Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]
         (place / f"2026-{n}.json").write_text(json.dumps(content))
+
+
+class Collecting:
+    """One call of collect without its command line; `said` and `down` tell what it did."""
+
+    def __init__(
+        self,
+        far: Far,
+        home: Path,
+        *,
+        once: bool = True,
+        teardown: bool = False,
+        every: float = 0.05,
+        remote_out: str | None = None,
+    ) -> None:
+        self.down = 0
+        self.stream = io.StringIO()
+        self.follow = Follow(
+            HeadSource(far.reach), remote_out, RunDir(str(home)), Show(stream=self.stream, live=False), Stop(), every=every, once=once,
+            tear_down=self.tear_down if teardown else None,
+        )  # fmt: skip
+
+    def tear_down(self) -> int:
+        self.down += 1
+        return 0
+
+    def __call__(self) -> int:
+        return self.follow.run()
+
+    @property
+    def said(self) -> str:
+        return self.stream.getvalue()
 
 
 def _prompts(pair: str, capture: str, rows: int, seed: int) -> dict[str, Any]:

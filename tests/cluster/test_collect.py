@@ -26,16 +26,6 @@ pytestmark = pytest.mark.skipif(not shutil.which("rsync"), reason="rsync is not 
 
 
 @pytest.fixture
-def far(tmp_path: Path) -> Far:
-    return Far(tmp_path / "far")
-
-
-@pytest.fixture
-def near(far: Far, monkeypatch: pytest.MonkeyPatch) -> None:
-    far.near(monkeypatch)
-
-
-@pytest.fixture
 def home(tmp_path: Path) -> RunDir:
     return RunDir(str(tmp_path / "home"))
 

@@ -13,9 +13,8 @@ from pathlib import Path
 import pytest
 import yaml
 from fake_store import KEY, SECRET, Store, running_store
-from far import Far
+from far import ID, Collecting, Far
 from test_collect import check
-from test_collect_follow import ID, Run
 
 import cluster.collect_follow as follow_module
 from capture.attempt import check_output
@@ -162,7 +161,7 @@ def test_a_cluster_goes_down_once_all_is_at_home_from_the_store(
     far.capture("one")
     far.note(("one", "complete", ID), out=far.run.out)
     store.fault(r"GET .*_COMPLETE", 503, times=32)  # more than a client asks by itself
-    run = Run(far, tmp_path / "home", once=False, teardown=True)
+    run = Collecting(far, tmp_path / "home", once=False, teardown=True)
     assert (run(), run.down) == (0, 1)
     assert "trying again in" in run.said
     assert "which outlives the cluster; fetching from there" in run.said
