@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -84,8 +83,30 @@ def start_browser(width: int = 1280, height: int = 900) -> Browser:
     return found
 
 
-@pytest.fixture(scope="session")
-def browser() -> Iterator[Browser]:
-    started = start_browser()
-    yield started
-    started.quit()
+def press(browser: Browser, keys: str) -> None:
+    """Type keys into the page, one after the other, each when the one before is drawn."""
+    from selenium.webdriver.common.action_chains import ActionChains
+
+    for key in keys:
+        ActionChains(browser.driver).send_keys(key).perform()
+        browser.wait_ready()
+
+
+def point(browser: Browser, row: int, column: int, *, click: bool = False) -> None:
+    from selenium.webdriver.common.action_chains import ActionChains
+
+    x, y = browser.execute_script(
+        "grid.canvas.scrollIntoView({block: 'center'}); const b = grid.canvas.getBoundingClientRect();"
+        "return [grid.gutter + (arguments[1] + 0.5) * grid.cellWidth - grid.scroller.scrollLeft - b.width / 2,"
+        "(S.data.rows - 1 - arguments[0] + 0.5) * grid.cellHeight - b.height / 2]", row, column)  # fmt: skip
+    chain = ActionChains(browser.driver).move_to_element_with_offset(browser.find("#grid"), round(x), round(y))
+    (chain.click() if click else chain).perform()
+    browser.wait_ready()
+
+
+def choose(browser: Browser, picker: str, text: str | int) -> None:
+    from selenium.webdriver.support.ui import Select
+
+    found = Select(browser.find(f"#{picker}"))
+    found.select_by_index(text) if isinstance(text, int) else found.select_by_visible_text(text)
+    browser.wait_ready()

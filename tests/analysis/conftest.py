@@ -1,15 +1,17 @@
-"""The made-up run directory, and the command line to ask it with."""
+"""The made-up run directory, the command line to ask it with, and a browser with a page."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from browser import Browser, start_browser
 from click.testing import CliRunner
+from pages import Made, make_page
 from synthetic import ALPHA, Capture, alpha, beta, gamma, write_attempt, write_capture
 
 from analysis import open_run
@@ -68,3 +70,15 @@ def call() -> Callable[..., Answer]:
         return Answer(result.exit_code, result.stdout, result.stderr)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    started = start_browser()
+    yield started
+    started.quit()
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory, browser: Browser) -> Made:
+    return make_page(tmp_path_factory.mktemp("page"))

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from browser import browser  # noqa: F401  (a fixture)
 from pyarrow import parquet
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
@@ -99,7 +98,7 @@ def _floats(table: str) -> list[Any]:
 
 
 @pytest.mark.slow
-def test_twenty_prompts_of_250_tokens_and_34_layers_open_in_two_seconds(tmp_path: Path, browser: Any) -> None:  # noqa: F811
+def test_twenty_prompts_of_250_tokens_and_34_layers_open_in_two_seconds(tmp_path: Path, browser: Any) -> None:
     write_large(tmp_path / "out")
     con = open_run(str(tmp_path / "out"))
     bench = Bench("page", "make bench-page")
