@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from analysis.errors import QueryError, near
 from analysis.html_pack import Packer
+from analysis.run import of_one_capture
 from analysis.select import is_imported
 from capture.schema import BY_NAME, Column
 
@@ -40,8 +41,10 @@ class Prompt:
 
 @dataclass
 class PairData:
-    """One pair's capture: what is the same for all its prompts. stored: text by token id; facts: a row of `captures`."""
+    """One pair's capture: what is the same for all its prompts. con: a connection to ask about it; stored: text by token id;
+    facts: a row of `captures`."""
 
+    con: duckdb.DuckDBPyConnection
     name: str
     capture: str
     facts: dict[str, Any]
@@ -68,7 +71,7 @@ class PairData:
 def choose_pairs(con: duckdb.DuckDBPyConnection, entries: tuple[str, ...] = ()) -> list[PairData]:
     """The newest capture of each pair, or of those named; QueryError for one that is not there."""
     rows = con.execute(
-        f"SELECT pair, capture, json, {', '.join(FACTS)} FROM captures WHERE (pair, capture) IN (SELECT (pair, capture) FROM "
+        f"SELECT pair, capture, path, json, {', '.join(FACTS)} FROM captures WHERE (pair, capture) IN (SELECT (pair, capture) FROM "
         "prompts) ORDER BY pair, newest DESC, written DESC NULLS LAST, capture"
     ).fetchall()
     newest: dict[str, tuple[Any, ...]] = {}
@@ -83,7 +86,8 @@ def choose_pairs(con: duckdb.DuckDBPyConnection, entries: tuple[str, ...] = ()) 
 
 
 def _pair(con: duckdb.DuckDBPyConnection, row: tuple[Any, ...]) -> PairData:
-    name, capture, text, *facts = row
+    name, capture, path, text, *facts = row
+    con = of_one_capture(con, path)  # or each of several hundred pairs would be looked for among the files of all
     key = [name, capture]
     here = "WHERE pair = ? AND capture = ?"
     prompts = con.execute(
@@ -97,6 +101,7 @@ def _pair(con: duckdb.DuckDBPyConnection, row: tuple[Any, ...]) -> PairData:
         [*key, *key],
     ).fetchall()
     data = PairData(
+        con=con,
         name=name,
         capture=capture,
         facts=dict(zip(FACTS, facts, strict=True)),
@@ -140,13 +145,13 @@ def keep_prompts(pair: PairData, ranges: list[tuple[int, int]]) -> list[str]:
     return [f"{a}" if b == a + 1 else f"{a}:{b}" for a, b in missing]
 
 
-def keep_top_prompts(con: duckdb.DuckDBPyConnection, pair: PairData, n: int) -> None:
+def keep_top_prompts(pair: PairData, n: int) -> None:
     """Keep the n prompts of largest mean KL of BB-SS (of norm_diff where there is no lens), the largest first.
 
     A pair without comparisons, as one pass alone gives, keeps its first n prompts.
     """
     label = "BB-SS" if "BB-SS" in pair.comparisons else pair.comparisons[0] if pair.comparisons else ""
-    rows = con.execute(
+    rows = pair.con.execute(
         "SELECT prompt_idx, variant, avg(kl_divergence) FILTER (isfinite(kl_divergence)) AS kl, avg(norm_diff) AS size "
         "FROM pairwise WHERE pair = ? AND capture = ? AND comparison = ? GROUP BY ALL "
         "ORDER BY kl DESC NULLS LAST, size DESC, prompt_idx, variant",
@@ -166,15 +171,17 @@ class Sheet:
     ids: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
 
 
-def read_sheet(con: duckdb.DuckDBPyConnection, pair: PairData, prompt: Prompt) -> Sheet:
+def read_sheet(pair: PairData, prompt: Prompt) -> Sheet:
     """The scalars of one prompt: those of passes as float32, which differences are made of, those of comparisons as float16."""
     key = [pair.name, pair.capture, prompt.prompt_idx, prompt.variant]
-    found = con.execute(f"SELECT position, token, is_special, token_id FROM tokens WHERE {_CELL}", key).fetchall()
+    found = pair.con.execute(f"SELECT position, token, is_special, token_id FROM tokens WHERE {_CELL}", key).fetchall()
     texts = {position: rest for position, *rest in found}
     slots = {f"logit {t['token_id']}": f"tracked_logits[{i + 1}]" for i, t in enumerate(pair.tracked)}
     columns = {c.name: f"{c.name}::FLOAT" for c in scalars("runs")} | {k: f"{v}::FLOAT" for k, v in slots.items()}
-    runs = _cells(con, "runs", "run", columns, key)
-    pairwise = _cells(con, "pairwise", "comparison", {c.name: f"{c.name}::FLOAT" for c in scalars("pairwise")}, key)
+    runs = _cells(pair.con, "runs", "run", columns, key)
+    pairwise = _cells(
+        pair.con, "pairwise", "comparison", {c.name: f"{c.name}::FLOAT" for c in scalars("pairwise")}, key
+    )
     layers = np.unique(np.concatenate([runs["layer"], pairwise["layer"]])).astype(int)
     # a damaged table may be left out, that of the tokens too
     last = max([*texts, *(int(cells["position"].max(initial=-1)) for cells in (runs, pairwise))])
@@ -204,10 +211,10 @@ def read_sheet(con: duckdb.DuckDBPyConnection, pair: PairData, prompt: Prompt) -
     return Sheet(index, packer.block())
 
 
-def read_lists(con: duckdb.DuckDBPyConnection, pair: PairData, sheet: Sheet, k: int) -> None:
+def read_lists(pair: PairData, sheet: Sheet, k: int) -> None:
     """Add the first k of each top-k list to a sheet: ids and logits of passes, ids and shifts of comparisons."""
     key = [pair.name, pair.capture, sheet.index["prompt"], sheet.index["variant"]]
-    longest = con.execute(
+    longest = pair.con.execute(
         f"SELECT max(len(ids)) FROM (SELECT ids FROM runs_topk WHERE {_CELL} UNION ALL SELECT increased_ids FROM pairwise_topk "
         f"WHERE {_CELL} UNION ALL SELECT decreased_ids FROM pairwise_topk WHERE {_CELL})",
         key * 3,
@@ -225,7 +232,7 @@ def read_lists(con: duckdb.DuckDBPyConnection, pair: PairData, sheet: Sheet, k: 
          {"up": ("increased_ids", "increased"), "down": ("decreased_ids", "decreased")}),
     ):  # fmt: skip
         columns = {f"{c}{i}": f"{c}[{i + 1}]" for pairs in lists.values() for c in pairs for i in range(k)}
-        cells = _cells(con, table, label_sql, columns, key)
+        cells = _cells(pair.con, table, label_sql, columns, key)
         for label in labels:
             mine = cells["label"] == label
             if not mine.any():
@@ -261,9 +268,9 @@ def _cells(
     }
 
 
-def read_spectrum(con: duckdb.DuckDBPyConnection, pair: PairData) -> tuple[dict[str, Any], str] | None:
+def read_spectrum(pair: PairData) -> tuple[dict[str, Any], str] | None:
     """The spectra of a pair, where it has any: what the page reads first, and the block."""
-    rows = con.execute(
+    rows = pair.con.execute(
         "SELECT variant, base_run || '-' || sft_run, layer, singular_values, effective_rank, participation_ratio, "
         "mean_shift_share FROM spectrum WHERE pair = ? AND capture = ?",
         [pair.name, pair.capture],

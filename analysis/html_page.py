@@ -89,8 +89,8 @@ def write_page(
         raise QueryError(f"--prompts: no prompt {', '.join(nowhere)} here")
     for pair in pairs:
         if top_prompts is not None:
-            keep_top_prompts(con, pair, top_prompts)
-    spectra = [read_spectrum(con, pair) for pair in pairs]
+            keep_top_prompts(pair, top_prompts)
+    spectra = [read_spectrum(pair) for pair in pairs]
     code = _code()
 
     def page(sheets: list[list[Sheet]], known: list[dict[int, str]]) -> str:
@@ -98,8 +98,8 @@ def write_page(
 
     nothing: list[dict[int, str]] = [{} for _ in pairs]
     room = int(max_mb * 1e6) - len(page([[] for _ in pairs], nothing).encode(errors="replace"))
-    sheets, room = _read_sheets(con, pairs, room, max_mb, progress)
-    known = _read_all_lists(con, pairs, sheets, top_k, room, progress) if top_k else nothing
+    sheets, room = _read_sheets(pairs, room, max_mb, progress)
+    known = _read_all_lists(pairs, sheets, top_k, room, progress) if top_k else nothing
     text = page(sheets, known)
     _write(path, text)
     cut = top_k > 0 and any(s.lists is None for p, mine in zip(pairs, sheets, strict=True) if p.has_lists for s in mine)
@@ -115,7 +115,7 @@ def _all_spelled(pair: PairData, sheets: list[Sheet]) -> bool:
 
 
 def _read_sheets(
-    con: duckdb.DuckDBPyConnection, pairs: list[PairData], room: int, max_mb: float, progress: Callable[[str], None]
+    pairs: list[PairData], room: int, max_mb: float, progress: Callable[[str], None]
 ) -> tuple[list[list[Sheet]], int]:
     """The sheets that fit, by pair; the first prompt of each pair, then the second of each, until one does not fit."""
     sheets: list[list[Sheet]] = [[] for _ in pairs]
@@ -124,7 +124,7 @@ def _read_sheets(
     for turn, (n, i) in enumerate(turns):
         pair, prompt = pairs[i], pairs[i].prompts[n]
         progress(f"grids: prompt {turn + 1} of {len(turns)}")
-        sheet = read_sheet(con, pair, prompt)
+        sheet = read_sheet(pair, prompt)
         size = len(sheet.block) + _size(sheet.index) + _FRAME
         if size > room:
             if any(not mine for mine in sheets):
@@ -139,7 +139,7 @@ def _read_sheets(
 
 
 def _read_all_lists(
-    con: duckdb.DuckDBPyConnection, pairs: list[PairData], sheets: list[list[Sheet]], k: int, room: int, progress: Callable[[str], None],
+    pairs: list[PairData], sheets: list[list[Sheet]], k: int, room: int, progress: Callable[[str], None],
 ) -> list[dict[int, str]]:  # fmt: skip
     """Add top-k lists to as many sheets as fit; returns the texts of their ids, by pair."""
     known: list[dict[int, str]] = [{} for _ in pairs]
@@ -148,7 +148,7 @@ def _read_all_lists(
         progress(f"top-k lists: prompt {turn + 1} of {len(turns)}")
         sheet = sheets[i][n]
         before = sheet.index.copy()
-        read_lists(con, pairs[i], sheet, k)
+        read_lists(pairs[i], sheet, k)
         stored = pairs[i].stored
         new = {t: stored[t] for t in sheet.ids.tolist() if t in stored and t not in known[i]}
         size = len(sheet.lists or "") + _size(sheet.index.get("lists")) + _size(new) + _FRAME

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     import duckdb
 
 _PATTERN = "run_directory_pattern()"  # a catalog's macro: views.as_pattern of run_directory(), which its client may set
+_FILES = "_files"  # which files of which capture the views hold; for of_one_capture
 
 
 def open_run_dir(out: str) -> RunDir:
@@ -74,11 +75,15 @@ def open_run(
     con = duckdb.connect()
     # an in-memory database would spill to .tmp in the working directory
     con.execute(f"SET temp_directory = {quote(spill_directory())}")
-    con.execute("SET enable_progress_bar = false")  # it would stand among the rows on stdout
-    con.execute("SET parquet_metadata_cache = true")  # half of a grid's time is reading footers
-    create_views(
+    _set_up(con)
+    files = create_views(
         con, run, include_partial, lenient=lenient, left_out=left_out or (lambda why: None), all_captures=all_captures
     )
+    if run.is_local and not sandbox:
+        con.execute(f"CREATE TEMP TABLE {_FILES} (name VARCHAR, path VARCHAR, file VARCHAR)")
+        con.register("_arrow", _files_table(files))
+        con.execute(f"INSERT INTO {_FILES} FROM _arrow")
+        con.unregister("_arrow")
     if sandbox:
         # what a name of a file is compared with is the pattern itself, and each file that it matches
         reachable = dict.fromkeys((run.root, as_pattern(run.root), *_linked(con))) if run.is_local else {}
@@ -87,6 +92,30 @@ def open_run(
         con.execute("SET python_enable_replacements = false")  # a name in SQL is no variable of the caller
         con.execute("SET lock_configuration = true")
     return con
+
+
+def _set_up(con: duckdb.DuckDBPyConnection) -> None:
+    """What holds for one connection, and not for another of the same database."""
+    con.execute("SET enable_progress_bar = false")  # it would stand among the rows on stdout
+    con.execute("SET parquet_metadata_cache = true")  # half of a grid's time is reading footers
+
+
+def of_one_capture(con: duckdb.DuckDBPyConnection, path: str) -> duckdb.DuckDBPyConnection:
+    """A connection whose stored views hold the capture at `path` (of the table captures) alone, of what `con` has of it.
+
+    Who asks much of every capture in turn opens one each: a query over all of them looks at every file of every capture, each
+    time. The same connection where the files are not on this machine, or it is a sandbox.
+    """
+    if not con.execute("SELECT 1 FROM duckdb_tables() WHERE table_name = ?", [_FILES]).fetchall():
+        return con
+    files: dict[str, list[str]] = {view.name: [] for view in STORED_VIEWS}
+    for name, file in con.execute(f"SELECT name, file FROM {_FILES} WHERE path = ? ORDER BY ALL", [path]).fetchall():
+        files[name].append(file)
+    one = con.cursor()
+    _set_up(one)
+    for name, mine in files.items():
+        one.execute(f"CREATE TEMP VIEW {name} AS\n{stored_sql(name, mine)}")  # found before that of all captures
+    return one
 
 
 def _linked(con: duckdb.DuckDBPyConnection) -> list[str]:
@@ -165,8 +194,9 @@ def create_views(
     left_out: Callable[[str], Any] = lambda why: None,
     relocatable: bool = False,
     all_captures: bool = False,
-) -> None:
-    """Create the two small tables, the views over stored tables, those built on them, and the macros.
+) -> dict[str, list[tuple[str, str]]]:
+    """Create the two small tables, the views over stored tables, those built on them, and the macros. Returns the files of each
+    stored view, each with the directory of its capture.
 
     relocatable: files are named below the pattern of run_directory(); the macros of both must be there. all_captures: not the
     newest of a pair alone.
@@ -185,20 +215,29 @@ def create_views(
     if not all_captures:
         newest = known.column("newest").to_pylist()
         captures = [c for c, new in zip(captures, newest, strict=True) if new or c.marker.get("partial")]
+    files: dict[str, list[tuple[str, str]]] = {}
     for view in STORED_VIEWS:
-        files = []
+        mine = files[view.name] = []
         for capture in captures:
             damaged = broken(run, capture, view.name, contents=True) if lenient else {}
-            files += [f for f in capture.files(view.name) if f not in damaged]
+            mine += [(capture.path, f) for f in capture.files(view.name) if f not in damaged]
             for why in damaged.values():
                 left_out(why)
-        _create_stored(con, run, captures, view.name, files, relocatable)
+        _create_stored(con, run, captures, view.name, [file for _, file in mine], relocatable)
     for view in SQL_VIEWS:
         try:
             con.execute(f"CREATE VIEW {view.name} AS\n{view_sql(view.name)}")
         except duckdb.Error as error:  # a stored column is of another type
             _name_the_broken(run, captures, view.name, error)
     create_macros(con)
+    return files
+
+
+def _files_table(files: dict[str, list[tuple[str, str]]]) -> Any:
+    import pyarrow as pa
+
+    rows = [{"name": name, "path": path, "file": file} for name, mine in files.items() for path, file in mine]
+    return pa.Table.from_pylist(rows, pa.schema([(column, pa.string()) for column in ("name", "path", "file")]))
 
 
 def _create_stored(

@@ -128,6 +128,19 @@ def test_an_id_of_several_texts_has_the_vocabularys(con: Any) -> None:
     assert pair.stored == dict(spelled)
 
 
+def test_a_pair_is_read_from_its_own_files_alone(tmp_path: Path) -> None:
+    """Where every pair was looked for among the files of all, three hundred pairs took four minutes."""
+    write_capture(tmp_path / "out", alpha())
+    other = write_capture(tmp_path / "out", beta())
+    con = open_run(str(tmp_path / "out"), all_captures=True)
+    write_page(con, tmp_path / "before.html", entries=("alpha",))
+    for table in ("runs", "pairwise", "runs_topk", "pairwise_topk", "tokens", "vocabulary"):
+        for file in other.glob(f"{table}*.parquet"):
+            file.unlink()
+    write_page(con, tmp_path / "after.html", entries=("alpha",))
+    assert index_of(tmp_path / "after.html")["pairs"] == index_of(tmp_path / "before.html")["pairs"]
+
+
 def test_entries_prompts_and_the_largest_prompts_are_chosen(con: Any, tmp_path: Path) -> None:
     file = tmp_path / "page.html"
     chosen = lambda: {p["name"]: [s["prompt"] for s in p["sheets"]] for p in index_of(file)["pairs"]}  # noqa: E731
