@@ -77,7 +77,9 @@ def import_json(
     ),
 )
 @click.argument("out")
-@click.option("-o", "--output", required=True, metavar="FILE", help="A file; for several captures a directory.")
+@click.option(
+    "-o", "--output", required=True, metavar="FILE", help="A file, - for stdout; for several captures a directory."
+)
 @click.option("--pair", help="One pair.")
 @click.option("--capture", metavar="ID", help="One capture, by id or the start of it.")
 @click.option("--prompt", type=int, metavar="N", help="One prompt, by index from 0.")
@@ -102,6 +104,7 @@ def export_json(
     from analysis.json_export import export_json as write
     from analysis.metrics import find_metric
     from analysis.select import Filters, check_filters
+    from analysis.tables import is_stream
 
     filters = Filters(pair, capture, prompt, variant)
     with asking(out, False, lenient) as con:
@@ -109,10 +112,11 @@ def export_json(
         where, values = filters.where("''")
         found = con.execute(f"SELECT DISTINCT pair, capture FROM prompts {where} ORDER BY 1, 2", values).fetchall()
         target = Path(output).expanduser()
-        several = len(found) > 1 or os.path.isdir(target)
-        if several and os.path.isfile(target):
+        stream = is_stream(output)
+        several = len(found) > 1 or (os.path.isdir(target) and not stream)
+        if several and (os.path.isfile(target) or stream):
             raise QueryError(
-                f"'{output}' is a file, and {len(found)} captures are asked for: name a directory, or --pair"
+                f"'{output}' is {'one stream' if stream else 'a file'}, and {len(found)} captures are asked for: name a directory, or --pair"
             )
         if several:
             try:
@@ -123,7 +127,7 @@ def export_json(
             what = f"{name} ({i + 1} of {len(found)})" if several else name
             file = target / f"{name}-{one}.json" if several else target
             path = write(con, name, one, file, filters=filters, single=single, told=_progress(what, "records", 1))
-            click.echo(f"wrote {path}", err=True)
+            click.echo(f"wrote {'the capture to stdout' if output == '-' else path}", err=True)
 
 
 def _progress(what: str, unit: str, each: float) -> Callable[[int, int], Any]:

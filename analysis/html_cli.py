@@ -34,7 +34,7 @@ class ListsNames(click.Command):
     epilog=example("pairscope html out/demo", "pairscope html out/demo -o page.html --top-prompts 5 --entries pydoc"),
 )
 @click.argument("out")
-@click.option("-o", "--output", metavar="FILE", default="page.html", show_default=True, help="The page.")
+@click.option("-o", "--output", metavar="FILE", default="page.html", show_default=True, help="The page; - for stdout.")
 @click.option("--entries", multiple=True, metavar="NAME...", help="Only these pairs.")
 @click.option("--prompts", metavar="LIST", help="Only these prompts, such as 0,3,5:9 (5 to 8).")
 @click.option("--top-prompts", type=click.IntRange(1), metavar="N",
@@ -81,7 +81,8 @@ def html(
             show("")
     of = "" if done.prompts == done.total else f" of {done.total}"
     pairs = "1 pair" if done.pairs == 1 else f"{done.pairs} pairs"
-    click.echo(f"wrote {done.path}: {done.bytes / 1e6:.1f} MB, {pairs}, prompts {done.prompts}{of}", err=True)
+    place = "the page to stdout" if output == "-" else done.path
+    click.echo(f"wrote {place}: {done.bytes / 1e6:.1f} MB, {pairs}, prompts {done.prompts}{of}", err=True)
     for name, parts in done.not_there.items():
         click.echo(f"  pair '{escape(name)}' has no prompt {', '.join(parts)}", err=True)
     if done.lists_cut:

@@ -7,7 +7,6 @@ import datetime
 import hashlib
 import json
 import os
-import uuid
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,7 +26,7 @@ from analysis.html_data import (
     read_spectrum,
     scalars,
 )
-from analysis.tables import discard, jsonable
+from analysis.tables import jsonable, written
 from analysis.views import BY_VIEW
 from capture.errors import StoreError
 
@@ -70,14 +69,14 @@ def write_page(
     max_mb: float = MAX_MB,
     progress: Callable[[str], None] = lambda line: None,
 ) -> Written:
-    """Write the page of the captures in `con`, whole or not at all.
+    """Write the page of the captures in `con`, whole or not at all; `-` is stdout.
 
     entries: pairs, default all. prompts: `0,3,5:9`. top_prompts: so many of largest mean KL. top_k: length of the lists.
     max_mb: the file's size at most, in 10^6 bytes; first go the grids of all prompts in turn over the pairs, then the lists.
 
     Raises QueryError where nothing is asked for that is there, or not even one prompt fits; StoreError for the file.
     """
-    path = Path(file).expanduser().absolute()
+    path = Path(file) if str(file) == "-" else Path(file).expanduser().absolute()
     if os.path.isdir(path):  # a name that is too long is told when it is written
         raise StoreError(f"cannot write the page '{path}': it is a directory")
     pairs = choose_pairs(con, entries)
@@ -101,10 +100,10 @@ def write_page(
     sheets, room = _read_sheets(pairs, room, max_mb, progress)
     known = _read_all_lists(pairs, sheets, top_k, room, progress) if top_k else nothing
     text = page(sheets, known)
-    _write(path, text)
+    size = _write(path, text)
     cut = top_k > 0 and any(s.lists is None for p, mine in zip(pairs, sheets, strict=True) if p.has_lists for s in mine)
     missing = tuple(p.name for p, mine in zip(pairs, sheets, strict=True) if not _all_spelled(p, mine))
-    return Written(path, path.stat().st_size, len(pairs), sum(map(len, sheets)), sum(p.total for p in pairs),
+    return Written(path, size, len(pairs), sum(map(len, sheets)), sum(p.total for p in pairs),
                    sum(s.lists is not None for mine in sheets for s in mine), missing,
                    tuple(p.name for p in pairs if not p.has_lists), cut, {k: v for k, v in not_there.items() if v})  # fmt: skip
 
@@ -241,13 +240,16 @@ def _hash(text: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
-def _write(path: Path, text: str) -> None:
-    tmp = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+def _write(path: Path, text: str) -> int:
+    """Returns how many bytes it is."""
+    data = text.encode(
+        "utf-8", errors="replace"
+    )  # a lone surrogate in a token cannot be UTF-8: it is shown as a question mark
     try:
-        # a lone surrogate in a token cannot be UTF-8: it is shown as a question mark
-        tmp.write_bytes(text.encode("utf-8", errors="replace"))
-        os.replace(tmp, path)
+        with written(path) as stream:
+            stream.write(data)
+    except BrokenPipeError:  # the reader went, as `head` does
+        raise
     except OSError as error:
         raise StoreError(f"cannot write the page '{path}': {error.strerror or error}") from error
-    finally:
-        discard(tmp)
+    return len(data)

@@ -7,8 +7,6 @@ norm, our layer L. Its norm_delta there is from the output of block L-2; cosine_
 from __future__ import annotations
 
 import json
-import os
-import uuid
 from collections.abc import Callable, Iterator
 from itertools import groupby
 from pathlib import Path
@@ -20,7 +18,7 @@ from analysis.json_file import HERE
 from analysis.json_import import sides_of
 from analysis.json_rows import Names, hold, let_go, pair_rows, rests, run_rows
 from analysis.select import EVERYTHING, Filters
-from analysis.tables import discard
+from analysis.tables import written
 from capture.errors import StoreError
 
 if TYPE_CHECKING:
@@ -40,7 +38,7 @@ def export_json(
     single: str | None = None,
     told: Callable[[int, int], Any] = lambda done, all_: None,
 ) -> Path:
-    """Write one capture to `file`, whole or not at all; memory does not grow with the capture.
+    """Write one capture to `file`, whole or not at all; `-` is stdout. Memory does not grow with the capture.
 
     filters: which prompts and variants. single: a comparison such as BB-SS, to write the older format with it alone. A
     capture that came from a file becomes that file again, in its own format where `single` is not another. told(done, all) is called after each record.
@@ -50,27 +48,27 @@ def export_json(
     if single and single not in names.comparisons:
         raise QueryError(f"no comparison '{single}' here. {near_label(single, names.comparisons)}")
     prompts = _prompts(con, pair, capture, filters)
-    path = Path(file).expanduser().absolute()
-    tmp = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    path = Path(file) if str(file) == "-" else Path(file).expanduser().absolute()
     done = 0
     try:
-        # half of a surrogate pair, which UTF-8 cannot hold, stands in a string, and there its escape means the same
-        with tmp.open("w", encoding="utf-8", errors="backslashreplace") as stream:
-            stream.write("[")
+        with written(path) as stream:
+            # half of a surrogate pair, which UTF-8 cannot hold, stands in a string, and there its escape means the same
+            write = lambda text: stream.write(text.encode(errors="backslashreplace"))  # noqa: E731
+            write("[")
             for some in _batches(prompts):
                 hold(con, names, [prompt["prompt_idx"] for prompt in some])
                 for prompt in some:
-                    stream.write(",\n" if done else "\n")
+                    write(",\n" if done else "\n")
                     for text in _record(con, names, prompt, single):
-                        stream.write(text)
+                        write(text)
                     done += 1
                     told(done, len(prompts))
-            stream.write("\n]\n")
-        os.replace(tmp, path)
+            write("\n]\n")
+    except BrokenPipeError:  # the reader went, as `head` does
+        raise
     except OSError as error:
         raise StoreError(f"cannot write '{path}': {error.strerror or error}") from error
     finally:
-        discard(tmp)
         let_go(con)
     return path
 

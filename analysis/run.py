@@ -13,7 +13,7 @@ from analysis.captures import captures_table, manifest_table
 from analysis.damage import broken
 from analysis.errors import QueryError
 from analysis.macros import MACROS, comment_sql, create_macros
-from analysis.tables import discard
+from analysis.tables import discard, is_stream
 from analysis.views import (
     CAPTURES,
     MANIFEST_VIEW,
@@ -147,6 +147,8 @@ def write_catalog(
     if not run.is_local and file is None:
         raise QueryError(f"'{out}' is not on this machine: say with -o where the catalog goes")
     path = Path(file or f"{run.root}/catalog.duckdb").expanduser().absolute()
+    if is_stream(file or path):
+        raise QueryError(f"cannot write the catalog into '{file}': it is a database, which needs a file of its own")
     root = run.root if run.is_local else f"{out.split('://', 1)[0]}://{run.root}"
     tmp = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:

@@ -13,11 +13,11 @@ import sys
 import uuid
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from decimal import Decimal
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import click
 
@@ -194,6 +194,38 @@ def discard(tmp: Path) -> None:
     """Remove what is half written, if it is there. A file system that did not take it may refuse that too, and is told of already."""
     with suppress(OSError):
         tmp.unlink(missing_ok=True)
+
+
+def is_stream(file: str | Path) -> bool:
+    """Whether a finished file cannot be put in this place: `-`, a pipe, a device, or a name of the system's, as /dev/stdout."""
+    if str(file) == "-":
+        return True
+    path = os.path.expanduser(file)
+    folder = os.path.realpath(os.path.dirname(os.path.abspath(path)))
+    there = os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
+    return there or folder == "/dev" or folder.startswith("/proc/")
+
+
+@contextmanager
+def written(file: str | Path) -> Iterator[IO[bytes]]:
+    """A stream of bytes that become `file`, whole or not at all; they go as they come into `-`, which is stdout, and into what is no
+    file: one put in the place of /dev/null would stay there."""
+    if str(file) == "-":
+        yield sys.stdout.buffer
+        sys.stdout.buffer.flush()
+        return
+    path = Path(file).expanduser().absolute()
+    if is_stream(file):
+        with path.open("wb") as stream:
+            yield stream
+        return
+    tmp = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        with tmp.open("wb") as stream:
+            yield stream
+        os.replace(tmp, path)
+    finally:
+        discard(tmp)
 
 
 def copy_query(con: duckdb.DuckDBPyConnection, sql: str, values: list[Any], file: str) -> Path:
