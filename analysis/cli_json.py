@@ -49,7 +49,7 @@ def import_json(
     failed = False
     for file in files:
         try:
-            found = read(file, out, pair=pair, force=force, progress=_progress(file, "MB", 1e6))
+            found = read(file, out, pair=pair, force=force, progress=_progress(escape(file), "MB", 1e6))
         except PairscopeError as error:
             if len(files) == 1:
                 raise
@@ -60,9 +60,9 @@ def import_json(
             click.echo(json_line(asdict(found)))
         else:
             said = "is there already" if found.state == "there" else f"{found.records} records, {found.cells} cells"
-            click.echo(f"{file}: pair {found.pair}, capture {found.capture}: {said}")
+            click.echo(f"{escape(file)}: pair {found.pair}, capture {found.capture}: {said}")
         if found.broken:
-            click.echo(f"'{file}' is not whole: {escape(found.broken)}; what comes before was kept", err=True)
+            click.echo(f"'{escape(file)}' is not whole: {escape(found.broken)}; what comes before was kept", err=True)
             failed = True
     if failed:
         ctx.exit(1)

@@ -64,6 +64,8 @@ def import_json(
     Raises QueryError for a file that is missing, or of which nothing could be read; StoreError where nothing can be written.
     """
     path = Path(file).expanduser()
+    if path.is_dir():
+        raise QueryError(f"'{file}' is a directory: name the files in it, such as {file.rstrip('/')}/*.json")
     if not path.is_file():
         raise QueryError(f"there is no file '{file}'")
     size = path.stat().st_size

@@ -386,6 +386,23 @@ def test_what_is_no_such_file_is_refused(call: Callable[..., Any], tmp_path: Pat
     assert not (tmp_path / "out").exists()
 
 
+def test_the_name_of_a_file_cannot_steer_the_terminal(call: Callable[..., Any], tmp_path: Path) -> None:
+    whole, half = (str(tmp_path / f"{name}\x1b[2J\u202e.json") for name in ("whole", "half"))
+    text = write(Path(whole), two_records()).read_text(encoding="utf-8")
+    Path(half).write_text(text[: len(text) * 2 // 3], encoding="utf-8")
+    answer = call("import-json", whole, half, "--out", tmp_path / "out")
+    assert answer.code == 1
+    assert "whole\\x1b[2J\\u202e.json: pair" in answer.out
+    assert "half\\x1b[2J\\u202e.json' is not whole" in answer.err
+    assert "\x1b" not in answer.out + answer.err
+
+
+def test_a_directory_is_not_called_a_file_that_is_missing(call: Callable[..., Any], tmp_path: Path) -> None:
+    answer = call("import-json", tmp_path, "--out", tmp_path / "out")
+    assert answer.code == 2
+    assert f"'{tmp_path}' is a directory: name the files in it, such as {tmp_path}/*.json" in answer.err
+
+
 def test_a_missing_file_is_named_and_the_others_are_read(call: Callable[..., Any], tmp_path: Path) -> None:
     good = write(tmp_path / "good.json", two_records())
     assert "there is no file" in call("import-json", tmp_path / "none.json", "--out", tmp_path / "out").err
