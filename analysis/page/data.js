@@ -90,8 +90,8 @@ const viewName = (view) => isEffect(view) ? { embeddings: "effect of embeddings"
 const MADE = { norm_delta: ["norm", 1, -1], entropy_delta: ["entropy", 1, -1] };
 
 function metricsOf(pair, view) {
-  const logits = pair.tracked.map((t) => ({ name: `logit ${t.token_id}`, label: `logit of ${t.label}`, unit: "logit",
-    doc: `lens logit of the tracked token ${t.token_id} (${t.label})${viewKind(view) === "comparison" ? ", base_run minus sft_run" : ""}` }));
+  const logits = pair.tracked.map((t) => ({ name: `logit ${t.token_id}`, label: `logit of ${showText(t.label)}`, unit: "logit",
+    doc: `lens logit of the tracked token ${t.token_id} (${showText(t.label)})${viewKind(view) === "comparison" ? ", base_run minus sft_run" : ""}` }));
   const list = viewKind(view) === "comparison" ? [...INDEX.metrics.pairwise, ...INDEX.metrics.joined] : INDEX.metrics.runs;
   return [...list, ...logits];
 }

@@ -59,15 +59,15 @@ const option = (value, text, chosen) => { const o = el("option", { value }, text
 const press = (id, on) => { byId(id).setAttribute("aria-pressed", String(on)); };
 
 function drawControls() {
-  const cutText = (sheet) => `${sheet.prompt}${sheet.variant === "identity" ? "" : ` (${sheet.variant})`}: ${cut(sheet.text.replace(/\s+/g, " "), 60)}`;
+  const cutText = (sheet) => `${sheet.prompt}${sheet.variant === "identity" ? "" : ` (${showText(sheet.variant)})`}: ${cut(showText(sheet.text.replace(/\s+/g, " ")), 60)}`;
   byId("pair").replaceChildren(...INDEX.pairs.map((p, i) => option(i, p.name, p === S.pair)));
   byId("prompt").replaceChildren(...S.pair.sheets.map((sheet, i) => option(i, cutText(sheet), sheet === S.sheet)));
   byId("view").replaceChildren(...viewsOf(S.pair).filter(([, list]) => list.length).map(([kind, list]) =>
     el("optgroup", { label: { comparison: "comparisons", pass: "passes", effect: "effects of the four passes" }[kind] }, ...list.map((v) => option(v, viewName(v), v === S.view)))));
   byId("metric").replaceChildren(...metricsOf(S.pair, S.view).map((m) => option(m.name, m.label || m.name, m.name === S.metric)));
   const { facts } = S.pair, base = (name) => String(name ?? "").split("/").filter(Boolean).slice(-2).join("/");
-  byId("models").textContent = facts.base_model ? `${base(facts.base_model)} against ${base(facts.sft_model)}` : "";
-  byId("text").textContent = S.sheet.text;
+  byId("models").textContent = facts.base_model ? showText(`${base(facts.base_model)} against ${base(facts.sft_model)}`) : "";
+  byId("text").textContent = showText(S.sheet.text);
   byId("lock").checked = S.lock;
   byId("mask").checked = S.mask;
   if (document.activeElement !== byId("first")) byId("first").value = S.first;

@@ -176,5 +176,5 @@ function drawProvenance(s) {
     ["noise floor", floor.length ? `${show(Math.max(...floor), 3)} of a state's norm: what batching alone moves at most` : null],
     ["in this page", `${s.pair.sheets.length} of ${s.pair.prompts_total} prompts${left ? " (--max-mb, --prompts or --top-prompts left out the rest)" : ""}; comparisons as float16, about three digits, passes as float32`],
     ["page made", `${INDEX.made.slice(0, 19).replace("T", " ")} UTC`]];
-  byId("facts").replaceChildren(...rows.filter(([, v]) => v).flatMap(([name, value]) => [el("dt", {}, name), el("dd", {}, value)]));
+  byId("facts").replaceChildren(...rows.filter(([, v]) => v).flatMap(([name, value]) => [el("dt", {}, name), el("dd", {}, showText(value))]));
 }

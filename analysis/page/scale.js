@@ -64,9 +64,14 @@ function show(value, digits = 4) { // a number for people
   return String(Number(value.toPrecision(digits))).replace("-", "−");
 }
 
+const escaped = (c) => `\\x${c.charCodeAt(0).toString(16).padStart(2, "0")}`;
+
+// A text among others: what would turn the direction of all that stands behind it is seen, as other controls are.
+const showText = (text) => text.replace(/[\u0000-\u0008\u000b\u000c\u000e-\u001f\u007f-\u009f\u202a-\u202e\u2066-\u2069]/g, escaped);
+
 // A token as a label: spaces and line ends seen.
 const showToken = (text) => text === "" ? "∅" : text.replace(/ /g, "·").replace(/\n/g, "⏎").replace(/\t/g, "⇥").replace(/\r/g, "␍")
-  .replace(/[\u0000-\u001f\u007f-\u009f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ufeff]/g, (c) => `\\x${c.charCodeAt(0).toString(16).padStart(2, "0")}`);
+  .replace(/[\u0000-\u001f\u007f-\u009f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ufeff]/g, escaped);
 
 const layerName = (data, row) => {
   const layer = data.sheet.layers[row];

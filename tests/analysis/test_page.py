@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -176,3 +177,15 @@ def test_the_noise_floor_is_that_of_each_layer_where_the_tables_have_only_some(
     assert "Dots: below the noise floor." in browser.text("#grid-note")
     browser.open(f"file://{tmp_path / 'page.html'}#show=BB-SS&metric=kl_divergence")
     assert browser.execute_script("return S.floor") is None, "of this metric none is measured"
+
+
+def test_a_text_that_turns_the_direction_does_not_turn_what_stands_beside_it(tmp_path: Path, browser: Browser) -> None:
+    """A title said SS-BB of the grid of BB-SS."""
+    turned = make_capture("p", "feed", PASSES, 1, {(0, "identity"): ["red\u202egnp", " שלום", " a\nb"]}, {1}, 1)
+    write_capture(tmp_path / "out", replace(turned, tracked=((7, "Ġthe", "th\u202ee"), (9, "no", "no"))))
+    page = write_page(open_run(str(tmp_path / "out")), tmp_path / "page.html").path
+    browser.open(f"file://{page}#show=BB-SS&metric=logit+7")
+    assert browser.text("#grid-title") == "logit of th\\x202ee, BB-SS"
+    assert browser.text("#text") == "red\\x202egnp שלום a\nb", "right-to-left script is left as it is"
+    assert browser.text("#prompt option") == "0: red\\x202egnp שלום a b"
+    assert "\u202e" not in browser.execute_script("return document.body.innerText")
