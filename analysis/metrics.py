@@ -111,4 +111,9 @@ def choose_metric(
     record_type: RecordType = "runs" if run or (only_runs and not comparison) else "pairwise"
     if token_id is not None:
         return logit_metric(record_type, token_id, source)
+    if name and name not in metrics(record_type):  # a grid has no --record-type, which the report's error names
+        if only_runs:
+            raise QueryError(f"'{name}' is a metric of passes, and --comparison is not: --run BB shows it")
+        if name in metrics("pairwise"):
+            raise QueryError(f"'{name}' is a metric of comparisons, and --run is not: --comparison BB-SS shows it")
     return find_metric(record_type, name or ("norm" if run else "kl_divergence"))

@@ -263,6 +263,8 @@ def test_a_metric_of_passes_alone_shows_a_pass(synthetic: Any, call: Callable[..
     ("args", "said"),
     [
         (("--comparison", "BB-SS", "--run", "BB"), "exclude each other"),
+        (("--metric", "norm", "--comparison", "BB-SS"), "a metric of passes, and --comparison is not: --run BB"),
+        (("--metric", "kl_div", "--run", "BB"), "a metric of comparisons, and --run is not: --comparison BB-SS"),
         (("--metric", "norm", "--token-id", "7"), "exclude each other"),
         (("--positions", "x:y"), "is not A:B"),
         (("--positions", "-3:"), "no position -3: they count from 0, to 4 here"),
