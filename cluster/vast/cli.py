@@ -55,7 +55,9 @@ def offers(config: str, type_: str | None, limit: int, as_json: bool) -> None:
     try:
         with open(config) as stream:
             content = yaml.safe_load(stream)
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except OSError as error:
+        raise ConfigError(f"cannot read '{config}': {error.strerror}; name the file that `ray up` takes") from error
+    except (ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"'{config}' is no cluster config of Ray's: {type(error).__name__}: {error}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"'{config}' is no cluster config of Ray's: it holds {content!r:.40}, not keys and values")
