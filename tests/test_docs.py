@@ -81,6 +81,11 @@ def test_the_configs_of_the_readme_are_valid():
         Settings(**yaml.safe_load(block)["residual_compare"])
 
 
+def test_every_page_is_found_from_the_readme():
+    linked = set(re.findall(r"\]\((docs/\w+\.md)\)", (ROOT / "README.md").read_text(encoding="utf-8")))
+    assert linked == {f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")}
+
+
 def test_links_between_documents_lead_somewhere():
     for path in (p for p in TEXTS if p.suffix == ".md"):
         for target in re.findall(r"\]\((?!http)([^)#]+)\)", path.read_text(encoding="utf-8")):
