@@ -75,12 +75,20 @@ def load_tokenizer(entry: Entry, directory: str | None = None) -> Any:
                 f"the tokenizer '{entry.tokenizer}' runs code of its own; read it, then allow it with "
                 "tokenizer_kwargs: {trust_remote_code: true}"
             ) from error
+        if _has_none(Path(directory or entry.tokenizer)):  # transformers would have sentencepiece installed
+            reason = "no file of a tokenizer is there; name one with `tokenizer:`, as the other model's, or put its files there"
         raise CheckpointError(f"the tokenizer '{entry.tokenizer}' cannot be loaded: {reason[:500]}") from error
     # It would warn of prompts beyond its own idea of the longest, in words that are not true here: the models' lengths are looked at.
     known = getattr(tokenizer, "deprecation_warnings", None)
     if isinstance(known, dict):
         known["sequence-length-is-longer-than-the-specified-maximum"] = True
     return tokenizer
+
+
+def _has_none(folder: Path) -> bool:
+    """Whether no file of a folder looks like a tokenizer's, as where only a fine-tune's weights were saved."""
+    known = ("tokenizer", "tiktoken", "vocab", "merges", "spiece", "sentencepiece", "tekken")
+    return folder.is_dir() and not any(part in p.name.lower() for p in folder.iterdir() for part in known)
 
 
 def tokenize(entry: Entry, tokenizer: Any) -> Prompts:

@@ -236,6 +236,20 @@ def test_a_tokenizer_that_is_not_there_is_one_line(tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_a_fine_tune_that_was_saved_without_a_tokenizer_is_told_to_name_one(tmp_path: Path) -> None:
+    """Transformers says to install sentencepiece, which changes nothing."""
+    for name in ("config.json", "model.safetensors", "special_tokens_map.json"):
+        (tmp_path / name).write_text('{"model_type": "llama"}')
+    with pytest.raises(
+        CheckpointError, match="cannot be loaded: no file of a tokenizer is there; name one with `tokenizer:`"
+    ):
+        load_tokenizer(entry("x"), str(tmp_path))
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(CheckpointError) as caught:
+        load_tokenizer(entry("x"), str(tmp_path))
+    assert "no file of a tokenizer" not in str(caught.value)
+
+
 def test_a_tokenizer_with_code_of_its_own_is_refused_and_its_code_is_not_run(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["own.Own", null]}}')
     (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Own: pass\n")
