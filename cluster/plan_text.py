@@ -5,10 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Sequence
 
-from rich import box
 from rich.console import Console
 from rich.padding import Padding
-from rich.table import Table
 from rich.text import Text
 
 from capture.degrees import valid_degrees
@@ -16,6 +14,7 @@ from capture.footprint import lens_bytes, state_bytes
 from cluster.plan import EntryPlan, Plan
 from cluster.plan_options import Option, cost_order, download_gb
 from cluster.schedule import Schedule
+from cluster.table import print_table
 
 PLANNED = "planned, not yet run by this version"
 WIDTH = 100
@@ -30,11 +29,11 @@ def show(plan: Plan, out: Console, *, verbose: bool, cluster: Sequence[str] = ()
     """Print a whole plan. cluster: lines that say what it asks of the cluster's YAML."""
     good = [e for e in plan.entries if not e.error]
     if good:
-        out.print(_overview(good))
-        out.print(
-            "GB: download of both; layer: one in memory; memory: needed / usable of a GPU; $: with the download",
-            style="dim",
-        )
+        left = _overview(good, out)
+        layer = "" if "layer" in left else "layer: one in memory; "
+        out.print(f"GB: download of both; {layer}memory: needed / usable of a GPU; $: with the download", style="dim")
+        if left:
+            out.print(f"without {', '.join(left)}, for which there is no room; --json or a pipe has all", style="dim")
         if any(e.choice and not e.choice.runs for e in good):
             out.print(f"* {PLANNED}", style="dim")
     if not verbose:
@@ -47,7 +46,7 @@ def show(plan: Plan, out: Console, *, verbose: bool, cluster: Sequence[str] = ()
             detail(entry, out)
     if plan.sweeps:
         out.print()
-        out.print(_sweeps(plan.sweeps))
+        _sweeps(plan.sweeps, out)
         for line in cluster:
             out.print(line)
     if plan.assumptions:
@@ -56,27 +55,20 @@ def show(plan: Plan, out: Console, *, verbose: bool, cluster: Sequence[str] = ()
             out.print(Padding(Text(line, style="dim"), (0, 0, 0, 2), expand=False))
 
 
-def _table(*columns: tuple[str, str]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, collapse_padding=True)
-    for name, justify in columns:
-        folds = name in ("rented", "fits")
-        table.add_column(name, justify=justify, overflow="fold", no_wrap=not folds)  # type: ignore[arg-type]
-    return table
-
-
-def _overview(entries: Sequence[EntryPlan]) -> Table:
-    table = _table(("entry", "left"), ("GB", "right"), ("layer", "right"), ("mode", "left"), ("machine", "left"),
-                   ("memory", "right"), ("time", "right"), ("$", "right"), ("bound by", "left"))  # fmt: skip
+def _overview(entries: Sequence[EntryPlan], out: Console) -> list[str]:
+    columns = (("entry", False), ("GB", True), ("layer", True), ("mode", False), ("machine", False),
+               ("memory", True), ("time", True), ("$", True), ("bound by", False))  # fmt: skip
+    rows = []
     for entry in entries:
         choice = entry.choice
         if choice is not None:
-            table.add_row(
+            rows.append([
                 entry.name, _gb(1e9 * download_gb(entry.models)), _gb(max(entry.models[0].weights.layers)),
                 choice.mode + ("" if choice.runs else " *"), choice.offer.title + _split(choice),
                 f"{_gb(choice.need_bytes)}/{_gb(choice.offer.room_bytes)}",
                 hours(choice.hours), f"{choice.usd:.2f}", choice.stages.bottleneck,
-            )  # fmt: skip
-    return table
+            ])  # fmt: skip
+    return print_table(out, columns, rows, ("layer", "bound by"))
 
 
 def _split(option: Option) -> str:
@@ -119,26 +111,20 @@ def detail(entry: EntryPlan, out: Console) -> None:
         *entry.notes,
     ):
         out.print(f"  {line}", soft_wrap=True)
-    table = _table(
-        ("mode", "left"),
-        ("GB on 1 GPU", "right"),
-        ("fits", "left"),
-        ("cheapest", "left"),
-        ("time", "right"),
-        ("$", "right"),
-    )
+    rows = []
     for mode, bytes_needed in entry.needs.items():
         found = [o for o in entry.options if o.mode == mode]
         best = min(found, key=lambda o: (not o.runs, cost_order(o)), default=None)
         name = mode + ("" if best is None or best.runs else " *")
         need = f"{bytes_needed / 1e9:,.1f}"
         if best is None:
-            table.add_row(name, need, "no machine offered", "", "", "")
+            rows.append([name, need, "no machine offered", "", "", ""])
         else:
-            table.add_row(
-                name, need, _kinds(found), best.offer.title + _split(best), hours(best.hours), f"{best.usd:.2f}"
+            rows.append(
+                [name, need, _kinds(found), best.offer.title + _split(best), hours(best.hours), f"{best.usd:.2f}"]
             )
-    out.print(table)
+    columns = (("mode", False), ("GB on 1 GPU", True), ("fits", False), ("cheapest", False), ("time", True), ("$", True))  # fmt: skip
+    print_table(out, columns, rows)
     if any(not o.runs for o in entry.options):
         out.print(f"* {PLANNED}", style="dim")
     words: dict[Option, str] = {}
@@ -171,20 +157,14 @@ def _kinds(found: Iterable[Option]) -> str:
     return ", ".join(names)
 
 
-def _sweeps(sweeps: Sequence[Schedule]) -> Table:
-    table = _table(
-        ("machines", "right"), ("makespan", "right"), ("$", "right"), ("rented", "left"), ("largest disk", "right")
-    )
+def _sweeps(sweeps: Sequence[Schedule], out: Console) -> None:
+    rows = []
     for one in sweeps:
         kinds: dict[str, int] = {}
         for machine in one.machines:
             kinds[machine.kind] = kinds.get(machine.kind, 0) + 1
         rented = ", ".join(f"{kind} ({n})" if n > 1 else kind for kind, n in kinds.items())
-        table.add_row(
-            str(one.nodes),
-            hours(one.makespan),
-            f"{one.usd:.2f}",
-            rented,
-            f"{max(m.disk_gb for m in one.machines):,.0f} GB",
-        )
-    return table
+        disk = f"{max(m.disk_gb for m in one.machines):,.0f} GB"
+        rows.append([str(one.nodes), hours(one.makespan), f"{one.usd:.2f}", rented, disk])
+    columns = (("machines", True), ("makespan", True), ("$", True), ("rented", False), ("largest disk", True))  # fmt: skip
+    print_table(out, columns, rows)

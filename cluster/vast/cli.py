@@ -244,14 +244,12 @@ def _show(rows: list[dict[str, Any]], as_json: bool) -> None:
         return
     import sys
 
-    from rich import box
     from rich.console import Console
-    from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    from cluster.table import print_table
+
     used = [name for name in rows[0] if any(row[name] not in ("", None) for row in rows)]
-    for name in used:
-        table.add_column(name.replace("_", " "), overflow="fold")
-    for row in rows:
-        table.add_row(*(escape(str(row[name])) for name in used))
-    Console(width=None if sys.stdout.isatty() else 200, markup=False, highlight=False).print(table)
+    columns = [(name.replace("_", " "), all(isinstance(row[name], int | float) for row in rows)) for name in used]
+    texts = [[escape(str(row[name])) for name in used] for row in rows]
+    out = Console(width=None if sys.stdout.isatty() else 200, markup=False, highlight=False)
+    print_table(out, columns, texts)

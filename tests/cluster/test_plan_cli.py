@@ -46,6 +46,20 @@ def test_lines_fit_a_hundred_columns():
     )
 
 
+@pytest.mark.parametrize("width", [80, 60, 40])
+def test_no_number_is_cut_on_a_narrow_terminal(monkeypatch, width):
+    """On one of 80 columns $9.79 was 9, and 19.1 min were 19.1 mi."""
+    monkeypatch.setattr("cluster.plan_text.WIDTH", width)
+    lines = typed(TABLE, "--offline", "--verbose").output.splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith("GB: download of both"))
+    (dear,) = [i for i, line in enumerate(lines[:first]) if "1,623.4" in line]
+    assert all(number in lines[dear].split() for number in ("1,623.4", "7.0/10.9", "3.8", "9.79"))
+    assert max(map(len, lines[:first])) <= max(width, 60)
+    told = [line for line in lines if line.startswith("without layer, bound by")]
+    assert len(told) == 1
+    assert any("64.55" in line and "666.2" in line for line in lines[first:]), "of an entry in detail"
+
+
 def test_json_gives_every_entry_and_every_number_of_machines():
     rows = [json.loads(line) for line in typed(TABLE, "--json", "--nodes", "3").output.splitlines()]
     assert [r["row"] for r in rows] == ["entry"] * 18 + ["sweep"] * 3 + ["assumptions"]
