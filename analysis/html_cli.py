@@ -90,9 +90,15 @@ def html(
             f"  token lists of {done.lists} prompts only; --max-mb makes room, a smaller --top-k takes less", err=True
         )
     if top_k and done.no_lists:
-        click.echo(f"  no token lists of {escape(', '.join(done.no_lists))}: captured without them", err=True)
+        click.echo(f"  no token lists of {_names(done.no_lists)}: captured without them", err=True)
     if done.texts_missing:
+        whose = "this capture has" if len(done.texts_missing) == 1 else "these captures have"
         click.echo(
-            f"  tokens of the lists show as ids for {', '.join(done.texts_missing)}: this capture has no texts of them",
-            err=True,
+            f"  tokens of the lists show as ids for {_names(done.texts_missing)}: {whose} no texts of them", err=True
         )
+
+
+def _names(names: tuple[str, ...]) -> str:
+    """The first of them, as a page may be of hundreds of pairs."""
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return escape(", ".join(names[:5])) + more

@@ -10,6 +10,7 @@ import re
 import shutil
 import socket
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -187,6 +188,19 @@ def test_escape_sequences_in_prompts_tokens_errors_and_names_do_not_reach_the_te
     assert any("\\x1b" in answer.out for answer in answers)
     texts = [row["token"] for row in answers[-4].rows]
     assert evil in texts  # JSON says the same text
+
+
+def test_the_names_of_pairs_that_a_page_tells_of_are_escaped_and_few(tmp_path: Path, call: Callable[..., Any]) -> None:
+    """Those whose tokens have no texts stood there raw, all of them."""
+    for i in range(7):
+        path = write_capture(tmp_path / "out", replace(alpha(), pair=f"p{i}\x1b[2J"))
+        marker = json.loads((path / "_COMPLETE").read_text())
+        marker["files"] = [f for f in marker["files"] if f["name"] not in ("vocabulary.parquet", "tokens.parquet")]
+        (path / "_COMPLETE").write_text(json.dumps(marker))
+    said = call("html", tmp_path / "out", "-o", tmp_path / "page.html").err
+    assert "\x1b" not in said
+    assert "show as ids for p0\\x1b[2J, p1" in said
+    assert "p4\\x1b[2J and 2 more: these captures have no texts of them" in said
 
 
 def test_a_table_of_other_columns_or_values_is_an_error_that_names_it(made: Path, call: Callable[..., Any]) -> None:
