@@ -243,6 +243,7 @@ def read_lists(pair: PairData, sheet: Sheet, k: int) -> None:
                 for i in range(k):
                     ids[(*at, i)] = cells[f"{id_column}{i}"][mine]
                     values[(*at, i)] = cells[f"{value_column}{i}"][mine]
+                ids[np.isnan(values)] = -1  # where a state overflowed, as the views topk and topk_shift have it
                 packer.ids(f"{label} {name} ids", ids & 0xFFFFFFFF)
                 packer.half(f"{label} {name}", values)
                 used.append(np.unique(ids[ids >= 0]))

@@ -164,7 +164,7 @@ SQL_VIEWS = (
     View(
         "topk",
         "prompt, variant, run, layer, position, rank",
-        "runs_topk with one row per token",
+        "runs_topk with one row per token; none for a logit that is no number, as where a state overflowed",
         (
             *(*_CELL, RUN, LAYER, POSITION),
             Column("rank", "int64", "1 for the largest logit"),
@@ -175,7 +175,7 @@ SQL_VIEWS = (
     View(
         "topk_shift",
         "prompt, variant, comparison, layer, position, direction, rank",
-        "pairwise_topk with one row per token",
+        "pairwise_topk with one row per token; none for a shift that is no number, as where a state overflowed",
         (
             *(*_CELL, BASE_RUN, SFT_RUN, COMPARISON, LAYER, POSITION),
             Column("direction", "category", "increased or decreased"),

@@ -1,3 +1,4 @@
+-- Where states overflow, logits are no numbers and the ids beside them mean nothing.
 -- Decoded texts are preferred to the tokenizer's own spelling. An imported capture has no text of most ids: they show null.
 WITH spelled AS (
   SELECT pair, capture, token_id, arg_min(token, source) AS token
@@ -19,3 +20,4 @@ FROM (
   FROM runs_topk
 ) AS k
 LEFT JOIN spelled AS t ON t.pair = k.pair AND t.capture = k.capture AND t.token_id = k.token_id
+WHERE NOT isnan(k.logit)

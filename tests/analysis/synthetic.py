@@ -142,6 +142,8 @@ def rows_of(capture: Capture, table: str) -> list[dict[str, Any]]:
                     for j in range(len(texts)):
                         row = key | who | {"layer": layer, "position": j}
                         row |= {n: _plain(cells[n][i, j]) for n in names if n not in row}
+                        # where a state overflows the lists are there, and what they hold is NaN
+                        row |= {n: cells[n][i, j].tolist() for n in ("logits", "increased", "decreased") if n in names}
                         rows.append(row)
     return rows
 

@@ -15,7 +15,7 @@ import pytest
 from synthetic import alpha, beta, make_capture, write_capture
 
 from analysis import QueryError, open_run
-from analysis.html_data import choose_pairs, parse_prompts
+from analysis.html_data import choose_pairs, parse_prompts, read_lists, read_sheet
 from analysis.html_pack import Packer, to_half
 from analysis.html_page import PAGE, SCRIPTS, write_page
 from capture.errors import StoreError
@@ -118,6 +118,19 @@ def test_lists_are_as_long_as_the_longest_there_is(con: Any, tmp_path: Path) -> 
     assert done[0].lists == done[1].lists == 4
     same = [re.sub('"made":"[^"]*"', "", d.path.read_text()) for d in done]
     assert same[0] == same[1]
+
+
+def test_where_a_state_overflowed_the_lists_are_empty(tmp_path: Path) -> None:
+    made = make_capture("p", "c", ("BB", "SS"), 1, {(0, "identity"): ["x", "y"]}, {-1, 0, 1}, 0)
+    made.cells[0, "identity", "BB-SS"]["increased"][1, 0] = np.nan
+    made.cells[0, "identity", "BB-SS"]["increased_ids"][1, 0] = 777
+    write_capture(tmp_path, made)
+    with open_run(str(tmp_path)) as con:
+        (pair,) = choose_pairs(con)
+        sheet = read_sheet(con, pair, pair.prompts[0])
+        read_lists(con, pair, sheet, 3)
+    assert 777 not in sheet.ids
+    assert len(sheet.ids) > 3
 
 
 def test_an_id_of_several_texts_has_the_vocabularys(con: Any) -> None:

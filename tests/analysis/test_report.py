@@ -332,6 +332,17 @@ def test_a_token_id_says_how_often_it_is_among_the_largest_shifts(tmp_path: Path
     assert "among the largest shifts" in call("report", tmp_path, "--token-id", 7).out
 
 
+def test_a_shift_that_is_no_number_is_not_among_the_largest(tmp_path: Path, call: Callable[..., Any]) -> None:
+    made = make_capture("p", "c", ("BB", "SS"), 1, {(0, "identity"): ["x", "y"]}, {-1, 0, 1}, 0)
+    cells = made.cells[0, "identity", "BB-SS"]
+    cells["increased_ids"][:], cells["decreased_ids"][:] = [7, 1, 2], [1, 2, 3]
+    cells["increased"][1:] = cells["decreased"][1:] = np.nan  # from layer 0 on the states overflowed
+    write_capture(tmp_path, made)
+    (section,) = call("report", tmp_path, "--token-id", 7, "--json").rows
+    (row,) = section["membership"]
+    assert (row["cells"], row["largest"]) == (2, cells["increased"][0, :, 0].max())
+
+
 def test_of_equal_shifts_the_lower_layer_is_told_in_whatever_order_the_rows_come() -> None:
     # two layers that are the same to the lens have equal ones, and several threads read a long prompt
     con = duckdb.connect()

@@ -9,9 +9,9 @@ from typing import Any
 import duckdb
 import numpy as np
 import pytest
-from synthetic import ALPHA, COMPARISONS, PASSES, TRACKED
+from synthetic import ALPHA, COMPARISONS, PASSES, TRACKED, make_capture, write_capture
 
-from analysis import write_catalog
+from analysis import open_run, write_catalog
 from analysis.grids import grid_sql
 from analysis.logits import changes_sql, membership_sql
 from analysis.macros import NAMES
@@ -156,6 +156,20 @@ def test_top_k_shifts_explode_both_ways(con: Any, synthetic: Any) -> None:
         for r in range(3)
     ]
     assert rows == expected
+
+
+def test_where_a_state_overflowed_no_token_is_among_the_largest(tmp_path: Path) -> None:
+    made = make_capture("p", "c", ("BB", "SS"), 1, {(0, "identity"): ["x", "y"]}, {-1, 0, 1}, 0)
+    for label, lists in (("SS", ("logits",)), ("BB-SS", ("increased", "decreased"))):
+        for name in lists:
+            made.cells[0, "identity", label][name][1, 0] = np.nan  # layer 0, position 0
+    write_capture(tmp_path, made)
+    with open_run(str(tmp_path)) as con:
+        cell = "(layer = 0 AND position = 0)"
+        counts = f"count(*) FILTER ({cell}), count(*) FILTER (NOT {cell})"
+        assert con.execute(f"SELECT {counts} FROM topk WHERE run = 'SS'").fetchall() == [(0, 15)]
+        assert con.execute(f"SELECT {counts} FROM topk WHERE run = 'BB'").fetchall() == [(3, 15)]
+        assert con.execute(f"SELECT {counts} FROM topk_shift").fetchall() == [(0, 30)]
 
 
 def golden_queries() -> dict[str, str]:
