@@ -124,3 +124,14 @@ def test_the_depth_at_which_pairs_differ_is_between_0_and_1(tmp_path: Path) -> N
     with analysis.open(str(tmp_path / "out")) as run:
         depths = {pair: depth for pair, _, depth in run.sql(query).fetchall()}
     assert depths == {"entry": 0, "third": pytest.approx(1 / 3), "end": 1}
+
+
+def test_the_depth_is_a_share_of_the_model_where_its_last_layers_are_left_out(tmp_path: Path) -> None:
+    made = make_capture("pair", "c", ("BB", "SS"), 7, {(0, "identity"): ["a", "b"]}, {-1, 1, 3}, 1)
+    made = keep_layers(made, -1, 1, 3)
+    made.cells[0, "identity", "BB"]["norm"][:] = 1
+    made.cells[0, "identity", "BB-SS"]["norm_diff"][2] = 100
+    write_capture(tmp_path / "out", made)
+    (query,) = [sql for number, _, _, sql in QUESTIONS if number == "29"]
+    with analysis.open(str(tmp_path / "out")) as run:
+        assert [depth for _, _, depth in run.sql(query).fetchall()] == [0.5]
