@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from synthetic import PASSES, alpha, beta, keep_layers, make_capture, write_attempt, write_capture
 
@@ -112,6 +113,18 @@ def test_passes_make_up_their_mind_at_a_layer_that_the_lens_reads(tmp_path: Path
     (query,) = [sql for number, _, _, sql in QUESTIONS if number == "28"]
     with analysis.open(str(tmp_path / "out")) as run:
         assert run.sql(query).fetchall() == [("pydoc", "BB", 1.5, 1.5)]
+
+
+def test_a_pass_whose_last_states_overflow_has_not_made_up_its_mind(tmp_path: Path) -> None:
+    made = make_capture("pydoc", "c", ("BB",), 2, {(0, "identity"): ["a", "b", "c"]}, {-1, 0, 1, 2}, 1)
+    cells = made.cells[0, "identity", "BB"]
+    cells["ids"][:, :, 0] = 7
+    cells["logits"][2:, 0] = np.nan  # the first token from layer 1 on
+    cells["logits"][1, 1] = np.nan  # the second at layer 0 alone: what it said there is not known
+    write_capture(tmp_path / "out", made)
+    (query,) = [sql for number, _, _, sql in QUESTIONS if number == "28"]
+    with analysis.open(str(tmp_path / "out")) as run:
+        assert run.sql(query).fetchall() == [("pydoc", "BB", 0, 0)]  # of the second 1, of the third -1
 
 
 def test_the_depth_at_which_pairs_differ_is_between_0_and_1(tmp_path: Path) -> None:
