@@ -127,6 +127,32 @@ def test_a_pass_whose_last_states_overflow_has_not_made_up_its_mind(tmp_path: Pa
         assert run.sql(query).fetchall() == [("pydoc", "BB", 0, 0)]  # of the second 1, of the third -1
 
 
+def test_one_state_that_overflows_does_not_take_the_mean_of_its_layer(tmp_path: Path) -> None:
+    made = make_capture("pydoc", "c", ("BB", "SS"), 1, {(0, "identity"): ["a", "b", "c"]}, {-1, 0, 1}, 1)
+    both, sft = made.cells[0, "identity", "BB-SS"], made.cells[0, "identity", "SS"]
+    sft["norm"][1, 0] = both["norm_diff"][1, 0] = both["cosine_distance"][1, 0] = np.inf
+    write_capture(tmp_path / "out", made)
+    queries = {number: sql for number, _, _, sql in QUESTIONS}
+    with analysis.open(str(tmp_path / "out")) as run:
+        delta, turned = run.sql(queries["16"]).fetchall()[1][1:]
+        (differ,) = [row[3] for row in run.sql(queries["30"]).fetchall() if row[2] == 0]
+    norms = made.cells[0, "identity", "BB"]["norm"][1, 1:].astype(float) - sft["norm"][1, 1:]
+    assert delta == pytest.approx(norms.mean())
+    assert turned == pytest.approx(both["cosine_distance"][1, 1:].mean(), rel=1e-6)
+    assert differ == pytest.approx(both["norm_diff"][1, 1:].mean(), rel=1e-6)
+
+
+def test_prompts_are_ranked_at_the_last_layer_that_the_lens_reads(tmp_path: Path) -> None:
+    tokens = {(0, "identity"): ["a", "b"], (1, "identity"): ["c"]}
+    made = make_capture("pydoc", "c", ("BB", "SS"), 3, tokens, {0, 2}, 1)
+    for prompt, size in ((0, 1), (1, 2)):
+        made.cells[prompt, "identity", "BB-SS"]["kl_divergence"][3] = size  # layer 2 of -1 to 3
+    write_capture(tmp_path / "out", made)
+    (query,) = [sql for number, _, _, sql in QUESTIONS if number == "15"]
+    with analysis.open(str(tmp_path / "out")) as run:
+        assert [row[:3] for row in run.sql(query).fetchall()] == [("pydoc", 1, 2), ("pydoc", 0, 1)]
+
+
 def test_the_depth_at_which_pairs_differ_is_between_0_and_1(tmp_path: Path) -> None:
     for pair, most in (("entry", 0), ("third", 1), ("end", 3)):
         made = make_capture(pair, f"c{most}", ("BB", "SS"), 2, {(0, "identity"): ["a", "b"]}, {-1, 0, 1, 2}, 1)
