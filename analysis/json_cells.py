@@ -89,6 +89,8 @@ def topk(cell: Mapping[str, Any], key: str) -> tuple[list[int], list[float]]:
     ids, values = found.get("indices"), found.get("values")
     if not isinstance(ids, list) or not isinstance(values, list) or len(ids) != len(values):
         return [], []
+    if bool in {*map(type, ids), *map(type, values)}:  # arrays take them for 1 and 0
+        return [], []
     try:
         held = array("f", values).tolist()
         whole = array("i", ids).tolist() == ids

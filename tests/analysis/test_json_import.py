@@ -90,6 +90,16 @@ def test_strange_cells_come_back_as_they_were(call: Callable[..., Any], tmp_path
     assert comparable[0] == comparable[1]
 
 
+@pytest.mark.parametrize(("ids", "values"), [([True, 2], [1.5, 1.0]), ([1, 2], [True, 0.5])])
+def test_a_truth_value_among_numbers_does_not_stop_an_import(
+    call: Callable[..., Any], tmp_path: Path, ids: list[Any], values: list[Any]
+) -> None:
+    records = two_records()
+    records[0]["runs"][0]["layers"]["0"]["0"]["top_k_logits"] = {"indices": ids, "values": values}
+    back = round_trip(call, write(tmp_path / "f.json", records), tmp_path)
+    assert json.dumps(back, sort_keys=True) == json.dumps(records, sort_keys=True)  # true is equal to 1 elsewhere
+
+
 def test_halves_of_surrogate_pairs_come_back_as_they_were(call: Callable[..., Any], tmp_path: Path) -> None:
     odd = "a\ud83d\udc4d\ud83d"
     records = two_records()
