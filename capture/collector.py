@@ -236,7 +236,8 @@ class Collector:
 
     def _store(self, rows: Waiting, found: Statistics) -> None:
         """Put the statistics of one tile into the columns."""
-        self.nonfinite += sum(int((~s.logsumexp.isfinite()).sum()) for s in found[0])
+        # a logit of -inf, of a head that masks an id, leaves the sum finite and takes the entropy
+        self.nonfinite += sum(int((~(s.logsumexp.isfinite() & s.entropy.isfinite())).sum()) for s in found[0])
         self._put(rows, found, slice(None), rows.layer)
         last = rows.layer == self.pair.n_layers - 1
         if self.lens.final_norm and last.any() and self.pair.n_layers in self.lens.layers:

@@ -338,7 +338,7 @@ class Work:
         self.seconds["walk"] = time.monotonic() - started - self.seconds["write"]
         if self.collector.nonfinite:
             log.warning(
-                "%d rows of logits are not finite: an overflow in %s?",
+                "%d rows of logits are not finite, and have no entropy and no KL: an overflow in %s, or a head that masks ids?",
                 self.collector.nonfinite,
                 pair.models["base"].model.dtype,
             )

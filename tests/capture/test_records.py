@@ -77,6 +77,19 @@ def test_an_overflow_is_counted_and_warned_of_and_leaves_nulls_in_its_own_passes
         assert (row["kl_divergence"] is not None) == (row["kl_reverse"] is not None) == whole, row
 
 
+def test_a_head_that_masks_an_id_is_warned_of_where_it_takes_the_entropies(tmp_path, caplog, monkeypatch):
+    paths = tiny.make_pair("gptj", tmp_path / "pair")
+    weights = load_file(paths.sft / "model.safetensors")
+    weights["lm_head.bias"][305] = -torch.inf  # an id that the tokenizer has not
+    save_file(weights, paths.sft / "model.safetensors", {"format": "pt"})
+    monkeypatch.setattr(logging.getLogger("capture"), "propagate", True)
+    directory, document = captured(paths, tmp_path / "out")
+    rows = pq.read_table(directory / "runs.parquet", partitioning=None).to_pylist()
+    lost = sum(row["entropy"] is None for row in rows if row["layer"] < 4)  # layer 4 has the logits of layer 3
+    assert document["numerics"]["nonfinite_lens_rows"] == lost > 0
+    assert f"{lost} rows of logits are not finite" in caplog.text
+
+
 def test_tables_written_in_many_chunks_hold_the_rows_of_one(pairs, tmp_path, monkeypatch):
     changes = {"prompts": tiny.PROMPTS * 2, "prompt_variants": ("identity", "mirror_halves")}
     whole, _ = captured(pairs("llama"), tmp_path / "whole", **changes)
