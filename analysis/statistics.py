@@ -1,4 +1,4 @@
-"""Statistics of grids. Cells without a number (NaN) are left out; standard deviations are those of a population."""
+"""Statistics of grids. Cells without a finite number are left out, as in a report; standard deviations are those of a population."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from analysis.grids import Grid
 
 
 def layer_statistics(grid: Grid) -> dict[str, NDArray[Any]]:
-    """Per layer, over tokens: arrays of equal length under layer, mean, median, min, max and std; NaN cells are left out."""
+    """Per layer, over tokens: arrays of equal length under layer, mean, median, min, max and std."""
     return {"layer": grid.layers} | _statistics(grid.values, axis=1)
 
 
@@ -23,6 +23,7 @@ def token_statistics(grid: Grid) -> dict[str, NDArray[Any]]:
 
 
 def _statistics(values: NDArray[np.float64], axis: int) -> dict[str, NDArray[Any]]:
+    values = np.where(np.isfinite(values), values, np.nan)  # an overflow leaves infinities too
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # a row of NaN only gives NaN, as it should
         return {

@@ -40,6 +40,17 @@ def test_layer_and_token_statistics_are_numpys(con: Any) -> None:
             assert np.allclose(found[name], function(grid.values, axis=axis))
 
 
+def test_an_infinite_cell_is_left_out_as_a_report_does(con: Any) -> None:
+    grid = build_run_grid(con, "norm", pair="alpha", prompt=0)
+    values = grid.values.copy()
+    values[1, 0] = np.inf
+    values[2] = np.inf
+    found = layer_statistics(replace(grid, values=values))
+    for name in ("mean", "median", "min", "max", "std"):
+        assert found[name][1] == pytest.approx(getattr(np, name)(values[1, 1:])), name
+        assert np.isnan(found[name][2]), name
+
+
 def test_statistics_leave_out_what_is_no_number(con: Any) -> None:
     grid = build_run_grid(con, "norm_delta", pair="alpha", prompt=0)
     assert np.isnan(layer_statistics(grid)["mean"][0])
