@@ -89,7 +89,7 @@ class SpanStore:
         tensors = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in columns.items()}
         self._write(self.span_path(first, last), tensors, json.dumps(meta))
         named = {name: tensor.contiguous().cpu().clone() for name, tensor in pack_states(states).items()}
-        self._write(self.state_path(last), named)
+        self._write(self.state_path(last), named, str(first))  # of this span, not of another that ends here too
         for info in self.run.list_dir(self.path):
             found = re.fullmatch(r"state-(\d+)\.safetensors", info.base_name)
             if found and since <= int(found[1]) < last:
@@ -98,33 +98,45 @@ class SpanStore:
         return Span(self, first, last, meta)
 
     def committed(self, first: int = -1, last: int | None = None) -> list[Span]:
-        """The spans from layer `first` on, without a gap, up to the last one whose states are there; else none.
+        """The spans from layer `first` on, without a gap, that end furthest and with states behind them; else none.
 
-        last: the last layer of this worker; what others committed behind it is theirs.
+        last: the last layer of this worker; what others committed behind it is theirs. An attempt that died between a span and its
+        states, one with other versions, or another writer may have cut the same layers elsewhere: of theirs too what fits is taken.
         """
-        names = [i.base_name for i in self.run.list_dir(self.path)]
-        starts = {}
-        for name in names:
-            found = re.fullmatch(r"span-(-?\d+)-(\d+)\.safetensors", name)
-            if found and int(found[1]) <= int(found[2]):  # the other way round there would be no end
-                starts[int(found[1])] = int(found[2])
-        chain: list[Span] = []
-        at = first
-        while at in starts and (last is None or starts[at] <= last):
-            end = starts[at]
-            path = self.span_path(at, end)
-            if (whole := self._whole(path)) is None:
-                break
-            try:
-                meta = json.loads(whole[1])
-            except (ValueError, RecursionError) as error:
-                log.warning("'%s' is none of ours (%s); its layers are computed again", path, error)
-                break
-            chain.append(Span(self, at, end, meta))
-            at = end + 1
-        while chain and (f"state-{chain[-1].last}.safetensors" not in names or not self._has_states(chain[-1].last)):
-            chain.pop()
-        return chain
+        cuts, behind = set(), set()
+        for info in self.run.list_dir(self.path):
+            if found := re.fullmatch(r"span-(-?\d+)-(\d+)\.safetensors", info.base_name):
+                cuts.add((int(found[1]), int(found[2])))
+            elif found := re.fullmatch(r"state-(\d+)\.safetensors", info.base_name):
+                behind.add(int(found[1]))
+        known: dict[tuple[int, int], Span] = {}
+        for end in sorted(behind, reverse=True):
+            if (last is not None and end > last) or not _chain(cuts, first, end):
+                continue
+            if (whole := self._whole(self.state_path(end))) is None:
+                continue
+            # the span that the states were written with, before another that ends with the same layer
+            own = {cut for cut in cuts if cut[1] == end and str(cut[0]) == whole[1]}
+            of = {cut for cut in cuts if cut[1] != end or cut in own or not own}
+            while chain := _chain(of, first, end):
+                bad = next((cut for cut in chain if cut not in known and not self._know(cut, known)), None)
+                if bad is None:
+                    self._found[end] = whole[0]
+                    return [known[cut] for cut in chain]
+                cuts.discard(bad)
+                of.discard(bad)
+        return []
+
+    def _know(self, cut: tuple[int, int], known: dict[tuple[int, int], Span]) -> bool:
+        """Put the span of these layers into `known`; False, and a line in the log, where its file cannot be relied on."""
+        if (whole := self._whole(self.span_path(*cut))) is None:
+            return False
+        try:
+            known[cut] = Span(self, *cut, json.loads(whole[1]))
+        except (ValueError, RecursionError) as error:
+            log.warning("'%s' is none of ours (%s); its layers are computed again", self.span_path(*cut), error)
+            return False
+        return True
 
     def states(self, span: Span, device: torch.device) -> list[list[Tensor]]:
         """The states that leave a span, [batch][slot] -> [B, T, D]: as `committed` found them, because another writer of the same
@@ -164,12 +176,6 @@ class SpanStore:
             log.warning("%s; its layers are computed again", error)
             return None
 
-    def _has_states(self, last: int) -> bool:
-        whole = self._whole(self.state_path(last))
-        if whole is not None:
-            self._found[last] = whole[0]
-        return whole is not None
-
     def clear(self) -> None:
         """Forget all spans: the capture is complete, or is to be made anew."""
         if self.run.is_local or self.run.list_dir(self.path):
@@ -177,6 +183,15 @@ class SpanStore:
                 OSError
             ):  # none there; or another writer is putting something there: it clears it away
                 self.run.fs.delete_dir(self.path)
+
+
+def _chain(cuts: set[tuple[int, int]], first: int, end: int) -> list[tuple[int, int]]:
+    """Ranges of layers, one behind the other, from `first` to `end`; empty where there are none."""
+    before: dict[int, list[tuple[int, int]]] = {first: []}  # layer -> ranges that lead up to it
+    for a, b in sorted(cuts):
+        if a in before and a <= b:  # the other way round there would be no end
+            before.setdefault(b + 1, [*before[a], (a, b)])
+    return before.get(end + 1, [])
 
 
 @contextlib.contextmanager

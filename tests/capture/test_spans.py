@@ -103,6 +103,42 @@ def test_an_attempt_goes_on_where_the_last_whole_span_ends(pairs, tmp_path, monk
     assert store.committed() == []
 
 
+def test_of_spans_that_were_cut_elsewhere_what_fits_is_taken(tmp_path):
+    """An attempt that died before the states behind its span were written, and one after it with its own cuts."""
+    store = SpanStore(RunDir(str(tmp_path)), RunDir(str(tmp_path)).capture_path("p", "c"))
+    states = [[torch.ones(1, 1, 1)]]
+    store.commit(-1, 3, {}, {}, states)
+    Path(store.state_path(3)).unlink()
+    store.commit(-1, 1, {}, {}, states)
+    assert [(s.first, s.last) for s in store.committed()] == [(-1, 1)]
+    store.commit(2, 5, {}, {}, states)
+    assert [(s.first, s.last) for s in store.committed()] == [(-1, 1), (2, 5)]
+    assert store.committed(last=4) == [], "the states behind layer 1 are forgotten"
+    store.commit(4, 4, {}, {}, states)
+    assert [(s.first, s.last) for s in store.committed(last=4)] == [(-1, 3), (4, 4)]
+    Path(store.span_path(2, 5)).write_bytes(b"broken")
+    assert [(s.first, s.last) for s in store.committed()] == [(-1, 3), (4, 4)]
+
+
+def test_states_are_gone_on_from_with_what_their_own_span_knew(tmp_path):
+    """Two attempts ended a span with the same layer, and one of them had cut its batches in parts."""
+    store = SpanStore(RunDir(str(tmp_path)), RunDir(str(tmp_path)).capture_path("p", "c"))
+    states = [[torch.ones(1, 1, 1)]]
+    store.commit(-1, 5, {}, {"splits": []}, states)
+    store.commit(-1, 1, {}, {"splits": []}, states)
+    store.commit(2, 5, {}, {"splits": [[3, 0, 2]]}, states)
+    assert store.committed()[-1].meta == {"splits": [[3, 0, 2]]}
+
+
+def test_a_longer_span_of_another_transformers_does_not_hide_what_this_one_committed(tmp_path, monkeypatch):
+    store = SpanStore(RunDir(str(tmp_path)), RunDir(str(tmp_path)).capture_path("p", "c"))
+    with monkeypatch.context() as other:
+        other.setattr("capture.spans.made_with", lambda: "torch 2.13.0, transformers 5.22.1")
+        store.commit(-1, 3, {}, {}, [[torch.ones(1, 1, 1)]])
+    store.commit(-1, 1, {}, {}, [[torch.ones(1, 1, 1)]])
+    assert [(s.first, s.last) for s in store.committed()] == [(-1, 1)]
+
+
 def test_force_begins_anew(pairs, tmp_path, monkeypatch):
     entry = entry_of(pairs("llama"), spans=CUT)
     with monkeypatch.context() as broken:
