@@ -18,16 +18,23 @@ import socket
 import time
 import urllib.request
 
-EVERY_S = float(os.environ.get("PAIRSCOPE_CHECK_S", "20"))
+
+def said(name: str, otherwise: float) -> float:
+    """A number of the environment; `otherwise` where there is none, or another thing stands there."""
+    with contextlib.suppress(Exception):
+        number = float(os.environ[name])
+        return number if 0 <= number < 1e18 else otherwise
+    return otherwise
+
+
+EVERY_S = min(said("PAIRSCOPE_CHECK_S", 20.0), 3600.0)
 
 
 def deadline() -> float:
     """The latest word on when this node has to be gone; 0, which is long ago, where there is none."""
     with contextlib.suppress(Exception), open(os.path.expanduser("~/.pairscope/deadline")) as note:
         return float(note.read())
-    with contextlib.suppress(Exception):
-        return float(os.environ["PAIRSCOPE_DEADLINE"])
-    return 0.0
+    return said("PAIRSCOPE_DEADLINE", 0.0)
 
 
 def head_speaks() -> bool:
@@ -73,7 +80,9 @@ def end() -> None:
 
 def watch() -> None:
     """Check until it is time, then ask for the end until it comes."""
-    silence = float(os.environ.get("PAIRSCOPE_SILENCE_S", "0"))
+    silence = said(
+        "PAIRSCOPE_SILENCE_S", 3600.0
+    )  # always there; where it makes no sense, a head is silent for an hour at most
     heard = heard_before()
     offset = time.time() - time.monotonic()
     while max(time.time(), offset + time.monotonic()) < deadline():  # a clock that is set back gives no more hours

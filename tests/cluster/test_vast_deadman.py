@@ -34,7 +34,15 @@ def fake() -> Iterator[Fake]:
 
 
 @contextmanager
-def node(fake: Fake, tmp_path: Path, *, deadline: float, silence_s: float = 0, head: str = "") -> Iterator[int]:
+def node(
+    fake: Fake,
+    tmp_path: Path,
+    *,
+    deadline: float,
+    silence_s: float = 0,
+    head: str = "",
+    more: dict[str, str] | None = None,
+) -> Iterator[int]:
     """A rented instance whose start script runs here, as it would in the container."""
     vast = Vast("full-rights", fake.url, sleep=hasty)
     taken = {line["ask"] for line in fake.live()}
@@ -42,7 +50,9 @@ def node(fake: Fake, tmp_path: Path, *, deadline: float, silence_s: float = 0, h
     id_ = vast.create(offer, image="x", disk=1)
     key = next(line["key"] for line in fake.live() if line["id"] == id_)
     env = environment(2, api=fake.url, deadline=int(deadline), silence_s=silence_s, owner="", launch="", request="")
-    env |= {"PAIRSCOPE_HEAD": head, "CONTAINER_ID": str(id_), "CONTAINER_API_KEY": key, "PAIRSCOPE_CHECK_S": "0.1"}
+    env |= {"PAIRSCOPE_HEAD": head, "CONTAINER_ID": str(id_), "CONTAINER_API_KEY": key, "PAIRSCOPE_CHECK_S": "0.1"} | (
+        more or {}
+    )
     text = start_script()
     assert "python3 " in text
     assert "sleep 5" in text
@@ -338,6 +348,18 @@ def test_a_node_that_was_told_no_deadline_has_passed_it(
     if said is not None:
         monkeypatch.setenv("PAIRSCOPE_DEADLINE", said)
     assert deadman.deadline() == 0
+
+
+@pytest.mark.parametrize("said", ["soon", "", "nan", "-1", "inf"])
+def test_numbers_of_the_environment_that_make_no_sense_end_no_switch(fake: Fake, tmp_path: Path, said: str) -> None:
+    more = dict.fromkeys(("PAIRSCOPE_SILENCE_S", "PAIRSCOPE_CHECK_S"), said)
+    with node(fake, tmp_path, deadline=time.time() + 1, more=more):
+        wait_for(lambda: (tmp_path / ".pairscope" / "deadman.beat").exists())
+        assert "Error" not in (tmp_path / ".pairscope" / "deadman.log").read_text()
+    odd = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "PAIRSCOPE_DEADLINE": said}
+    code = "from cluster.vast import deadman; print(deadman.deadline(), deadman.EVERY_S)"
+    found = subprocess.run([sys.executable, "-c", code], env=odd, capture_output=True, text=True, check=True).stdout
+    assert found == "0.0 20.0\n"
 
 
 def test_the_start_script_fits_and_a_longer_one_is_refused() -> None:
