@@ -89,9 +89,11 @@ model_kwargs:
 
 Keys are those of transformers' `BitsAndBytesConfig`, or `TorchAoConfig`; with torchao, `quant_type` names a class of
 `torchao.quantization`, and further keys go to it. It takes `pip install 'pairscope[quantized]'`, mode resident (auto is) and
-one GPU. Embeddings and unembedding stay as they are: the lens multiplies with them. Such a capture has an id of its own, says
-what it was made with in `status` and in the column `quantization` of the view `captures`, and its numbers are those of
-other weights: do not compare them with a capture in bfloat16.
+one GPU. Rented machines install what `ray_cluster.yaml` names behind their set-up command, as in `bash
+~/pairscope/cluster/vast/setup_node.sh bitsandbytes torchao`; where they run already, `ray up` does so. Embeddings and
+unembedding stay as they are: the lens multiplies with them. Such a capture has an id of its own, says what it was made with
+in `status` and in the column `quantization` of the view `captures`, and its numbers are those of other weights: do not
+compare them with a capture in bfloat16.
 
 A value under a key of `*_kwargs` that says token, secret or password is shown as `***` in messages, logs and records. Better
 still, log in with `hf auth login` and write none.

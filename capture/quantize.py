@@ -180,7 +180,10 @@ def check_stored(config: Mapping[str, Any], model: str) -> None:
 
 def _require(module: str, package: str, where: str, who: str) -> None:
     if importlib.util.find_spec(module) is None:
-        raise ConfigError(f"{where}: {who} asks for {module}, which is not installed. Run: pip install {package}")
+        raise ConfigError(
+            f"{where}: {who} asks for {module}, which is not installed. Run: pip install {package}; for rented machines name it behind "
+            "setup_node.sh in ray_cluster.yaml"
+        )
 
 
 def _library_config(method: str, wanted: dict[str, Any]) -> Any:

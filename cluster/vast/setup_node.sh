@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Give a node the Python and the package versions of the machine that sets it up. An image that has them is left as it is.
+# Arguments are further packages, as pip takes them; constraints.txt holds for those that it names.
 set -euo pipefail
 cd ~/pairscope
 wanted=~/.pairscope/versions.json
@@ -13,7 +14,7 @@ END
 chmod +x ~/.pairscope/bin/pairscope
 grep -qs '\.pairscope/bin' ~/.bashrc || echo 'export PATH=~/.pairscope/bin:$PATH' >> ~/.bashrc
 
-if python3 -m cluster.vast.locked "$wanted"; then
+if [ $# = 0 ] && python3 -m cluster.vast.locked "$wanted"; then
     python3 -m cluster.vast.cards
     exit 0
 fi
@@ -42,7 +43,7 @@ fi
 # All that pairscope needs, exactly as the other machine has it where that matters, else as the tests ran with it.
 exact=$(~/venv/bin/python -c 'import json, sys; print(*(f"{k}=={v}" for k, v in json.load(open(sys.argv[1])).items() if k != "python"))' "$wanted")
 # shellcheck disable=SC2086
-uv pip install --quiet --python ~/venv/bin/python -c constraints.txt -r pyproject.toml --extra vast $exact
+uv pip install --quiet --python ~/venv/bin/python -c constraints.txt -r pyproject.toml --extra vast $exact "$@"
 grep -qs 'venv/bin' ~/.bashrc || echo 'export PATH=~/venv/bin:$PATH' >> ~/.bashrc
 PATH=~/venv/bin:$PATH python3 -m cluster.vast.locked "$wanted"
 PATH=~/venv/bin:$PATH python3 -m cluster.vast.cards

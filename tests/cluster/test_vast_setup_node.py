@@ -63,7 +63,7 @@ class Node:
             wheel(self.wheels, name, "99.0", "raise SystemExit('too new')")
         subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(self.image)], check=True)
 
-    def set_up(self, uv: str | None) -> subprocess.CompletedProcess[str]:
+    def set_up(self, uv: str | None, *packages: str) -> subprocess.CompletedProcess[str]:
         (self.home / ".pairscope/versions.json").write_text(json.dumps(self.wanted, indent=1))
         path = [
             str(self.image / "bin"),
@@ -75,7 +75,7 @@ class Node:
         env = {"HOME": str(self.home), "PATH": ":".join(path), "UV_FIND_LINKS": str(self.wheels), "UV_NO_INDEX": "1", "UV_OFFLINE": "1",
                "UV_CACHE_DIR": str(self.home / "cache"), "UV_PYTHON_DOWNLOADS": "never"}  # fmt: skip
         script = self.home / "pairscope/cluster/vast/setup_node.sh"
-        return subprocess.run(["bash", str(script)], env=env, capture_output=True, text=True, timeout=180)
+        return subprocess.run(["bash", str(script), *packages], env=env, capture_output=True, text=True, timeout=180)
 
     def has(self) -> dict[str, str]:
         code = "import json; from cluster.vast.locked import versions; print(json.dumps(versions()))"
@@ -140,6 +140,19 @@ def test_an_image_that_has_all_is_left_as_it_is(tmp_path: Path) -> None:
     assert not (node.home / "venv").exists()
     rc = (node.home / ".bashrc").read_text()
     assert "PATH=~/.pairscope/bin" in rc
+
+
+def test_further_packages_are_installed_on_an_image_that_has_all_else_too(tmp_path: Path, uv: str) -> None:
+    node = Node(tmp_path)
+    wheel(node.wheels, "bitsandbytes", "0.50.2")
+    wheel(node.wheels, "bitsandbytes", "99.0")
+    with open(node.home / "pairscope/constraints.txt", "a") as constraints:
+        constraints.write("bitsandbytes==0.50.2\n")
+    node.wanted = {"python": node.wanted["python"]}
+    done = node.set_up(uv, "bitsandbytes")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (found,) = (node.home / "venv").glob("lib/*/site-packages/bitsandbytes-*.dist-info")
+    assert found.name == "bitsandbytes-0.50.2.dist-info"
 
 
 def test_a_version_that_cannot_be_had_fails_the_set_up(tmp_path: Path, uv: str) -> None:
