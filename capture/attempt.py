@@ -20,6 +20,7 @@ from capture.errors import (
     DeviceError,
     DeviceMemoryError,
     DoesNotFitError,
+    HubUnreachableError,
     PairscopeError,
     StoreError,
     cannot_write,
@@ -53,6 +54,7 @@ class Try:
     deaths: int = 0
     losses: int = 0
     nodes: int = 0  # that were taken away under it; like the two before it, since its last step forward
+    cut_off: int = 0  # nodes from which the hub was out of reach
 
     def apply(self, entry: Entry) -> Entry:
         return entry.model_copy(update={"mode": self.mode}) if self.mode else entry
@@ -64,6 +66,7 @@ class Try:
         parts += [f"mode {self.mode}"] if self.mode else []
         parts += ["again, after its worker died"] if self.deaths else []
         parts += [f"again, after {self.nodes} node{'s' * (self.nodes != 1)} went"] if self.nodes else []
+        parts += ["again, on another node"] if self.cut_off else []
         parts += ["again, layers first that were lost with their node"] if self.losses else []
         return ", ".join(parts)
 
@@ -82,6 +85,7 @@ class Outcome:
     out_of_memory: bool = False
     died: bool = False
     node_gone: bool = False  # it died with its whole machine
+    cut_off: bool = False  # the hub is out of reach of its machine
     handover: Handover | None = None  # of a worker whose layers others go on behind
     lost_span: int | None = None  # whose handover was gone when it was needed
     tidy: bool = False  # the worker's process holds no more than a new one, and can go on with another entry
@@ -156,6 +160,7 @@ def failure(error: BaseException, **fields: Any) -> Outcome:
         bug=not isinstance(error, PairscopeError | LostError) and not is_out_of_memory(error),
         out_of_memory=is_out_of_memory(error),
         died=poisoned,
+        cut_off=isinstance(error, HubUnreachableError),
         lost_span=error.span if isinstance(error, LostError) else None,
     )
 

@@ -38,6 +38,10 @@ class HubFailedError(CheckpointError):
     """The hub failed in the middle of its answers; asked again it may not."""
 
 
+class HubUnreachableError(CheckpointError):
+    """No way to the hub from this machine; from another one there may be."""
+
+
 class UnsupportedModelError(PairscopeError):
     """The architecture, or this combination of two models, cannot be compared."""
 

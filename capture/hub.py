@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from capture.errors import CheckpointError, HubFailedError
+from capture.errors import CheckpointError, HubFailedError, HubUnreachableError
 from capture.printable import without_logins
 from capture.process import temporary
 from capture.ranges import RemoteFile
@@ -193,7 +193,8 @@ def _snapshot(
             if isinstance(error, HfHubHTTPError):  # the hub answered, and the answer is no
                 raise
             log.warning("the hub cannot be reached for '%s' (%s); trying the cache", repo, type(error).__name__)
-            return _cached(repo, revision, known_file, f"the hub cannot be reached ({_one_line(error)})")
+            why = f"the hub cannot be reached ({_one_line(error)})"
+            return _cached(repo, revision, known_file, why, HubUnreachableError)
         look(info)
         sizes = _needed(repo, info, token, want)
         missing = _missing(repo, info, sizes)
@@ -271,7 +272,9 @@ def _folder(repo: str, info: Any) -> Path:
     return Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo, repo_type="model") / "snapshots" / info.sha
 
 
-def _cached(repo: str, revision: str | None, known_file: str, why: str) -> Path:
+def _cached(
+    repo: str, revision: str | None, known_file: str, why: str, absent: type[CheckpointError] = CheckpointError
+) -> Path:
     import huggingface_hub as hub
     from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 
@@ -281,7 +284,7 @@ def _cached(repo: str, revision: str | None, known_file: str, why: str) -> Path:
         raise hub_error(repo, revision, error) from error
     except (OSError, EntryNotFoundError) as error:
         at = f" at revision '{revision}'" if revision else ""
-        raise CheckpointError(
+        raise absent(
             f"'{repo}'{at} is neither a directory here nor in the hub's cache, and {why}; connect and run again, or copy "
             "the cache (HF_HOME) from a machine that has it"
         ) from error

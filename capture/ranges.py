@@ -24,7 +24,7 @@ from urllib.request import getproxies, proxy_bypass
 import certifi
 import urllib3
 
-from capture.errors import CheckpointError
+from capture.errors import CheckpointError, HubUnreachableError
 from capture.printable import without_logins
 
 log = logging.getLogger(__name__)
@@ -98,7 +98,7 @@ class Ranges:
     def read(self, file: RemoteFile, start: int, view: memoryview) -> None:
         """Fill `view` with the file's bytes from `start` on.
 
-        Raises CheckpointError once TRIES tries in a row brought nothing, or where the hub refuses; Stopped.
+        Raises HubUnreachableError once TRIES tries in a row brought nothing; CheckpointError where the hub refuses; Stopped.
         """
         got = failures = 0
         while got < len(view):
@@ -119,7 +119,7 @@ class Ranges:
                 why = error
             failures = 1 if got > before else failures + 1
             if failures >= TRIES:
-                raise CheckpointError(
+                raise HubUnreachableError(
                     f"{file}: bytes {start} to {start + len(view) - 1} could not be read in {TRIES} tries: {why}; run again, "
                     "or set weights: download"
                 )

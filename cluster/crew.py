@@ -31,10 +31,17 @@ class Crew:
     """
 
     def __init__(
-        self, actor_class: Any, request: Request, *, turn: tuple[int, int] = (0, 1), avoid: Collection[str] = ()
+        self,
+        actor_class: Any,
+        request: Request,
+        *,
+        turn: tuple[int, int] = (0, 1),
+        avoid: Collection[str] = (),
+        never: Collection[str] = (),
     ) -> None:
         """turn: (index, count) among the crews that walk the layers of the entry in turn. avoid: nodes to leave to others,
-        where there are any; only a single worker can be told so, a group goes where Ray finds room for it."""
+        where there are any; only a single worker can be told so, a group goes where Ray finds room for it. never: nodes that it is not put on, even if it has to
+        wait for others."""
         self.turn, self.request = turn, request
         self.placement: Any = None
         self.asked = time.monotonic()
@@ -50,9 +57,9 @@ class Crew:
             ]
         else:
             options = request.options()
-            if avoid:
-                elsewhere = {"ray.io/node-id": NotIn(*avoid)}
-                options["scheduling_strategy"] = NodeLabelSchedulingStrategy(hard={}, soft=elsewhere)
+            if avoid or never:
+                hard, soft = ({"ray.io/node-id": NotIn(*ids)} if ids else {} for ids in (never, avoid))
+                options["scheduling_strategy"] = NodeLabelSchedulingStrategy(hard=hard, soft=soft)
             self.actors = [actor_class.options(**options).remote(request.env)]
         self.readiness = [actor.prepare.remote(turn) for actor in self.actors]
         self.ready: Any = self.readiness[0]

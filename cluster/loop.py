@@ -25,11 +25,14 @@ from cluster.ahead import Ahead
 from cluster.crew import Crew, brought_home
 from cluster.job import Job
 from cluster.lost import SILENT_S, UNHEARD, lost, silent
-from cluster.placing import Patience
+from cluster.placing import Patience, live_nodes
 from cluster.queue import Queue
+from cluster.resources import refusal
 
 WATCH_EVERY = 0.5  # seconds between two looks at an actor's progress
 AGAIN_EVERY = 2.0  # seconds between two tries at a worker whose line was cut
+CUT_OFF_S = 600.0  # for so long a node from which the hub was out of reach is left alone
+CUT_OFF_NODES = 3  # on which an entry is tried
 GRACE = 5.0  # seconds that running work gets to end by itself after a first Ctrl-C
 GRACE_TERM = 1.5  # and after a SIGTERM: whoever sends one kills soon after it (`ray job stop` after 3 s)
 
@@ -56,6 +59,7 @@ class Loop:
         self.patience = Patience(growing=growing, within=place_within, now=time.monotonic())
         self.ahead = Ahead([], show)
         self.kill_at: float | None = None
+        self.cut_off: dict[str, float] = {}  # nodes from which the hub was out of reach, and when that was found
         self.actor_class = ray.remote(concurrency_groups={"control": 1})(CaptureActor)
 
     def run(self, jobs: list[Job]) -> None:
@@ -129,13 +133,30 @@ class Loop:
 
     def _place(self, job: Job, span: int) -> None:
         taken = [crew.place["node_id"] for crew in job.crews.values() if crew.place is not None]
-        job.crews[span] = Crew(self.actor_class, job.request, turn=(span, job.spans), avoid=taken)
+        job.crews[span] = Crew(
+            self.actor_class, job.request, turn=(span, job.spans), avoid=taken, never=self._to_avoid(job)
+        )
+
+    def _to_avoid(self, job: Job) -> set[str]:
+        """Nodes from which the hub was out of reach a while ago, where the entry needs the hub and another node would do."""
+        cut_off = {node for node, since in self.cut_off.items() if time.monotonic() - since < CUT_OFF_S}
+        if not cut_off:
+            return cut_off
+        from cluster.prepare_files import hub_models
+
+        if job.request.ranks > 1 or not hub_models(job.entry):
+            return set()
+        return cut_off if refusal(job.request, live_nodes(without=cut_off)) is None else set()
 
     def _placed(self, job: Job, span: int, ref: Any) -> None:
         """The actors are there (or died on the way): hand over the work, and give the next span's crew a head start."""
         crew = job.crews[span]
         try:
             crew.placed(ray.get(ref))
+            if crew.node_id in self._to_avoid(job):  # it was asked for before that was known
+                self._dismiss(job, span)
+                self._place(job, span)
+                return
             if (better := self.ahead.better(job, crew.node_id, self.queue)) is not None:
                 self.queue.trade(job, better)
                 job = better
@@ -230,6 +251,8 @@ class Loop:
 
     def _failed(self, job: Job, span: int, outcome: Outcome) -> None:
         """A crew is lost or its work failed. One that only waited for its turn is asked for again when that comes."""
+        if outcome.cut_off:
+            self.cut_off[job.crews[span].node_id] = time.monotonic()
         if outcome.lost_span is not None:  # with the node that made it: that span, too, is to be done again
             job.sent.pop(outcome.lost_span, None)
         if span != job.span and (outcome.died or outcome.out_of_memory):
@@ -284,6 +307,8 @@ class Loop:
             self.show.event(job.name, "interrupted")
             return
         tried = next_try(job.tried, job.entry, outcome)
+        if outcome.cut_off and job.tried.cut_off + 1 < CUT_OFF_NODES and self._to_avoid(job):
+            tried = replace(job.tried, cut_off=job.tried.cut_off + 1)
         if tried is None or self.stop.requested():
             where = f"; traceback in {job.attempt.row['log']}" if outcome.bug else ""
             self.show.event(job.name, f"failed: {outcome.error}{where}")

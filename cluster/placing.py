@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Collection
 from typing import Any
 
 import ray
@@ -85,9 +86,9 @@ class Patience:
         )
 
 
-def live_nodes() -> list[dict[str, float]]:
-    """Total resources of each live node."""
-    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+def live_nodes(without: Collection[str] = ()) -> list[dict[str, float]]:
+    """Total resources of each live node, but for those of these ids."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"] and node["NodeID"] not in without]
 
 
 def what_there_is() -> str:

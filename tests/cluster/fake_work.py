@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from capture.config import Entry
-from capture.errors import CheckpointError, DeviceMemoryError, DoesNotFitError
+from capture.errors import CheckpointError, DeviceMemoryError, DoesNotFitError, HubUnreachableError
 from capture.progress import Progress
 from capture.show import Show
 from cluster.resources import WORKER_BYTES
@@ -242,3 +242,20 @@ def stubborn(entry: Entry, out: str, **kwargs: Any) -> Result:
     _note(entry, out, kwargs["tile_divisor"])
     time.sleep(600)
     raise AssertionError
+
+
+def cut_off_where_it_began(entry: Entry, out: str, **_: Any) -> Result:
+    """The hub is out of reach of the node on which the first attempt runs."""
+    import ray
+
+    node, first = str(ray.get_runtime_context().get_node_id()), Path(out) / "first-node"
+    if not first.exists():
+        first.write_text(node)
+    _note(entry, out, 1)
+    if first.read_text() == node:
+        raise HubUnreachableError("the hub cannot be reached")
+    return _done(entry, out)
+
+
+def cut_off_everywhere(entry: Entry, out: str, **_: Any) -> Result:
+    raise HubUnreachableError("the hub cannot be reached")

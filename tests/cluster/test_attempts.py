@@ -75,6 +75,11 @@ class TestAttempts:
         assert [r["state"] for r in rows(tmp_path)] == ["failed", "complete"]
         assert [(c["tile_divisor"], c["mode"]) for c in fake_work.calls(tmp_path)] == [(1, "auto"), (4, "auto")]
 
+    def test_a_hub_out_of_reach_of_the_only_node_is_the_end(self, execute: Any, tmp_path: Path) -> None:
+        row, bug = execute(make_entry(base_model="org/base"), tmp_path, "cut_off_everywhere")
+        assert [r["error_class"] for r in rows(tmp_path)] == [row["error_class"]] == ["HubUnreachableError"]
+        assert not bug
+
     def test_out_of_memory_with_smaller_tiles_is_tried_streamed(self, execute: Any, tmp_path: Path) -> None:
         row, _ = execute(make_entry(), tmp_path, "out_of_memory_unless_streamed")
         assert (row["state"], row["mode"]) == ("complete", "streamed")

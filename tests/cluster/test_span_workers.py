@@ -11,6 +11,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from fake_work import make_entry
 from test_rank_groups import PYDOC
 from test_rank_groups import entry as pydoc
 
@@ -173,3 +174,21 @@ def test_each_span_may_have_a_tensor_parallel_group_of_its_own(tmp_path: Path) -
     same_tables(capture_dir(spans), capture_dir(whole))
     assert document(spans)["tensor_parallel"] == 2
     assert len(document(spans)["workers"]) == 2
+
+
+def test_an_entry_goes_to_another_node_where_the_hub_is_out_of_reach_of_its_own(tmp_path: Path) -> None:
+    entry = make_entry("e", base_model="org/base", sft_model="org/sft", tokenizer="org/base")
+    found = on_two_nodes(tmp_path, entry, "fake_work:cut_off_where_it_began")
+    assert found["state"] == "complete", found
+    (_, first), (_, second) = found["placed"]
+    assert first != second
+    assert "HubUnreachableError: the hub cannot be reached; trying again: again, on another node" in found["said"]
+    assert [r["state"] for r in RunDir(str(tmp_path)).manifest_rows()] == ["failed", "complete"]
+
+
+def test_where_no_node_reaches_the_hub_an_entry_fails_on_each_once(tmp_path: Path) -> None:
+    entry = make_entry("e", base_model="org/base", sft_model="org/sft", tokenizer="org/base")
+    found = on_two_nodes(tmp_path, entry, "fake_work:cut_off_everywhere")
+    assert found["state"] == "failed"
+    assert found["row"]["error_class"] == "HubUnreachableError"
+    assert len({node for _, node in found["placed"]}) == len(found["placed"]) == 2
