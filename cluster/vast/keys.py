@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import secrets
 import subprocess
 from pathlib import Path
@@ -56,6 +57,11 @@ def write_secret(path: Path, text: str) -> None:
     with os.fdopen(os.open(tmp, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as stream:
         stream.write(text)
     os.replace(tmp, path)
+
+
+def as_option(path: Path) -> str:
+    """A path as the value of an option that ssh takes several files for: a space would begin the next one."""
+    return re.sub(r"([ '\"\\])", r"\\\1", str(path)).replace("%", "%%")
 
 
 def pinned(known_hosts: Path, alias: str) -> str:

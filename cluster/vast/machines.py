@@ -70,7 +70,7 @@ def fetch(head: Node, folder: Path, user: str, state: State) -> None:
         return
     host, port = head.ssh
     command = [
-        "ssh", "-i", str(folder / keys.SSH_KEY), "-p", str(port), "-o", f"UserKnownHostsFile={folder / keys.KNOWN_HOSTS}",
+        "ssh", "-i", str(folder / keys.SSH_KEY), "-p", str(port), "-o", f"UserKnownHostsFile={keys.as_option(folder / keys.KNOWN_HOSTS)}",
         "-o", f"HostKeyAlias=vast-{head.id}", "-o", "StrictHostKeyChecking=yes", "-o", "BatchMode=yes", "-o", "ConnectTimeout=5",
         "-o", "LogLevel=ERROR", f"{user}@{host}", f"cat ~/.pairscope/clusters/{head.label.cluster}/state.json",
     ]  # fmt: skip

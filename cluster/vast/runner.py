@@ -13,6 +13,7 @@ from typing import Any
 from ray.autoscaler._private.command_runner import SSHCommandRunner
 
 from cluster.vast.before_up import CLOCK_S
+from cluster.vast.keys import as_option
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class VastCommandRunner(SSHCommandRunner):
         self.place = place
         self.ssh_options.arg_dict |= {
             "HostKeyAlias": place.alias,
-            "UserKnownHostsFile": str(place.known_hosts),
+            "UserKnownHostsFile": as_option(place.known_hosts),
             "StrictHostKeyChecking": "accept-new",
             "HashKnownHosts": "no",
             "LogLevel": "ERROR",

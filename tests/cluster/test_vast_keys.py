@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,8 @@ import pytest
 from capture.errors import ConfigError
 from cluster.vast import keys
 
+HOMES = ["home", "a home", "it's 100%d", 'say "home"', "back\\slash"]
+SERVERS = "/usr/sbin:/usr/local/sbin:/usr/bin:/sbin"
 pytestmark = pytest.mark.skipif(not shutil.which("ssh-keygen"), reason="ssh-keygen is not installed")
 
 
@@ -68,3 +73,26 @@ def test_a_private_key_that_is_none_is_said_to_be_so(tmp_path: Path) -> None:
     (tmp_path / "id_ed25519.pub").unlink()
     with pytest.raises(ConfigError, match=r"id_ed25519' is no key that ssh-keygen can read"):
         keys.make_missing(tmp_path)
+
+
+@pytest.mark.parametrize("home", HOMES)
+def test_a_path_is_one_word_for_ssh(home: str) -> None:
+    assert shlex.split(keys.as_option(Path("/home") / home)) == [f"/home/{home}".replace("%", "%%")]
+
+
+@pytest.mark.skipif(not shutil.which("sshd", path=SERVERS), reason="sshd is not installed")
+@pytest.mark.skipif(os.geteuid() == 0 and not Path("/run/sshd").is_dir(), reason="root's sshd needs /run/sshd")
+@pytest.mark.parametrize("home", HOMES)
+def test_host_keys_are_pinned_in_the_clusters_folder_whatever_it_is_called(tmp_path: Path, home: str) -> None:
+    folder = tmp_path / home / "cluster"
+    keys.make_missing(folder)
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(tmp_path / "host")], check=True)
+    server = f"{shutil.which('sshd', path=SERVERS)} -i -e -f /dev/null -h {tmp_path / 'host'}"
+    subprocess.run(
+        ["ssh", "-F", "none", "-o", f"ProxyCommand={server}", "-o", "HostKeyAlias=vast-7", "-o", "BatchMode=yes",
+         "-o", "StrictHostKeyChecking=accept-new", "-o", "HashKnownHosts=no",
+         "-o", f"UserKnownHostsFile={keys.as_option(folder / keys.KNOWN_HOSTS)}", "nobody@nowhere", "true"],
+        capture_output=True, stdin=subprocess.DEVNULL, timeout=60,
+    )  # fmt: skip
+    assert (tmp_path / "host.pub").read_text().split()[1] in keys.pinned(folder / keys.KNOWN_HOSTS, "vast-7")
+    assert {path.name for path in tmp_path.iterdir()} == {home, "host", "host.pub"}
