@@ -50,7 +50,7 @@ def resolve_model(
     """Find a model's files, download what is missing, and check all weight files before work starts.
 
     A directory wins over a hub id of the same name. `revision` is for the hub. Without `download` only the hub's cache is
-    looked at. source: where weights that are missing stay on the hub, to be read from there. Raises CheckpointError (missing, corrupt, gated, wrong format, no space) and UnsupportedModelError (code of its
+    looked at; where that has a commit's small files alone, the commit is told, with no weights. source: where weights that are missing stay on the hub, to be read from there. Raises CheckpointError (missing, corrupt, gated, wrong format, no space) and UnsupportedModelError (code of its
     own that was not allowed).
     """
     local = Path(model).expanduser()
@@ -60,7 +60,7 @@ def resolve_model(
         code = sorted(p for p in local.glob("*.py") if p.is_file()) if trust_remote_code else []
         return ModelFiles("local", str(local.absolute()), _fingerprint(local, weights, code), weights.files, total, weight_map,
                           "pickle" if weights.pickle else "safetensors")  # fmt: skip
-    from capture.hub import model_snapshot, model_without_weights
+    from capture.hub import SMALL_FILES, model_snapshot, model_without_weights
 
     def check(config: Mapping[str, Any]) -> None:
         check_config(config, model, trust_remote_code)
@@ -82,6 +82,9 @@ def resolve_model(
     except CheckpointError as error:
         if missing:
             raise
+        if not download and all(p.name.endswith((*SMALL_FILES, ".py")) for p in path.iterdir()):
+            # weights: stream keeps no others, and what was captured of a commit is known without them
+            return ModelFiles("hub", str(path), snapshot.name, (), 0, {}, "safetensors", remote=True)
         # the hub, where it was asked, has said that all is there
         raise CheckpointError(
             f"{error}: so it is in the hub's cache, where weights: stream leaves none; with a connection, and without HF_HUB_OFFLINE, what is "

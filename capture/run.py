@@ -73,7 +73,8 @@ class CaptureResult:
 def resolve(entry: Entry, *, download: bool = True) -> Resolved:
     """Find the files of an entry, check them, and work out the capture's id.
 
-    download: fetch what is missing from the hub; without it only directories and the hub's cache are looked at.
+    download: fetch what is missing from the hub; without it only directories and the hub's cache are looked at, which is enough for
+    the id.
     """
     source = _source(entry) if download else None
     try:

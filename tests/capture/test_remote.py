@@ -359,6 +359,19 @@ def test_weights_that_were_not_kept_are_told_when_there_is_no_hub_any_more(
         capture_pair(entry_of("stream"), str(tmp_path / "out"))
 
 
+@pytest.mark.parametrize("sharded", [False, True])
+def test_what_was_streamed_is_known_without_the_hub(
+    sharded: bool, pairs: Callable[..., Any], at_hub: Callable[..., LocalHub], tmp_path: Path
+) -> None:
+    """For a sweep that looks what is complete."""
+    made = at_hub(pairs("llama", sharded=sharded))
+    done = capture_pair(entry_of("stream"), str(tmp_path / "out"))
+    asked = len(made.requests)
+    found = resolve(entry_of("stream"), download=False)
+    assert (found.capture, found.weight_bytes) == (done.capture, 0)
+    assert len(made.requests) == asked
+
+
 def test_a_disk_that_is_too_small_keeps_nothing_and_the_capture_goes_on(
     pairs: Callable[..., Any], at_hub: Callable[..., LocalHub], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
