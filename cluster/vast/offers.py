@@ -172,7 +172,9 @@ def conditions(
         f"min_cuda {wish.min_cuda:g}": least("cuda_max_good", wish.min_cuda),
         f"min_cpu_ram_gb {wish.min_cpu_ram_gb:g}": least("cpu_ram", wish.min_cpu_ram_gb * 1000),
         "no open port for ssh": least("direct_port_count", 1),
-        f"offered for {round(hours, 1):g} hours": lambda row: float(row.get("duration") or math.inf) >= hours * 3600,
+        f"offered for {round(hours, 1):g} hours": lambda row: (
+            row.get("duration") is None or float(row["duration"]) >= hours * 3600
+        ),
         "machine that failed before": lambda row: row["machine_id"] not in blocked,
     }
     if wish.verified:

@@ -63,6 +63,7 @@ def test_an_offer_that_just_passes_every_condition_is_taken(search: Search) -> N
         ("direct_port_count", 0, "no open port for ssh"),
         ("machine_id", 77, "machine that failed before"),
         ("duration", 7199.0, "offered for 2 hours"),
+        ("duration", 0.0, "offered for 2 hours"),
         ("verified", False, "verified"),
         ("dph_base", 0.5001, r"max_dph 0.5 \$/h"),
         ("storage_cost", 1.0, r"max_dph 0.5 \$/h"),  # the disk counts, 100 GB at $1 a month
