@@ -12,6 +12,10 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def _is_price(value: Any) -> bool:
+    return _is_number(value) and value >= 0  # below it would pay back what others cost, and no limit would be reached
+
+
 def _is_numeral(value: Any) -> bool:
     return type(value) is int or (isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 6)
 
@@ -39,9 +43,9 @@ _TEXT: Callable[[Any], bool] = lambda value: isinstance(value, str)  # noqa: E73
 _INSTANCE: dict[str, Callable[[Any], bool]] = {
     "label": _TEXT, "actual_status": _TEXT, "intended_status": _TEXT, "cur_state": _TEXT, "status_msg": _TEXT, "gpu_name": _TEXT,
     "public_ipaddr": _is_host, "ssh_host": _is_host, "ssh_port": _is_numeral, "ports": _is_ports, "extra_env": _is_pairs,
-    "machine_id": lambda value: type(value) is int, "dph_total": _is_number, "start_date": _is_number, "num_gpus": _is_number,
+    "machine_id": lambda value: type(value) is int, "dph_total": _is_price, "start_date": _is_number, "num_gpus": _is_number,
 }  # fmt: skip
-_OFFER = ("dph_total", "gpu_ram", "num_gpus", "inet_down")
+_OFFER = ("gpu_ram", "num_gpus", "inet_down")
 
 
 def as_instance(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -55,10 +59,10 @@ def is_offer(row: Mapping[str, Any], bid: bool) -> bool:
         "inet_down_cost", "disk_space", "reliability", "cuda_max_good", "cpu_ram", "direct_port_count", "duration",
     )  # fmt: skip
     return (
-        all(_is_number(row.get(key)) for key in (*_OFFER, *(("min_bid",) if bid else ())))
+        all(_is_number(row.get(key)) for key in _OFFER)
+        and all(_is_price(row.get(key)) for key in ("dph_total", *(("min_bid",) if bid else ())))
         and all(row.get(key) is None or _is_number(row[key]) for key in optional)
         and type(row.get("machine_id")) is int
         and isinstance(row.get("gpu_name"), str)
-        and row["dph_total"] >= 0
         and (row.get("inet_down_cost") or 0) >= 0
     )

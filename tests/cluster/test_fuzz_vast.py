@@ -78,7 +78,7 @@ def test_offers_with_odd_fields_are_passed_over_or_compared() -> None:
     for i in range(400):
         found = find_offers(vast([odd(rng, OFFER), OFFER | {"id": 6}]), Wish("image", bid=i % 2 == 0), {}, "gpu")
         assert 6 in [offer.id for offer in found]
-        assert all(offer.text and offer.dollars >= 0 for offer in found)
+        assert all(offer.text and offer.dollars >= 0 and offer.dph >= 0 for offer in found)
 
 
 @pytest.mark.parametrize("reply", [None, "", "x", 1, [], [1], [None], [{}], [{"id": "7"}], {}, {"instances": None}, {"instances": [{}]}, {"instances": {}},

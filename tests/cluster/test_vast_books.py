@@ -213,6 +213,23 @@ def test_a_price_that_changes_changes_what_is_to_come_and_not_what_was(fake: Fak
     assert (laptop.fleet.bill().rate, laptop.fleet.bill().dollars) == (0, pytest.approx(10 * dph, abs=0.01))
 
 
+def test_a_price_below_nothing_pays_back_nothing(fake: Fake, monkeypatch: Any) -> None:
+    """The limits would be out of reach, for this machine and for those beside it."""
+    monkeypatch.setattr("cluster.vast.fleet.NEW_S", 0.0)
+    laptop = up()
+    (head,) = laptop.fleet.refresh()
+    age(laptop, head, hours=10)
+    dph, page = laptop.fleet.get(head).dph, laptop.vast.sdk.show_instances_v1
+
+    def odd(params: Any) -> Any:
+        found = page(params)
+        return found | {"instances": [row | {"dph_total": -5.0} for row in found["instances"]]}
+
+    monkeypatch.setattr(laptop.vast.sdk, "show_instances_v1", odd)
+    laptop.fleet.refresh(force=True)
+    assert (laptop.fleet.bill().rate, laptop.fleet.bill().dollars) == (dph, pytest.approx(10 * dph, abs=0.01))
+
+
 def test_a_machine_that_vast_calls_older_than_its_request_does_not_end_its_cluster(
     fake: Fake, tmp_path: Path, monkeypatch: Any
 ) -> None:
