@@ -86,6 +86,16 @@ def test_another_capture_of_an_entry_that_is_complete_may_have_failed(far: Far, 
 
 
 @pytest.mark.usefixtures("near")
+def test_another_capture_of_an_entry_that_was_interrupted_keeps_the_cluster_up(far: Far, tmp_path: Path) -> None:
+    far.capture("one")
+    far.note(("one", "complete", ID), n=0)
+    far.note(("one", "interrupted", "fedcba9876543210"), exit_code=143, n=1, beside=(0,))
+    run = Collecting(far, tmp_path / "home", once=False, teardown=True)
+    assert (run(), run.down) == (1, 0)
+    assert "the sweep was stopped before one" in run.said
+
+
+@pytest.mark.usefixtures("near")
 def test_what_a_sweep_left_that_had_ended_before_the_last_one_began_is_the_last_ones_matter(
     far: Far, tmp_path: Path
 ) -> None:
