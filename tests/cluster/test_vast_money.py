@@ -17,6 +17,11 @@ def test_a_bill_counts_live_nodes_from_creation_and_those_that_are_gone() -> Non
     assert (bill.rate, bill.dollars, bill.hours) == (3.0, 2 * 2.0 + 1.0 + 2.0, 2.0)
 
 
+def test_where_nothing_is_rented_the_bill_is_what_is_gone() -> None:
+    gone = [{"since": 0.0, "until": 1800.0, "dph": 4.0}]
+    assert add_up([], gone, now=7200.0) == Bill(rate=0, dollars=2.0, hours=0.0)
+
+
 def test_the_rate_of_all_nodes_together_is_capped() -> None:
     CAPS.check(Bill(rate=4, dollars=0, hours=0), 1.0, "it")
     with pytest.raises(CapError, match="max_price_per_hour"):

@@ -160,3 +160,9 @@ def test_a_bid_is_above_the_lowest_and_is_what_counts_against_the_limit(search: 
 def test_a_number_that_makes_no_sense_is_refused(name: str, value: float) -> None:
     with pytest.raises(ConfigError, match=f"'{name}' is a number from"):
         read_wish({"image": "x", name: value}, "node type 'gpu'")
+
+
+@pytest.mark.parametrize("values", [{}, {"image": ""}, {"image": None}])
+def test_a_node_type_names_its_image(values: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="node type 'gpu': 'image' is missing"):
+        read_wish(values, "node type 'gpu'")
