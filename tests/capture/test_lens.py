@@ -218,6 +218,19 @@ def test_a_peaked_slot_beside_a_broad_one_and_its_twin_keep_their_digits(way):
     assert ((pairs[(1, 2)].kl_ba - want).abs() / want).max() < 1e-4
 
 
+def test_two_slots_close_to_each_other_and_far_from_the_first_keep_their_divergence(way):
+    generator = torch.Generator().manual_seed(5)
+    x = [4 * torch.randn(6, 307, generator=generator)]
+    for step in (3, 1e-3):
+        x.append(x[-1] + step * torch.randn(6, 307, generator=generator))
+    rows = torch.zeros(6, dtype=torch.long)
+    _, pairs = lens_tile(separate(x), [(1, 2)], rows, TRACKED, Vocabulary(307, 5), rows=3, **way)
+    p, q = (one.double().log_softmax(1) for one in x[1:])
+    want = (q.exp() * (q - p)).sum(1)
+    assert want.max() < 1e-6, "smaller than what the sums alone can tell"
+    assert ((pairs[1, 2].kl_ba - want).abs() / want).max() < 1e-3
+
+
 def test_a_small_kl_is_lossy_where_the_slots_hardly_differ_and_not_where_both_are_sure_of_one_token(way):
     generator = torch.Generator().manual_seed(9)
     close = torch.randn(5, 3000, generator=generator)
