@@ -148,6 +148,33 @@ def test_states_that_wait_count_where_the_models_take_turns_and_not_where_they_a
     assert work("streamed", spill=True, on_host=True) == 1010 + 100
 
 
+def test_the_last_stage_is_the_larger_of_products_and_of_heads_with_lens_tiles():
+    held = footprint.weights([MODEL], "streamed")
+    for products, lens in ((0, 7000), (7000, 0)):
+        act = footprint.Activations(
+            states=1000,
+            batch=100,
+            calls=10,
+            batch_calls=1,
+            opening=0,
+            forward=0,
+            statistics=0,
+            products=products,
+            lens=lens,
+        )
+        need = footprint.needs([MODEL], "streamed", act)
+        assert need.lens == (held.lens if lens else held.products) + 7000 + 1010 + 100
+        assert need.peak == need.lens
+
+
+def test_statistics_take_float64_of_some_rows_and_of_no_more_than_there_are():
+    copies = 8 * (4 + footprint.STATISTICS_TEMPORARIES)
+    many = dataclasses.replace(WALK, tokens=40_000, batch_tokens=40_000)
+    assert footprint.statistics_bytes(WALK) == 400 * 896 * copies
+    assert footprint.statistics_bytes(many) == footprint.STATISTICS_CELLS * copies
+    assert footprint.statistics_bytes(many, on_cpu=True) == footprint.STATISTICS_CELLS_ON_CPU * copies
+
+
 WALK = Walk(tokens=400, batch_tokens=400, passes=4, passes_of_one=2, hidden=896, ffn=4864, heads=14, kv_heads=2, head_dim=64,
             vocab=151936, element=2)  # fmt: skip
 
