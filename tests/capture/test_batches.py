@@ -1,3 +1,4 @@
+import pytest
 import torch
 
 from capture.batches import make_batches
@@ -40,6 +41,14 @@ def test_the_probe_is_a_prompt_of_the_fullest_batch_alone():
     assert shapes(make_batches(IDS, Batching(), CPU, probe=True))[-1] == ((0,), (1, 3))
     assert make_batches(IDS, Batching(), CPU, probe=True)[-1].probe
     assert not any(b.probe for b in make_batches(IDS[-1:], Batching(), CPU, probe=True))
+
+
+@pytest.mark.parametrize("padding", ["left", "right"])
+def test_of_a_padded_batch_the_probe_is_the_prompt_that_is_padded_most(padding):
+    *_, batch, probe = make_batches(IDS, Batching(padding=padding), CPU, probe=True)
+    assert (probe.items, len(batch.items)) == ((4,), 5)
+    assert probe.ids_BT.tolist() == [list(IDS[4])]
+    assert probe.mask_BT is None
 
 
 def test_the_same_prompts_always_make_the_same_batches():
