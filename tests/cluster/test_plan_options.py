@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+import torch
 
+from capture.batches import make_batches
 from capture.config import Batching, load_config
 from capture.degrees import degree_error
 from cluster.offers import assumed_offers, prices, this_machine
@@ -83,6 +85,12 @@ def test_what_runs_is_recommended_before_what_is_cheaper_but_only_planned(table,
     assert not plan.cheapest.runs
     assert plan.cheapest.usd < plan.choice.usd
     assert (plan.choice.mode, plan.choice.offer.title) == ("streamed", "A100 SXM4 40G")
+
+
+def test_nothing_is_cheaper_than_the_cheapest_or_faster_than_the_fastest(table):
+    for plan in table.values():
+        assert plan.cheapest.usd == min(o.usd for o in plan.options)
+        assert plan.fastest.hours == min(o.hours for o in plan.options)
 
 
 def test_every_recommended_choice_runs(table):
@@ -176,6 +184,22 @@ def test_an_entry_for_the_cpu_is_planned_for_this_machine():
     plan = planned(entry(device="cpu", base_model="Qwen/Qwen2.5-0.5B", sft_model="Qwen/Qwen2.5-0.5B-Instruct"))
     assert {o.offer.title for o in plan.options} == {"this machine"}
     assert plan.choice.usd == 0
+
+
+@pytest.mark.parametrize("padding", ["none", "right"])
+def test_prompts_share_batches_as_a_capture_puts_them_together(padding):
+    batching = Batching(max_tokens=40, padding=padding)
+    one = entry(batching=batching)
+    pair = [sizes_from_facts(one.base_model, "auto")]
+    for counts in ([10] * 9, [10] * 9 + [20] * 3, [20, 10, 10], [50, 7]):
+        work = work_of(one, pair, counts)
+        made = make_batches([[1] * n for n in counts], batching, torch.device("cpu"), probe=False)
+        largest = max(batch.ids_BT.numel() for batch in made)
+        if padding == "none":
+            assert (work.batches, work.walk.batch_tokens) == (len(made), largest)
+        else:  # as if all were as long as the longest: rather more than there are
+            assert work.batches == -(-len(counts) // max(1, 40 // max(counts))) >= len(made)
+            assert work.walk.batch_tokens == largest
 
 
 def test_a_lens_that_is_off_or_thinned_costs_less():
