@@ -127,8 +127,8 @@ def test_where_a_state_overflowed_the_lists_are_empty(tmp_path: Path) -> None:
     write_capture(tmp_path, made)
     with open_run(str(tmp_path)) as con:
         (pair,) = choose_pairs(con)
-        sheet = read_sheet(con, pair, pair.prompts[0])
-        read_lists(con, pair, sheet, 3)
+        sheet = read_sheet(pair, pair.prompts[0])
+        read_lists(pair, sheet, 3)
     assert 777 not in sheet.ids
     assert len(sheet.ids) > 3
 
