@@ -129,7 +129,8 @@ def _noted(out: str, names: list[str]) -> Iterator[dict[str, Any]]:
     in_store = "://" in out and not out.startswith(
         "file://"
     )  # which is this machine's disk, and nobody else can look into it
-    with noted(out if in_store else RunDir(out).root, names) as note:
+    where = out if in_store else RunDir(out).root
+    with noted(where, names, lambda line: click.echo(f"pairscope: {line}", err=True)) as note:
         yield note
 
 

@@ -171,15 +171,15 @@ class Follow:
                 self.show.note("no sweep was submitted to this cluster yet")
                 return 1
             if done is None:
-                self._say(self._no_sweep())
+                self._say(self._no_sweep("no sweep yet"))
             self._sleep(self.every)
 
-    def _no_sweep(self) -> str:
+    def _no_sweep(self, state: str) -> str:
         waited = time.monotonic() - self.began
         if waited < PATIENCE_S:
-            return "no sweep yet; waiting for one"
+            return f"{state}; waiting for one"
         return (
-            "no sweep yet, and the cluster costs money: a job that failed before its sweep began leaves no word here, `ray job list` on "
+            f"{state}, and the cluster costs money: a job that failed before its sweep began leaves no word here, `ray job list` on "
             "the head has it; waiting for one"
         )
 
@@ -220,7 +220,8 @@ class Follow:
             if self.tear_down:
                 self.show.note(f"the cluster stays up: {found.state}")
             return 1 if found.trouble or self.tear_down else 0
-        self._say(f"{found.state}; {n} at home")
+        state = found.state if sweep_of(done.look) else self._no_sweep(found.state)
+        self._say(f"{state}; {n} at home")
         return None
 
     def _finish(self, done: Round, found: Verdict, code: int) -> int | None:

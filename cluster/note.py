@@ -1,20 +1,25 @@
 """What the machine that drives a cluster's sweeps notes about each, for those who look from home.
 
-PAIRSCOPE_HOME (or ~/.pairscope)/sweeps/<when>-<pid>.json
+PAIRSCOPE_HOME (or ~/.pairscope)/sweeps/<when>-<pid>.json, or in memory where that cannot be written to: a sweep of which nobody knows
+may have its cluster taken down under it, and whoever waits for it at home waits for ever.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+import stat
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from capture.errors import why_not_written
 from capture.manifest import now
 from capture.process import alive, born
 
+MEMORY = Path("/dev/shm")  # has room where a disk is full, and lasts as long as the machine
 KEPT = 50  # notes, and more where they are the last ones of a run directory or of sweeps that run
 
 
@@ -22,36 +27,41 @@ def folder() -> Path:
     return Path(os.environ.get("PAIRSCOPE_HOME") or Path.home() / ".pairscope") / "sweeps"
 
 
+def in_memory() -> Path:
+    """The folder for notes of which `folder()` cannot hold the last word."""
+    home = hashlib.sha256(str(folder()).encode()).hexdigest()[:12]
+    return MEMORY / f"pairscope-{os.getuid()}-{home}"
+
+
 @contextlib.contextmanager
-def noted(out: str, entries: Sequence[str]) -> Iterator[dict[str, Any]]:
+def noted(out: str, entries: Sequence[str], say: Callable[[str], None] = lambda line: None) -> Iterator[dict[str, Any]]:
     """Note a sweep for the length of the block; what the block adds to the dict (exit_code, items) is noted at its end. beside:
     [pid, born] of the sweeps that run as it begins: it does not take up what those leave.
 
-    out: the run directory, an absolute path or a URI. A block that ends with an exception leaves exit_code null.
+    out: the run directory, an absolute path or a URI. say: is told where no note can be left. A block that ends with an exception
+    leaves exit_code null.
     """
-    place = folder()
     content: dict[str, Any] = {
         "out": out, "entries": list(entries), "started": now(), "ended": None, "exit_code": None, "items": [],
         "pid": os.getpid(), "born": born(os.getpid()), "beside": _running(),
     }  # fmt: skip
-    path = place / f"{content['started'].replace(':', '')}-{os.getpid()}.json"
-    with contextlib.suppress(OSError):  # it is for convenience, and must not cost a sweep
-        place.mkdir(parents=True, exist_ok=True, mode=0o700)
-        _write(path, content)
-        _forget_old(place)
+    name = f"{content['started'].replace(':', '')}-{os.getpid()}.json"
+    _leave(name, content, say)
     try:
         yield content
     finally:
         content["ended"] = now()
-        with contextlib.suppress(OSError):
-            _write(path, content)
+        _leave(name, content, say)
 
 
 def read_notes() -> tuple[list[dict[str, Any]], dict[str, str]]:
     """All notes, oldest first, and those that cannot be read, as path -> why. `alive` is true where the process that wrote it
     still runs."""
     found, unread = [], {}
-    for path in sorted(folder().glob("*.json")):
+    paths = {path.name: path for path in folder().glob("*.json")}
+    if _is_ours(in_memory()):
+        paths |= {path.name: path for path in in_memory().glob("*.json")}  # of two of a name the later word
+    for _, path in sorted(paths.items()):
         try:
             note = json.loads(path.read_text())
             alive = _runs(note)
@@ -76,10 +86,47 @@ def _runs(note: dict[str, Any]) -> bool:
     return note["ended"] is None and born(note["pid"]) == note["born"] and alive(note["pid"])
 
 
+def _leave(name: str, content: dict[str, Any], say: Callable[[str], None]) -> None:
+    """Write a note where it can be written; that it cannot be is told, and must not cost a sweep."""
+    spare = in_memory()
+    try:
+        folder().mkdir(parents=True, exist_ok=True, mode=0o700)
+        _write(folder() / name, content)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            spare.mkdir(mode=0o700, exist_ok=True)
+            if _is_ours(spare):
+                _write(spare / name, content)
+                return
+        say(
+            f"no note of this sweep can be left in '{folder()}' ({why_not_written(error)}): `pairscope collect` will not see it, so do not "
+            "let it take the cluster down"
+        )
+        return
+    with contextlib.suppress(OSError):
+        if _is_ours(spare):
+            (spare / name).unlink(missing_ok=True)
+        _forget_old(folder())
+
+
+def _is_ours(place: Path) -> bool:
+    """Whether it is a folder that nobody else may write to: in memory anybody makes some."""
+    try:
+        found = place.lstat()
+    except OSError:
+        return False
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022
+
+
 def _write(path: Path, content: dict[str, Any]) -> None:
     tmp = path.with_suffix(".tmp")
-    tmp.write_text(json.dumps(content))
-    os.replace(tmp, path)
+    try:
+        tmp.write_text(json.dumps(content))
+        os.replace(tmp, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            tmp.unlink(missing_ok=True)
+        raise
 
 
 def _forget_old(place: Path) -> None:

@@ -171,11 +171,14 @@ def test_before_the_first_sweep_there_is_nothing_to_fetch(far: Far, tmp_path: Pa
 
 
 @pytest.mark.usefixtures("near")
+@pytest.mark.parametrize(
+    ("out", "state"), [(None, "no sweep yet"), ("/root/out", "no sweep into '/root/out' is known")]
+)
 def test_who_waits_for_a_sweep_that_never_began_is_told_where_to_look(
-    far: Far, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    far: Far, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: str | None, state: str
 ) -> None:
     monkeypatch.setattr(follow_module, "PATIENCE_S", 0.2)
-    run = Collecting(far, tmp_path / "home", once=False, every=0.05)
+    run = Collecting(far, tmp_path / "home", once=False, every=0.05, remote_out=out)
     sleep, looks = run.follow._sleep, iter(range(20))
 
     def sleep_for_a_while(seconds: float) -> None:
@@ -187,8 +190,8 @@ def test_who_waits_for_a_sweep_that_never_began_is_told_where_to_look(
     with pytest.raises(KeyboardInterrupt):
         run()
     first, second = run.said.splitlines()
-    assert "no sweep yet; waiting for one" in first
-    assert "the cluster costs money" in second
+    assert f"{state}; waiting for one" in first
+    assert f"{state}, and the cluster costs money" in second
     assert "`ray job list`" in second
 
 

@@ -67,3 +67,60 @@ def test_a_note_names_the_sweeps_that_run_when_its_own_begins() -> None:
         pass
     assert (first["beside"], second["beside"]) == ([], [])
     assert third["beside"] == [[second["pid"], second["born"]]]
+
+
+def full_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, memory: Path) -> Path:
+    """A home that nothing can be written to (root may write where permissions do not let it), and what stands for memory."""
+    full = tmp_path / "full"
+    full.touch()
+    monkeypatch.setenv("PAIRSCOPE_HOME", str(full))
+    monkeypatch.setattr(note, "MEMORY", memory)
+    return full
+
+
+def test_a_sweep_is_known_also_where_the_disk_is_full_as_it_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full_disk(monkeypatch, tmp_path, tmp_path)
+    said: list[str] = []
+    with noted("/root/out", ["one"], said.append) as content:
+        assert [found["alive"] for found in read_notes()[0]] == [True]
+        content["exit_code"] = 1
+    assert [(found["alive"], found["exit_code"]) for found in read_notes()[0]] == [(False, 1)]
+    assert said == []
+
+
+@pytest.mark.parametrize("full_at", ["the start", "the end"])
+def test_of_two_notes_of_a_sweep_the_later_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full_at: str
+) -> None:
+    monkeypatch.setattr(note, "MEMORY", tmp_path)
+    write = note._write
+    full = [full_at == "the start"]
+
+    def on_a_small_disk(path: Path, content: dict[str, object]) -> None:
+        if full[0] and path.parent == note.folder():
+            raise OSError(28, "No space left on device")
+        write(path, content)
+
+    monkeypatch.setattr(note, "_write", on_a_small_disk)
+    with noted("/root/out", ["one"]) as content:
+        content["exit_code"] = 0
+        full[0] = not full[0]
+    assert [(found["alive"], found["exit_code"]) for found in read_notes()[0]] == [(False, 0)]
+    assert [found["out"] for found in read_notes()[0]] == ["/root/out"]
+
+
+def test_what_somebody_else_put_into_memory_is_no_note_and_that_none_can_be_left_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = full_disk(monkeypatch, tmp_path, tmp_path)
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    (theirs / "2026-1.json").write_text('{"out": "/theirs", "ended": null, "pid": 1, "born": "1"}')
+    note.in_memory().symlink_to(theirs)
+    said: list[str] = []
+    with noted("/root/out", ["one"], said.append):
+        assert read_notes() == ([], {})
+    assert len(list(theirs.iterdir())) == 1
+    assert f"no note of this sweep can be left in '{full}/sweeps'" in said[0]
