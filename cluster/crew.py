@@ -40,13 +40,18 @@ class Crew:
         never: Collection[str] = (),
     ) -> None:
         """turn: (index, count) among the crews that walk the layers of the entry in turn. avoid: nodes to leave to others,
-        where there are any; only a single worker can be told so, a group goes where Ray finds room for it. never: nodes that it is not put on, even if it has to
-        wait for others."""
+        where there are any; only a single worker can be told so, a group goes where Ray finds room for it. never: nodes that it is
+        not put on, even if it has to wait for others."""
         self.turn, self.request = turn, request
         self.placement: Any = None
         self.asked = time.monotonic()
         if request.ranks > 1:
-            self.placement = placement_group([request.bundle()] * request.ranks, strategy="STRICT_PACK")
+            elsewhere = {"ray.io/node-id": f"!in({','.join(sorted(never))})"} if never else {}
+            self.placement = placement_group(
+                [request.bundle()] * request.ranks,
+                strategy="STRICT_PACK",
+                bundle_label_selector=[elsewhere] * request.ranks,
+            )
             one = {k: v for k, v in replace(request, memory_bytes=0).options().items() if k != "accelerator_type"}
             strategies = [
                 PlacementGroupSchedulingStrategy(self.placement, placement_group_bundle_index=rank)

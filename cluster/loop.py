@@ -144,7 +144,7 @@ class Loop:
             return cut_off
         from cluster.prepare_files import hub_models
 
-        if job.request.ranks > 1 or not hub_models(job.entry):
+        if not hub_models(job.entry):
             return set()
         return cut_off if refusal(job.request, live_nodes(without=cut_off)) is None else set()
 

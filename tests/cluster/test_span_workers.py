@@ -176,8 +176,10 @@ def test_each_span_may_have_a_tensor_parallel_group_of_its_own(tmp_path: Path) -
     assert len(document(spans)["workers"]) == 2
 
 
-def test_an_entry_goes_to_another_node_where_the_hub_is_out_of_reach_of_its_own(tmp_path: Path) -> None:
-    entry = make_entry("e", base_model="org/base", sft_model="org/sft", tokenizer="org/base")
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_an_entry_goes_to_another_node_where_the_hub_is_out_of_reach_of_its_own(tmp_path: Path, ranks: int) -> None:
+    hub = {"base_model": "org/base", "sft_model": "org/sft", "tokenizer": "org/base"}
+    entry = make_entry("e", **hub, tensor_parallel=ranks)
     found = on_two_nodes(tmp_path, entry, "fake_work:cut_off_where_it_began")
     assert found["state"] == "complete", found
     (_, first), (_, second) = found["placed"]
