@@ -35,6 +35,7 @@ LATE_S = (
 )  # by which its own switch may end a node after its deadline: what the head's last word adds, and Vast takes
 NEW_S = 20.0  # Vast may not know at once what it has just rented out
 AT_ONCE = 8  # destroyed side by side
+SUDDEN = 5.0  # times what a machine cost before: believed once two listings in a row say so, since the limits end a cluster at once
 
 
 def greets(address: tuple[str, int]) -> bool:
@@ -268,6 +269,12 @@ class Fleet:
                 if not node.row.get("dph_total") and seen.get("dph"):  # a row that does not say is not free of charge
                     node.row["dph_total"] = seen["dph"]
                 was = seen.get("dph")
+                if was and node.dph > SUDDEN * was and not seen.get("sudden"):
+                    seen["sudden"] = node.dph
+                    logger.warning("instance %s is listed at $%g/h, after $%g/h: not believed yet", id_, node.dph, was)
+                    node.row["dph_total"] = was
+                else:
+                    seen.pop("sudden", None)
                 if was and abs(was - node.dph) > 1e-6:  # a bid that was changed, say: what it cost until now stays
                     change = {"since": seen["since"], "until": now, "dph": was - node.dph}
                     seen["repriced"] = [*seen.get("repriced", []), change]

@@ -7,13 +7,17 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+MOST_DPH = 10_000.0  # dollars an hour
+
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _is_price(value: Any) -> bool:
-    return _is_number(value) and value >= 0  # below it would pay back what others cost, and no limit would be reached
+    """Below 0 it would pay back what others cost, and no limit would be reached; above what any machine costs it would end a cluster,
+    with what it has at work, within a second."""
+    return _is_number(value) and 0 <= value <= MOST_DPH
 
 
 def _is_numeral(value: Any) -> bool:

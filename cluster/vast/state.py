@@ -30,7 +30,7 @@ EMPTY: dict[str, Any] = {
     "abandoned": {},  # attempt -> {k, since}: to be destroyed if it ever shows up
     "destroyed": {},  # instance id -> {since, k}: must not come back
     "machines": {},  # machine id -> {reason, until}: not to be rented
-    "seen": {},  # instance id -> {since, dph, kind}: first sight and price. repriced: [{since, until, dph}], added to the bill. ends: its deadline as it was made. label: of one that this machine asked for. key: it lets us in. spare: no request has it yet
+    "seen": {},  # instance id -> {since, dph, kind}: first sight and price. repriced: [{since, until, dph}], added to the bill. ends: its deadline as it was made. label: of one that this machine asked for. key: it lets us in. spare: no request has it yet. sudden: a price that one listing alone has told
     "head_key": {},  # {id}: the API key that was made for the head
     "deadline": {},  # {at}: when the head was last told to be gone, by `ray up`
     "made": {},  # what the head was made with, see before_up.as_made

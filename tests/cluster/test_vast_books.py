@@ -230,6 +230,41 @@ def test_a_price_below_nothing_pays_back_nothing(fake: Fake, monkeypatch: Any) -
     assert (laptop.fleet.bill().rate, laptop.fleet.bill().dollars) == (dph, pytest.approx(10 * dph, abs=0.01))
 
 
+@pytest.mark.parametrize("price", [1e9, 400.0])
+def test_a_price_in_one_listing_that_no_machine_costs_does_not_end_the_cluster(
+    fake: Fake, tmp_path: Path, monkeypatch: Any, price: float
+) -> None:
+    monkeypatch.setattr("cluster.vast.fleet.NEW_S", 0.0)
+    laptop = up()
+    head = on_head(laptop, tmp_path / "head", monkeypatch)
+    head.non_terminated_nodes({})
+    (id_,) = head.fleet.refresh()
+    age(head, id_, hours=1)
+    rate, page = head.fleet.bill().rate, head.vast.sdk.show_instances_v1
+    absurd = [True]
+
+    def odd(params: Any) -> Any:
+        found = page(params)
+        return found | {"instances": [row | ({"dph_total": price} if absurd[0] else {}) for row in found["instances"]]}
+
+    monkeypatch.setattr(head.vast.sdk, "show_instances_v1", odd)
+    for absurd[0] in (True, False, True, False):
+        head.fleet.refresh(force=True)
+        head.non_terminated_nodes({})
+        assert head.fleet.bill().rate == pytest.approx(rate)
+        assert head.fleet.bill().dollars == pytest.approx(rate, rel=0.02)
+    assert len(fake.live()) == 1
+
+
+def test_a_price_that_stays_high_is_believed(fake: Fake, monkeypatch: Any) -> None:
+    laptop = up()
+    listed = laptop.vast.instances
+    monkeypatch.setattr(laptop.vast, "instances", lambda: [row | {"dph_total": 30.0} for row in listed()])
+    for _ in range(2):
+        laptop.fleet.refresh(force=True)
+    assert laptop.fleet.bill().rate == 30.0
+
+
 def test_a_machine_that_vast_calls_older_than_its_request_does_not_end_its_cluster(
     fake: Fake, tmp_path: Path, monkeypatch: Any
 ) -> None:
