@@ -25,7 +25,8 @@ GIVE_WAY = (
 
 
 def status_rows(run: RunDir, every_attempt: bool = False) -> list[dict[str, Any]]:
-    """One row per entry (its last attempt), or per attempt; keys as in schema.MANIFEST, in the order they started.
+    """One row per entry (its last attempt, or that which made the capture that the last one found complete), or per attempt; keys as
+    in schema.MANIFEST, in the order they started.
 
     What lies in the run directory without an attempt of its own has a row too: a complete capture (state `complete`), and a
     capture directory without a valid marker where its entry has no attempt at all (state `partial`). An attempt that says
@@ -54,7 +55,12 @@ def status_rows(run: RunDir, every_attempt: bool = False) -> list[dict[str, Any]
             row |= {"state": "damaged", "error": "a table is gone or has lost bytes; sweep again to remake it"}
         rows.append(row)
     if not every_attempt:
-        rows = list({row["entry"]: row for row in rows}.values())
+        made = {(row["entry"], row["capture"]): row for row in rows if _made_it(row)}
+        last = {row["entry"]: row for row in rows}
+        rows = [
+            made.get((row["entry"], row["capture"]), row) if row["state"] == "complete" else row
+            for row in last.values()
+        ]
     for c in found:
         partial = bool(c.marker.get("partial"))
         if (c.pair, c.capture) in known or (partial and c.pair in entries):
@@ -68,6 +74,11 @@ def status_rows(run: RunDir, every_attempt: bool = False) -> list[dict[str, Any]
             row = {f.name: None for f in MANIFEST} | {"entry": pair, "capture": capture}
             rows.append(row | {"state": "unreadable", "error": why})
     return rows
+
+
+def _made_it(row: dict[str, Any]) -> bool:
+    """Whether an attempt made the capture itself; of two sweeps at a time the second may find what the first one made."""
+    return row["state"] == "complete" and row["n_tokens"] is not None
 
 
 def _cut_short(run: RunDir, capture: CaptureDir) -> str | None:

@@ -175,7 +175,7 @@ def _print_summary(summary: Summary, config: str | None) -> None:
         tell(f"nothing left to do: {n} of {n} complete in {summary.out}")
     else:
         rows = [
-            [i.name, i.state, _number(i.row.get("seconds"), ".1f"), _number(i.row.get("n_tokens"), ",d"), i.row.get("mode") or "",
+            [i.name, i.state, _number(_seconds(i), ".1f"), _number(i.row.get("n_tokens"), ",d"), i.row.get("mode") or "",
              _size(i.row.get("peak_memory_bytes")), _number(i.row.get("dollars"), ".3f"), _error(i)]
             for i in summary.items
         ]  # fmt: skip
@@ -201,6 +201,12 @@ def _print_summary(summary: Summary, config: str | None) -> None:
 
 def _error(item: Item) -> str:
     return f"{item.row['error_class']}: {' '.join(item.row['error'].split())}" if item.row.get("error_class") else ""
+
+
+def _seconds(item: Item) -> float | None:
+    """How long it took; None of what another sweep had completed meanwhile, which was only looked at."""
+    found = item.state == "complete" and item.row.get("n_tokens") is None
+    return None if found else item.row.get("seconds")
 
 
 def _number(value: float | None, form: str) -> str:

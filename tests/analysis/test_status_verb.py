@@ -39,6 +39,17 @@ def test_the_last_attempt_of_each_entry_counts(out: Path, call: Callable[..., An
     assert answer.rows[0]["peak_memory_bytes"] == 2**30
 
 
+def test_where_the_last_attempt_found_it_complete_the_one_counts_that_made_it(
+    out: Path, call: Callable[..., Any]
+) -> None:
+    """Of two sweeps at a time the second waits for what the first one makes."""
+    write_attempt(out, "3", entry="alpha", capture=ALPHA, state="complete", started="2025-01-01T00:00:03.000",
+                  seconds=0.01)  # fmt: skip
+    rows = call("status", out, "--json").rows
+    assert [(r["attempt"], r["seconds"], r["n_tokens"]) for r in rows if r["entry"] == "alpha"] == [("2", 3.5, 8)]
+    assert [r["attempt"] for r in call("status", out, "--all", "--json").rows[:3]] == ["1", "2", "3"]
+
+
 def test_all_attempts_show_on_request(out: Path, call: Callable[..., Any]) -> None:
     answer = call("status", out, "--all", "--json")
     assert answer.code == 0, "the last attempt succeeded"

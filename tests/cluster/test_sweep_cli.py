@@ -122,6 +122,14 @@ def test_a_table_with_captures_on_a_cpu_says_what_their_peak_is_of(config: Path,
         assert ("(peak memory on a CPU: of the weights alone)" in call(config).stdout) is says
 
 
+def test_what_another_sweep_completed_meanwhile_is_not_said_to_have_taken_no_time(
+    config: Path, asked: dict[str, Any]
+) -> None:
+    row = {"seconds": 0.01, "n_tokens": None}
+    asked["summary"] = Summary("OUT", (Item("a", state="complete", row=row),), 0, ray_used=True)
+    assert call(config).stdout.splitlines()[2].split() == ["a", "complete"]
+
+
 def test_nothing_left_to_do_says_so(config: Path, asked: dict[str, Any]) -> None:
     said = call(config).stdout
     assert "nothing left to do: 1 of 1 complete in OUT" in said
