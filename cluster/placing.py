@@ -32,6 +32,9 @@ class Patience:
     def __init__(self, *, growing: bool, within: float | None, now: float) -> None:
         self.growing, self.within = growing, within or (WITHIN_GROWING if growing else WITHIN)
         self.asked = self.worked = self.looked = self.lived = now
+        self.bare = (
+            False  # no node was left for WITHOUT_NODES, and none came since: what is behind in the queue need not wait
+        )
         self.first: dict[str, float] = {}  # when a place like this was first asked for since anything worked
 
     def look(self, jobs: list[Job], now: float) -> tuple[list[tuple[Job, str]], list[tuple[Job, DeviceError]]]:
@@ -42,11 +45,12 @@ class Patience:
             return [], []
         waiting = [job for job in jobs if job.crew is not None]
         told, given_up = [], [(job, error) for job in waiting if (error := self._late(job, now)) is not None]
-        if waiting and not self.growing and now > self.looked + ASK_EVERY:
+        if waiting and not self.growing and (self.bare or now > self.looked + ASK_EVERY):
             self.looked = now
             if live_nodes():
-                self.lived = now
+                self.lived, self.bare = now, False
             elif now > max(self.lived, self.worked) + WITHOUT_NODES:
+                self.bare = True
                 given_up += [(job, NO_NODE) for job in waiting]
         for job in waiting:
             if now > self._since(job) + WAITING_LONG and not job.waiting_told:

@@ -10,7 +10,7 @@ from fake_work import make_entry
 
 from cluster import placing
 from cluster.job import Job
-from cluster.placing import WITHIN, WITHIN_GROWING, Patience
+from cluster.placing import WITHIN, WITHIN_GROWING, WITHOUT_NODES, Patience
 from cluster.resources import Request
 
 
@@ -64,6 +64,19 @@ def test_what_is_behind_those_that_were_given_up_waits_no_time_of_its_own() -> N
     assert given_up(patience, [job("works", placed=True)], 110) == []
     assert given_up(patience, [job("later", asked=105)], 209) == []
     assert given_up(patience, [job("later", asked=105)], 211) == ["later"]
+
+
+def test_where_no_node_is_left_all_of_a_long_queue_is_given_up_as_it_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    patience = Patience(growing=False, within=None, now=0)
+    there: list[dict[str, float]] = []
+    monkeypatch.setattr(placing, "live_nodes", lambda: there)
+    assert given_up(patience, [job("first")], WITHOUT_NODES - 1) == []
+    assert given_up(patience, [job("first")], WITHOUT_NODES + 5) == ["first"]
+    assert given_up(patience, [job("second", asked=35.1)], WITHOUT_NODES + 5.2) == ["second"]
+    there.append({"CPU": 2.0})
+    assert given_up(patience, [job("third", asked=35.3)], WITHOUT_NODES + 5.4) == []
+    there.clear()
+    assert given_up(patience, [job("third", asked=35.3)], WITHOUT_NODES + 30) == []
 
 
 def test_a_growing_cluster_gets_the_autoscalers_time(monkeypatch: pytest.MonkeyPatch) -> None:
