@@ -24,6 +24,17 @@ def now() -> str:
     return datetime.datetime.now(datetime.UTC).replace(tzinfo=None).isoformat(timespec="milliseconds")
 
 
+def later_than(before: str, present: str) -> str:
+    """The present moment, or a millisecond after the one before where the clock was set back: attempts and sweeps are ordered by it."""
+    if before < present:
+        return present
+    try:
+        after = datetime.datetime.fromisoformat(before) + datetime.timedelta(milliseconds=1)
+    except (ValueError, OverflowError):  # a run directory may be a stranger's
+        return present
+    return after.isoformat(timespec="milliseconds")
+
+
 _ATTEMPT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 
 
@@ -39,22 +50,11 @@ class Attempt:
             "attempt": self.id,
             "entry": entry,
             "state": "running",
-            "started": self._later_than(run.last_started),
+            "started": later_than(run.last_started, now()),
             "driver": me(),
             "node": socket.gethostname(),
             "log": run.log_path(entry, self.id).removeprefix(run.root + "/"),
         }
-
-    @staticmethod
-    def _later_than(before: str) -> str:
-        """Now, or a millisecond after the attempt before where the clock was set back: rows are ordered by it."""
-        if before < (present := now()):
-            return present
-        try:
-            after = datetime.datetime.fromisoformat(before) + datetime.timedelta(milliseconds=1)
-        except (ValueError, OverflowError):  # a run directory may be a stranger's
-            return present
-        return after.isoformat(timespec="milliseconds")
 
     @property
     def log_path(self) -> str:

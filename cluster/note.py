@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from capture.errors import why_not_written
-from capture.manifest import now
+from capture.manifest import later_than, now
 from capture.process import alive, born
 
 MEMORY = Path("/dev/shm")  # has room where a disk is full, and lasts as long as the machine
@@ -41,11 +41,15 @@ def noted(out: str, entries: Sequence[str], say: Callable[[str], None] = lambda 
     out: the run directory, an absolute path or a URI. say: is told where no note can be left. A block that ends with an exception
     leaves exit_code null.
     """
+    before: list[dict[str, Any]] = []
+    with contextlib.suppress(OSError):  # it must not cost a sweep
+        before = read_notes()[0]
+    started = later_than(max((str(note.get("started")) for note in before), default=""), now())
     content: dict[str, Any] = {
-        "out": out, "entries": list(entries), "started": now(), "ended": None, "exit_code": None, "items": [],
-        "pid": os.getpid(), "born": born(os.getpid()), "beside": _running(),
+        "out": out, "entries": list(entries), "started": started, "ended": None, "exit_code": None, "items": [],
+        "pid": os.getpid(), "born": born(os.getpid()), "beside": [[note["pid"], note["born"]] for note in before if note["alive"]],
     }  # fmt: skip
-    name = f"{content['started'].replace(':', '')}-{os.getpid()}.json"
+    name = f"{started.replace(':', '')}-{os.getpid()}.json"
     _leave(name, content, say)
     try:
         yield content
@@ -73,12 +77,6 @@ def read_notes() -> tuple[list[dict[str, Any]], dict[str, str]]:
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             unread[str(path)] = f"{type(error).__name__}: {error}"
     return found, unread
-
-
-def _running() -> list[list[Any]]:
-    with contextlib.suppress(OSError):  # as below
-        return [[note["pid"], note["born"]] for note in read_notes()[0] if note["alive"]]
-    return []
 
 
 def _runs(note: dict[str, Any]) -> bool:

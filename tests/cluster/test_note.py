@@ -48,6 +48,16 @@ def test_a_sweep_that_runs_is_not_forgotten_however_many_come_after_it() -> None
         assert [found["entries"] for found in read_notes()[0] if found["alive"]] == [["one"]]
 
 
+def test_the_last_sweep_is_the_last_also_where_the_clock_was_set_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clock of a rented machine may be put right while it works."""
+    for moment, out in (("2026-01-01T12:00:00.000", "first"), ("2026-01-01T11:00:00.000", "second"),
+                        ("2026-01-01T11:30:00.000", "third"), ("2026-01-01T13:00:00.000", "fourth")):  # fmt: skip
+        monkeypatch.setattr(note, "now", lambda moment=moment: moment)
+        with noted(out, ["one"]):
+            pass
+    assert outs() == ["first", "second", "third", "fourth"]
+
+
 def test_a_sweep_that_was_killed_does_not_run_where_nobody_asks_how_it_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     killed = subprocess.Popen([sys.executable, "-c", "pass"])
     os.waitid(
