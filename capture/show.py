@@ -6,6 +6,7 @@ import contextlib
 import os
 import sys
 import time
+from collections.abc import Callable, Iterator
 from typing import Any, TextIO
 
 from capture.attempt import duration, progress_line, speed
@@ -13,6 +14,8 @@ from capture.printable import escape
 from capture.progress import Progress
 
 WAITING = "waiting"  # entries that do this are counted on one line
+
+NARROW = 70  # columns of a terminal
 
 
 class Show:
@@ -92,9 +95,20 @@ class Show:
         self._stages.pop(entry, None)
 
     def _render(self) -> Any:
+        return _Fitting(self._lines)
+
+    def _lines(self, columns: int) -> Any:
+        """A line for each entry that moves; on a narrow terminal without its rate, and with the middle of its name left out."""
+        from rich.console import Group
         from rich.table import Table
 
-        table = Table.grid(padding=(0, 2))
+        table = Table.grid("", padding=(0, 2))
+        for _ in range(4 if columns >= NARROW else 3):
+            table.add_column(no_wrap=True)
+
+        def row(entry: str, what: str, layer: str, rate: str, at_it: str) -> None:
+            table.add_row(_Name(entry), what, layer, *([rate] if columns >= NARROW else []), at_it)
+
         waiting = sum(what == WAITING for what, _ in self.moving.values())
         for entry, (what, since) in list(self.moving.items()):
             if what == WAITING:
@@ -103,7 +117,7 @@ class Show:
             at_it = duration(now - self._stages.get(entry, ("", since))[1])
             entry = escape(entry)
             if isinstance(what, str):
-                table.add_row(entry, what, "", "", at_it)
+                row(entry, what, "", "", at_it)
                 continue
             layer = f"layer {what.layer}/{what.n_layers}" if what.n_layers else ""
             rate = speed(what.tokens_per_second) if what.tokens_per_second is not None else ""
@@ -111,10 +125,37 @@ class Show:
             # the estimate is as old as the report, so the seconds since then are taken off
             if what.seconds_left is not None:
                 at_it = f"{duration(max(0, what.seconds_left - (now - since)))} left"
-            table.add_row(entry, stage, layer, rate, at_it)
-        if waiting:
-            table.add_row(f"{waiting} waiting", "", "", "", "")
-        return table
+            row(entry, stage, layer, rate, at_it)
+        return Group(table, f"{waiting} waiting") if waiting else table
+
+
+class _Fitting:
+    """What is drawn anew for the width that there is. lines: takes it, in columns."""
+
+    def __init__(self, lines: Callable[[int], Any]) -> None:
+        self.lines = lines
+
+    def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
+        yield self.lines(options.max_width)
+
+
+class _Name:
+    """A name of which both ends are seen where it does not fit: those of a sweep often begin alike."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __rich_measure__(self, console: Any, options: Any) -> Any:
+        from rich.measure import Measurement
+
+        return Measurement(min(9, len(self.name)), len(self.name))
+
+    def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
+        from rich.text import Text
+
+        room = options.max_width - 1
+        cut = len(self.name) > room + 1
+        yield Text(f"{self.name[: room // 2]}…{self.name[room // 2 - room :]}" if cut else self.name, no_wrap=True)
 
 
 def tell(line: str) -> None:
