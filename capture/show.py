@@ -109,7 +109,7 @@ class Show:
         def row(entry: str, what: str, layer: str, rate: str, at_it: str) -> None:
             table.add_row(_Name(entry), what, layer, *([rate] if columns >= NARROW else []), at_it)
 
-        waiting = sum(what == WAITING for what, _ in self.moving.values())
+        waiting = sum(what == WAITING for what, _ in list(self.moving.values()))
         for entry, (what, since) in list(self.moving.items()):
             if what == WAITING:
                 continue

@@ -93,6 +93,22 @@ def shown(show: Show) -> str:
     return text.get()
 
 
+def test_an_entry_that_ends_while_the_screen_is_drawn_does_not_end_the_drawing() -> None:
+    """Another thread draws: what it raises leaves a traceback and a screen that stands still."""
+    show = Show(stream=io.StringIO(), live=True)
+
+    class Ends(str):
+        __hash__ = str.__hash__
+
+        def __eq__(self, other: object) -> bool:
+            show.end("b")
+            return str(self) == other
+
+    for name in ("a", "b", "c"):
+        show.doing(name, Ends("starting") if name == "a" else WAITING)
+    assert shown(show).split()[:2] == ["a", "starting"]
+
+
 def test_a_stage_without_an_estimate_shows_how_long_it_has_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
