@@ -270,6 +270,19 @@ def test_a_machine_on_its_way_out_keeps_its_place_and_the_mesh_has_one_for_its_s
     assert rent(renter).label.k == 2
 
 
+def test_a_machine_on_its_way_out_keeps_its_place_for_a_process_that_never_saw_it(fake: Fake, tmp_path: Path) -> None:
+    renter = make(fake, tmp_path)
+    node = rent(renter)
+    fake.fault("destroy", "ignored", times=100)
+    with pytest.raises(NotGoneError):
+        renter.fleet.destroy(node.id, "test")
+    again = make(fake, tmp_path)
+    fake.fault("list", "no_rows")
+    fake.fault("show", "503", times=100)
+    assert again.fleet.refresh(force=True) == {}
+    assert (node.label.k, rent(again).label.k) == (2, 3)
+
+
 def test_a_destroy_that_never_works_is_an_error_that_names_the_instance(fake: Fake, tmp_path: Path) -> None:
     renter = make(fake, tmp_path)
     node = rent(renter)
@@ -428,6 +441,13 @@ def test_offers_are_ranked_by_what_the_work_costs_and_not_by_their_rate(fake: Fa
     ])  # fmt: skip
     wish = replace(WISH, hours=1, download_gb=500, min_inet_down=100)
     assert rent(make(fake, tmp_path), wish).machine == 501
+
+
+@pytest.mark.parametrize("bid", [False, True])
+def test_a_machine_has_the_disk_that_was_asked_for(fake: Fake, tmp_path: Path, bid: bool) -> None:
+    node = rent(make(fake, tmp_path), replace(WISH, disk_gb=120, bid=bid))
+    listed = make(fake, tmp_path).fleet.listing()[node.id]
+    assert (listed.row["disk_space"], listed.row["is_bid"]) == (120, bid)
 
 
 def test_a_head_is_offered_for_as_long_as_the_cluster_may_last_and_a_worker_for_its_work(
