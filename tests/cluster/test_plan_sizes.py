@@ -57,6 +57,19 @@ def test_experts_count_in_full_in_memory_and_in_part_in_work():
     assert sizes.weights.matrix == 64
 
 
+def test_norms_and_the_gates_of_experts_stand_whole_on_every_gpu():
+    tensors = ENDS | layers() | {
+        "model.layers.0.input_layernorm.weight": ("BF16", (4,)),
+        "model.layers.1.mlp.gate.weight": ("BF16", (3, 4)),
+        "model.layers.1.mlp.gate_proj.weight": ("BF16", (8, 4)),
+        "model.layers.1.self_attn.q_proj.weight": ("BF16", (4, 4)),
+    }  # fmt: skip
+    assert found(tensors).weights.replicated == (8, 24)
+    attention_too = found(tensors, model_type="deepseek_v3").weights
+    assert attention_too.replicated == (8, 24 + 32)
+    assert attention_too.layers == (64 + 8, 64 + 24 + 64 + 32)
+
+
 def test_without_a_head_the_embedding_is_the_head():
     sizes = found({k: v for k, v in ENDS.items() if "lm_head" not in k} | layers())
     assert sizes.weights.tied

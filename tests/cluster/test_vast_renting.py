@@ -292,6 +292,7 @@ def test_a_destroy_that_never_works_is_an_error_that_names_the_instance(fake: Fa
     fake.control("faults", [])
     assert renter.fleet.refresh(force=True) == {}  # and it is destroyed as soon as Vast obeys again
     assert fake.live() == []
+    assert not renter.fleet.state.blocked_machines(), "it is not the machine's fault"
 
 
 @pytest.mark.parametrize("kind", ["429", "503", "empty", "malformed", "no_rows", "drop"])
