@@ -295,6 +295,16 @@ def test_a_destroy_that_never_works_is_an_error_that_names_the_instance(fake: Fa
     assert not renter.fleet.state.blocked_machines(), "it is not the machine's fault"
 
 
+def test_where_several_machines_stay_all_are_named_and_those_that_obey_are_gone(fake: Fake, tmp_path: Path) -> None:
+    renter = make(fake, tmp_path)
+    nodes = [rent(renter).id for _ in range(3)]
+    destroy = renter.fleet.vast.destroy
+    renter.fleet.vast.destroy = lambda id_: str(id_) not in nodes[:2] and destroy(id_)  # type: ignore[method-assign]
+    with pytest.raises(NotGoneError, match=rf"2 instances are not shown.* {nodes[0]}: .* {nodes[1]}: "):
+        renter.fleet.destroy_all(nodes, "test")
+    assert [str(line["id"]) for line in fake.live()] == nodes[:2]
+
+
 @pytest.mark.parametrize("kind", ["429", "503", "empty", "malformed", "no_rows", "drop"])
 def test_a_live_node_is_never_taken_for_dead_because_a_listing_failed(
     fake: Fake, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
