@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from capture.errors import CheckpointError, UnsupportedModelError
+from capture.footprint import FP8_STRIP
 from cluster.plan_sizes import sizes_of
 
 CONFIG = {"model_type": "llama", "hidden_size": 4, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 10}
@@ -44,6 +45,15 @@ def test_scales_of_float8_weights_are_read_and_not_kept():
     sizes = found({k: v if "layers" in k else ("BF16", v[1]) for k, v in tensors.items()}, num_hidden_layers=2)
     assert sizes.weights.layers == (64, 64)
     assert sizes.read_bytes == 2 * 84 + 64 + 4
+    only = found({k: ("F8_E4M3", shape) for k, (_, shape) in tensors.items()})
+    assert (only.stored, only.dtype) == ("float8", "bfloat16")
+    assert only.weights.loading == ((1 + 4) * FP8_STRIP,) * 2, "a strip as stored and in float32"
+
+
+def test_the_stored_dtype_is_that_of_most_elements_and_not_of_most_tensors():
+    small = {f"model.layers.0.{name}_norm.weight": ("F32", (4,)) for name in "abcd"}
+    sizes = found(ENDS | layers() | small)
+    assert (sizes.stored, sizes.weights.loading, sizes.weights.fused) == ("bfloat16", (), False)
 
 
 def test_experts_count_in_full_in_memory_and_in_part_in_work():
@@ -74,6 +84,35 @@ def test_without_a_head_the_embedding_is_the_head():
     sizes = found({k: v for k, v in ENDS.items() if "lm_head" not in k} | layers())
     assert sizes.weights.tied
     assert (sizes.weights.embedding, sizes.weights.head) == (80, 0)
+
+
+def test_a_tied_head_that_is_stored_too_counts_once():
+    sizes = found(ENDS | layers(), tie_word_embeddings=True)
+    assert sizes.weights.tied
+    assert (sizes.weights.embedding, sizes.weights.head) == (80, 0)
+    assert sizes.parameters == 40 + 4 + 64
+    assert sizes.weights.total == 2 * sizes.parameters
+    assert found(ENDS | layers()).parameters == 40 + 40 + 4 + 64
+
+
+def test_what_old_checkpoints_hold_and_transformers_makes_anew_is_downloaded_and_not_read():
+    anew = {"model.layers.0.attn.bias": ("U8", (9, 9)), "model.layers.1.rotary_emb.inv_freq": ("F32", (4,))}
+    plain, sizes = found(ENDS | layers()), found(ENDS | layers() | anew)
+    assert sizes.download_bytes == plain.download_bytes + 81 + 16
+    assert (sizes.read_bytes, sizes.parameters, sizes.weights) == (plain.read_bytes, plain.parameters, plain.weights)
+
+
+def test_a_routers_correction_stays_float32_and_is_no_parameter():
+    sizes = found(ENDS | layers() | {"model.layers.0.mlp.gate.e_score_correction_bias": ("F32", (5,))})
+    assert sizes.weights.layers == (64 + 20, 64)
+    assert sizes.parameters == found(ENDS | layers()).parameters
+
+
+def test_heads_are_as_wide_as_the_config_says_and_else_share_the_hidden_size():
+    assert (found(ENDS | layers()).head_dim, found(ENDS | layers()).kv_heads) == (2, 2)
+    assert found(ENDS | layers(), head_dim=8, num_key_value_heads=1).head_dim == 8
+    assert found(ENDS | layers(), num_key_value_heads=1).kv_heads == 1
+    assert found(ENDS | layers(), qk_nope_head_dim=5, qk_rope_head_dim=2).head_dim == 7
 
 
 def test_numbers_inside_a_layer_are_not_taken_for_layers():
