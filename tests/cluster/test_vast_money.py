@@ -44,6 +44,7 @@ def test_a_limit_that_is_reached_names_itself(bill: Bill, name: str) -> None:
 def test_a_nodes_deadline_is_the_nearer_of_hours_left_and_of_what_the_dollars_left_pay_for() -> None:
     assert CAPS.deadline(Bill(0, 0, 4), 0.5, now=1000) == 1000 + 6 * 3600
     assert CAPS.deadline(Bill(0, 18, 4), 1.0, now=1000) == 1000 + 2 * 3600
+    assert CAPS.deadline(Bill(0, 18, 4), 4.0, now=1000) == 1000 + 1800
     assert CAPS.deadline(Bill(0, 30, 4), 1.0, now=1000) == 1000
 
 
