@@ -10,9 +10,9 @@ import reference
 import tiny
 import torch
 
-from capture.config import Entry
+from capture.config import Comparison, Entry
 from capture.run import capture_pair
-from capture.spectrum import effective_rank, mean_shift_share, participation_ratio, singular_values
+from capture.spectrum import Spectra, effective_rank, mean_shift_share, participation_ratio, singular_values
 
 TEXTS = (*tiny.PROMPTS, tiny.PROMPTS[0][::-1])
 
@@ -89,6 +89,27 @@ def test_each_variant_has_a_spectrum_of_its_own_and_nothing_differs_from_itself(
         assert row["effective_rank"] is None
         assert row["participation_ratio"] is None
         assert row["mean_shift_share"] is None
+
+
+def test_a_variants_spectrum_is_of_its_own_tokens_wherever_they_stand_and_none_where_one_overflowed():
+    generator = torch.Generator().manual_seed(2)
+    base, sft = (torch.randn(7, 4, generator=generator) for _ in range(2))
+    variant_of = np.array([0, 1, 1, 0, 1, 2, 2])
+    sft[5, 0] = torch.inf
+    both = [Comparison(base_run=a, sft_run=b) for a, b in (("BB", "SS"), ("SS", "BB"))]
+    found = Spectra(both, 1, 4, variant_of, 3)
+    for last, where in ((False, [4, 0, 5]), (True, [1, 2, 3, 6])):  # two batches
+        found.take(0, [base[where], sft[where]], {"BB": 0, "SS": 1}, np.array(where), last=last)
+    values = found.arrays["singular_values"]
+    assert values.shape == (2, 3, 3, 3), "comparisons, layers, variants, tokens of the longest variant"
+    for v, tokens in ((0, [0, 3]), (1, [1, 2, 4])):
+        want = torch.linalg.svdvals((sft[tokens] - base[tokens]).double())
+        for c in range(2):
+            assert values[c, 1, v, : len(want)] == pytest.approx(want.numpy(), rel=1e-5)
+            assert found.arrays["effective_rank"][c, 1, v] == pytest.approx(effective_rank(want), rel=1e-5)
+    assert np.isnan(values[:, 1, 0, 2]).all()
+    assert np.isnan(values[:, 1, 2]).all(), "one of its states overflowed"
+    assert np.isnan(values[:, [0, 2]]).all(), "layers that were not taken"
 
 
 def test_no_spectrum_unless_it_is_asked_for(pairs, tmp_path):
