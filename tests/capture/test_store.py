@@ -66,6 +66,22 @@ def test_two_writers_of_the_same_capture_do_not_harm_each_other(tmp_path):
     assert pq.read_table(next(tmp_path.rglob("tracked_tokens.parquet"))).num_rows == 3
 
 
+def test_who_finds_the_capture_finished_by_another_leaves_it_unless_it_is_damaged(tmp_path):
+    run, late, again = RunDir(str(tmp_path)), written(tmp_path, part=0), written(tmp_path, part=0)
+    written(tmp_path).finish({"by": "another"})
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and ".tmp-" not in str(path)}
+    late.finish({"by": "late"}, keep=True)
+    assert all(path.read_bytes() == content for path, content in before.items())
+    assert run.is_complete("p", "c")
+    whole = next(tmp_path.rglob("tracked_tokens.parquet"))
+    whole.write_bytes(b"x" * whole.stat().st_size)
+    again.finish({"by": "again"}, keep=True)
+    assert run.is_complete("p", "c")
+    assert run.damage("p", "c") is None
+    assert json.loads(next(tmp_path.rglob("capture.json")).read_text()) == {"by": "again"}
+    assert not list(tmp_path.rglob(".tmp-*"))
+
+
 def test_a_discarded_capture_leaves_nothing_but_not_less_than_was_there(tmp_path):
     written(tmp_path).discard()
     assert not list(tmp_path.rglob("capture=*"))
