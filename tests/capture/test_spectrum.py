@@ -46,6 +46,10 @@ def test_measures_of_matrices_that_are_known():
     uneven = torch.tensor([3.0, 1.0], dtype=torch.float64)
     assert effective_rank(uneven) == pytest.approx(math.exp(-(0.75 * math.log(0.75) + 0.25 * math.log(0.25))))
     assert participation_ratio(uneven) == pytest.approx((9 + 1) ** 2 / (81 + 1))
+    for small in (1e-3, 1e-160):  # whose fourth powers are none
+        assert effective_rank(uneven * small) == pytest.approx(effective_rank(uneven))
+        assert participation_ratio(uneven * small) == pytest.approx(participation_ratio(uneven))
+    assert math.isnan(participation_ratio(0 * uneven))
 
 
 @pytest.mark.parametrize("shape", [(9, 40), (40, 9), (1, 5)])

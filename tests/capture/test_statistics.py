@@ -29,6 +29,13 @@ def test_cosine_distance_keeps_its_digits_near_zero():
     assert torch.allclose(cosine_distance(A, -A), torch.tensor(2.0, dtype=torch.float64))
 
 
+def test_a_cosine_distance_does_not_depend_on_how_long_vectors_are():
+    b = A.flip(0)
+    for short in (1.0, 1e-4, 1e-30):
+        for x, y in ((A * short, b), (A, b * short), (A * short, b * short)):
+            assert torch.allclose(cosine_distance(x, y), cosine_distance(A, b), rtol=1e-5)
+
+
 def test_a_zero_vector_is_at_distance_one_from_others_and_zero_from_itself():
     zero = torch.zeros(1, 512)
     assert cosine_distance(zero, A[:1]).item() == 1
