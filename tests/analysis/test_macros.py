@@ -81,6 +81,18 @@ def test_hotspots_come_by_size(con: Any, synthetic: Any) -> None:
     assert [(r["value"], r["layer"], r["position"], r["prompt_idx"], r["label"]) for r in rows] == expected
 
 
+@pytest.mark.parametrize(
+    "asked",
+    ["hotspots('norm_diff', 10000)", "hotspots_z('norm_diff', 10000)", "token_profile('norm', record := 'runs')"],
+)
+def test_a_token_is_that_of_its_own_capture_prompt_and_place(con: Any, synthetic: Any, asked: str) -> None:
+    rows = rows_of(con, f"FROM {asked}")
+    assert {r["pair"] for r in rows} == {"alpha", "beta"}
+    for r in rows:
+        made = getattr(synthetic, r["pair"])
+        assert r["token"] == made.tokens[r["prompt_idx"], r["variant"]][r["position"]], r
+
+
 def test_hotspots_by_z_are_measured_against_their_own_layer(con: Any, synthetic: Any) -> None:
     rows = [r for r in rows_of(con, "FROM hotspots_z('norm_diff', 1000)") if r["pair"] == "alpha"]
     labels = {label for _, _, label in synthetic.alpha.cells if "-" in label}
@@ -271,8 +283,9 @@ def test_beside_a_floor_that_is_no_number_no_difference_is_called_none(
     path = write_capture(tmp_path, made) / "capture.json"
     odd, plain = [0.0, 100.0, unknown, float("inf")], [0.0, 100.0, 0.0, 0.0]
     floors = {
-        p: {"norm_diff": odd if (p == "BB") is first else plain, "norm_diff_relative": plain, "cosine_distance": plain}
+        p: {"norm_diff": mine, "norm_diff_relative": plain, "cosine_distance": mine}
         for p in PASSES
+        for mine in [odd if (p == "BB") is first else plain]
     }
     said = {"measured": True, "by_run_and_layer": floors}
     path.write_text(json.dumps(json.loads(path.read_text()) | {"noise_floor": said}))
@@ -282,6 +295,10 @@ def test_beside_a_floor_that_is_no_number_no_difference_is_called_none(
     ).fetchall()
     assert {below for layer, _, below in rows if layer > 0} == {None}
     assert [below for layer, _, below in rows if layer == 0] == [True] * 5
+    of_cosines = "SELECT DISTINCT layer, cosine_distance_floor FROM pairwise_floor WHERE comparison = 'BB-SS'"
+    floor_of = dict(con.execute(of_cosines).fetchall())
+    assert floor_of[0] == 100
+    assert floor_of[1] is None or np.isnan(floor_of[1])
     from analysis import build_residual_grid
 
     grid = build_residual_grid(con, "norm_diff", comparison="BB-SS")

@@ -158,6 +158,23 @@ def test_top_k_shifts_explode_both_ways(con: Any, synthetic: Any) -> None:
     assert rows == expected
 
 
+@pytest.mark.parametrize("view", ["topk", "topk_shift"])
+def test_the_text_of_a_listed_token_is_its_own_captures(con: Any, view: str) -> None:
+    decoded: dict[tuple[str, int], set[str]] = {}
+    for pair, token_id, text in con.execute(
+        "SELECT pair, token_id, token FROM tokens UNION ALL SELECT pair, token_id, token FROM vocabulary"
+    ).fetchall():
+        decoded.setdefault((pair, token_id), set()).add(text)
+    spelled = con.execute("SELECT pair, token_id, token FROM tracked_tokens WHERE token <> ''").fetchall()
+    spelling = {(pair, token_id): text for pair, token_id, text in spelled}
+    listed = con.execute(f"SELECT DISTINCT pair, token_id, token FROM {view}").fetchall()
+    for pair, token_id, text in listed:
+        assert text in decoded.get((pair, token_id), {spelling.get((pair, token_id))}), (pair, token_id)
+    ids = {pair: {token_id for p, token_id, _ in listed if p == pair} for pair in ("alpha", "beta")}
+    both = ids["alpha"] & ids["beta"]
+    assert any(decoded.get(("alpha", i), set()).isdisjoint(decoded.get(("beta", i), {"?"})) for i in both)
+
+
 def test_where_a_state_overflowed_no_token_is_among_the_largest(tmp_path: Path) -> None:
     made = make_capture("p", "c", ("BB", "SS"), 1, {(0, "identity"): ["x", "y"]}, {-1, 0, 1}, 0)
     for label, lists in (("SS", ("logits",)), ("BB-SS", ("increased", "decreased"))):
