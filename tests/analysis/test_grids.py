@@ -19,6 +19,7 @@ from analysis import (
     build_logit_grid,
     build_residual_grid,
     build_run_grid,
+    build_run_logit_grid,
     build_topk_delta_grid,
     open_run,
     tracked_token_trajectory,
@@ -66,6 +67,14 @@ def test_logit_grids_of_either_side_and_their_difference(con: Any, synthetic: An
         assert np.array_equal(grid.values, expected)
     one = build_logit_grid(con, token, record_type="runs", pair="alpha", prompt=0, label="BS")
     assert np.array_equal(one.values, sft)
+    for made in (synthetic.alpha, synthetic.beta):
+        for (prompt, variant, run), cells in made.cells.items():
+            if "-" not in run:
+                which = {"pair": made.pair, "prompt": prompt, "run": run, "variant": variant, "capture": made.capture}
+                wanted = cells["tracked_logits"][..., slot].astype(float)
+                for named in (which, which | {"capture": None}):
+                    found = build_run_logit_grid(con, token, **named).values
+                    assert np.array_equal(found, wanted[~np.isnan(wanted).all(axis=1)]), named
 
 
 def test_top_k_delta_grids_hold_a_tokens_shift_where_it_is_in_the_list(con: Any, synthetic: Any) -> None:
