@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from walked import open_pair
 
+from capture import unembed
 from capture.checkpoint import EMBEDDING, HEAD
 from capture.logits import Logits, can_shift, leads_of, led_logits, tile_logits
 from capture.unembed import Space
@@ -67,6 +68,21 @@ def test_shifts_between_related_slots_keep_their_digits(arch, dtype, bias, heads
         assert found.related(a, b) == related
         error = (found.shift(a, b) - shift).abs().max() / shift.abs().max()
         assert error < 3e-6 or not related, (a, b)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_vocabulary_of_several_chunks_has_the_logits_of_one(bias, tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    of = HEADS["two"]
+    pair = opened("llama", tmp_path, "float32", bias)
+    rows = states(torch.float32)
+    want = wanted(pair, rows, of, 1.0)
+    monkeypatch.setattr(unembed, "HEAD_CHUNK", 100)
+    monkeypatch.setattr(unembed, "CHANGE_CHUNK", 60)
+    assert tiny.VOCAB > 2 * unembed.HEAD_CHUNK
+    for found in (tile_logits(pair, rows, of), *(led_logits(pair, rows, of, leads_of(of, MODELS), shifted=s) for s in (False, True))):  # fmt: skip
+        for s in range(4):
+            assert (found.slot(s) - want[s]).abs().max() < 3e-6 * want[s].abs().max()
 
 
 def test_a_slot_is_led_by_one_of_its_blocks_where_that_has_its_unembedding():
