@@ -219,6 +219,10 @@ class StreamedModel:
         for target, source in self.weights.untie_layers():
             if source in self._recipes:
                 self._recipes.setdefault(target, self._recipes[source])
+        ends = self.names(EMBEDDING) if self.tied else []
+        for name in [n for n in ends if n in self.weights.both_stored and self.ties[n] in ends]:
+            if not self._alike(name, self.ties[name]):  # else two would stand where one was counted
+                self.weights.untie_ends(name)
         for name, dtype in borrowed.kept_in_float32(self.load_config, list(meta)).items():
             if meta[name].dtype != dtype:  # so that its bytes are counted as it will stand
                 with torch.no_grad():
@@ -232,6 +236,13 @@ class StreamedModel:
         if left:
             log.info("%s model: transformers puts some weights together by itself, which takes more memory: %s",
                      self.label, "; ".join(sorted(left)))  # fmt: skip
+
+    def _alike(self, one: str, other: str) -> bool:
+        """Whether two stored weights are equal; of those that must be fetched a few rows are looked at, and loading tells of the rest."""
+        recipes = self._recipes[one], self._recipes[other]
+        if not all(recipe.is_plain for recipe in recipes):
+            return True
+        return self.stored.alike(*((r.parts[0].file, r.parts[0].key) for r in recipes), dtype=self.meta(one).dtype)
 
     def _lacks(self, name: str) -> None:
         raise CheckpointError(

@@ -25,7 +25,7 @@ class Groups:
         self._nbytes: dict[Any, int] = {}
         names = {id(m): n for n, m in model.named_modules(remove_duplicate=False)}
         embedding = names[id(model.get_input_embeddings())] + "."
-        head = names[id(model.get_output_embeddings())] + "."
+        self._head = head = names[id(model.get_output_embeddings())] + "."
         ties = model.all_tied_weights_keys.items()
         self.tied = any({t.startswith(head), s.startswith(head)} == {True, False} for t, s in ties)
         self._prefix = {embedding: EMBEDDING, head: EMBEDDING if self.tied else HEAD}
@@ -75,6 +75,17 @@ class Groups:
                 target, source = source, target
             self.ties[target] = source
         self.both_stored = {t for t, s in self.ties.items() if t in found and s in found}
+
+    def untie_ends(self, target: str) -> None:
+        """A weight of the unembedding, or of the embedding, is not the one that it was to be tied to: each comes and goes by itself."""
+        del self.ties[target]
+        self.both_stored.discard(target)
+        self.tied = False
+        self._prefix = {prefix: HEAD if prefix == self._head else group for prefix, group in self._prefix.items()}
+        ends = [*self.by_group[EMBEDDING], *self.by_group[HEAD]]
+        for group in (EMBEDDING, HEAD):
+            self.by_group[group] = [name for name in ends if self._group_of(name) == group]
+        self._nbytes.clear()
 
     def untie_layers(self) -> list[tuple[str, str]]:
         """(target, source) of the weights of a layer that are another layer's (Zamba2's shared blocks), which are tied no more: each

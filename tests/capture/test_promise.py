@@ -127,6 +127,20 @@ def test_nothing_takes_more_than_was_planned(case, tmp_path, monkeypatch):
     assert counted.peak <= counted.planned <= 1.5 * counted.peak, str(counted.at_peak)
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_an_unembedding_that_is_not_the_embedding_that_the_config_ties_it_to_is_counted_by_itself(
+    mode, tmp_path, monkeypatch
+):
+    paths = tiny.make_pair("llama", tmp_path / "pair", tie=True, vocab=4001, **WEIGHTS)
+    for file in (paths.base / "model.safetensors", paths.sft / "model.safetensors"):
+        weights = load_file(file)
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"].flip(0).clone()
+        save_file(weights, file, metadata={"format": "pt"})
+    counted = counted_capture(entry_of(paths, mode=mode, prompts=prompts(2, 8)), tmp_path / "out", monkeypatch)
+    assert counted.weights_peak <= counted.weights_planned
+    assert counted.peak <= counted.planned <= 1.2 * counted.peak, str(counted.at_peak)
+
+
 ACT = Activations(states=0, batch=0, calls=0, batch_calls=0, opening=0, forward=100, statistics=0, products=0, lens=0)
 
 
