@@ -137,8 +137,8 @@ class Pair:
             self._cancel_first()
         end = self.n_layers if last is None else last + 1
         if start == 0:
-            for b, slots in enumerate(self.states):
-                yield State(-1, b, self.home.get(slots), self.slot_of, None, self.slot_of)
+            for b in range(len(self.states)):  # a name for them would hold the last batch's to the end of the walk
+                yield State(-1, b, self.home.get(self.states[b]), self.slot_of, None, self.slot_of)
         if self.mode == "one-at-a-time":
             yield from self._one_at_a_time(range(start, end), stop)
         elif self.mode in ("streamed-2", "sub-layer"):

@@ -141,6 +141,14 @@ def test_an_unembedding_that_is_not_the_embedding_that_the_config_ties_it_to_is_
     assert counted.peak <= counted.planned <= 1.2 * counted.peak, str(counted.at_peak)
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_the_states_that_entered_layer_0_are_not_kept_to_the_end_of_the_walk(mode, tmp_path, monkeypatch):
+    paths = tiny.make_pair("llama", tmp_path / "pair", hidden_size=256, num_hidden_layers=4)
+    entry = entry_of(paths, mode=mode, prompts=prompts(4, 100), lens=Lens(enabled=False), noise_floor=False)
+    counted = counted_capture(entry, tmp_path / "out", monkeypatch)
+    assert counted.peak <= counted.planned <= 1.2 * counted.peak, str(counted.at_peak)
+
+
 ACT = Activations(states=0, batch=0, calls=0, batch_calls=0, opening=0, forward=100, statistics=0, products=0, lens=0)
 
 
