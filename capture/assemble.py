@@ -129,6 +129,24 @@ def assemble(recipe: Recipe, place: Place, opened: Callable[[str, str], Any], le
     return out
 
 
+def check(recipe: Recipe, place: Place, opened: Callable[[str, str], Any]) -> None:
+    """Raise what `assemble` would for a whole weight, from shapes and dtypes alone: nothing is read. place: on meta."""
+    sources = [opened(p.file, p.key) for p in recipe.parts]
+    for part, source in zip(recipe.parts, sources, strict=True):
+        if part.scale is None and source.get_dtype() in FP8:
+            raise ValueError(f"'{part.key}' is stored in FP8 without the scales '{part.key}{'_scale_inv'}'")
+        if part.scale is not None:
+            try:
+                block_of(list(source.get_shape()), list(opened(*part.scale).get_shape()), place.block)
+            except ValueError as error:
+                raise ValueError(f"'{part.key}': {error}") from error
+    if recipe.is_plain:
+        _require(list(sources[0].get_shape()), list(place.shape))
+        return
+    shares = [place.share(s.get_shape(), p.expert) for s, p in zip(sources, recipe.parts, strict=True)]
+    _views(recipe, place, shares, torch.empty(place.shape, dtype=place.dtype, device=place.device))
+
+
 def _views(recipe: Recipe, place: Place, shares: list[Index | None], out: Tensor) -> list[Tensor | None]:
     """For every part, the piece of the weight that it fills. Raises Misshapen unless the parts make the whole weight."""
     shift = 0 if recipe.parts[0].expert is None else 1  # a stored expert lacks the weight's first axis

@@ -17,7 +17,7 @@ from torch import nn
 from transformers.distributed import DistributedConfig
 
 from capture import borrowed
-from capture.assemble import FP8, Misshapen, Place, Recipe, assemble, held
+from capture.assemble import FP8, Misshapen, Place, Recipe, assemble, check, held
 from capture.degrees import check_degree, whole_attention_plan
 from capture.errors import CheckpointError, UnsupportedModelError
 from capture.group import ALONE, Group, is_plain, local, vocabulary_shard
@@ -232,10 +232,28 @@ class StreamedModel:
             for name in meta:
                 if name not in self._recipes and self.ties.get(name) not in self._recipes:
                     self._lacks(name)
+        for group in self.groups():
+            for name in self.names(group):
+                if name in self._recipes and not self._recipes[name].by_library:
+                    self._check(group, name)
         left = {recipe.by_library for recipe in self._recipes.values() if recipe.by_library}
         if left:
             log.info("%s model: transformers puts some weights together by itself, which takes more memory: %s",
                      self.label, "; ".join(sorted(left)))  # fmt: skip
+
+    def _check(self, group: Any, name: str) -> None:
+        """Raise what loading a weight would, but for what its bytes say: the last layer's turn may come in hours. Of all of it, also
+        where ranks share it, so that all of them say the same."""
+        whole = torch.empty(self.meta(name).shape, dtype=self.meta(name).dtype, device="meta")
+        place = Place(
+            whole.shape, whole.dtype, whole.device, partial(borrowed.share_of, whole), 0, self.quantization.block
+        )
+        try:
+            check(self._recipes[name], place, self.stored.described)
+        except Misshapen as error:
+            self._misshapen(name, error.got, error.expected)
+        except ValueError as error:
+            raise CheckpointError(f"{self.label} model '{self.directory}', {_name(group)}: {error}") from error
 
     def _alike(self, one: str, other: str) -> bool:
         """Whether two stored weights are equal; of those that must be fetched a few rows are looked at, and loading tells of the rest."""

@@ -62,6 +62,10 @@ class Stored:
             piece = self.source.opened(file, key, piece)
         return CountedSlice(piece, f"{self.label}:{key}", self.ledger)
 
+    def described(self, file: str, key: str) -> Any:
+        """What knows the shape and dtype of a stored tensor; not to be read from, since its bytes may be elsewhere."""
+        return self._handle(file).get_slice(key)
+
     def maps(self, file: str, key: str, dtype: torch.dtype) -> bool:
         """Whether a tensor, wanted in this dtype on the CPU, is a view of its file."""
         if not self._is_here(file):

@@ -168,3 +168,27 @@ def test_an_embedding_that_is_no_number_is_told_of_the_model_that_has_it(
         capture_pair(entry, str(tmp_path / "out"))
     others = entry.model_copy(update={"passes": FOUR_PASSES[:2], "comparisons": ()})
     assert capture_pair(others, str(tmp_path / "out")).state == "complete"  # both begin with base's embeddings
+
+
+@pytest.mark.parametrize("mode", ["streamed", "sub-layer"])
+@pytest.mark.parametrize(
+    ("arch", "spoil", "says"),
+    [
+        ("llama", lambda weights, key: {key: weights[key][:-1].clone()}, "has shape"),
+        ("llama", lambda weights, key: {key: to_fp8(weights[key], None)[0]}, "is stored in FP8 without the scales"),
+        ("mixtral", lambda weights, key: {k: torch.zeros(3, 3) for k in weights if "layers.3" in k and "experts.1." in k}, "has shape"),
+    ],
+)  # fmt: skip
+def test_what_headers_say_of_the_last_layer_ends_a_capture_before_the_first(
+    arch: str, spoil: Callable[..., dict[str, torch.Tensor]], says: str, mode: str, tmp_path: Path
+) -> None:
+    paths = make_pair(arch, tmp_path / "pair")
+    file = paths.sft / "model.safetensors"
+    weights = load_file(file)
+    save_file(weights | spoil(weights, "model.layers.3.self_attn.q_proj.weight"), file, metadata={"format": "pt"})
+    entry = Entry(name="a", base_model=str(paths.base), sft_model=str(paths.sft), tokenizer=str(paths.tokenizer), device="cpu",
+                  prompts=("a b",), top_k=3, mode=mode)  # fmt: skip
+    stages = []
+    with pytest.raises(CheckpointError, match=rf"sft model .*layers\.3\..* {says}"):
+        capture_pair(entry, str(tmp_path / "out"), progress=lambda p: stages.append(p.stage))
+    assert set(stages) == {"open"}
