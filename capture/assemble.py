@@ -22,6 +22,7 @@ from capture.ledger import Ledger
 from capture.upload import Upload
 
 STRIP = 1 << 22  # elements of an FP8 weight that are multiplied with their scales at a time
+FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 FP8 = frozenset({"F8_E4M3", "F8_E5M2"})  # as safetensors names them
 
 Index = tuple[slice, ...]
@@ -135,6 +136,11 @@ def check(recipe: Recipe, place: Place, opened: Callable[[str, str], Any]) -> No
     for part, source in zip(recipe.parts, sources, strict=True):
         if part.scale is None and source.get_dtype() in FP8:
             raise ValueError(f"'{part.key}' is stored in FP8 without the scales '{part.key}{'_scale_inv'}'")
+        if part.scale is None and place.dtype.is_floating_point and source.get_dtype() not in FLOATS:
+            raise ValueError(
+                f"'{part.key}' is stored as {source.get_dtype()}, which are codes of a quantized weight and not its numbers, and config.json "
+                "does not say how to read them; take a checkpoint whose config.json does, or one that is not quantized"
+            )
         if part.scale is not None:
             try:
                 block_of(list(source.get_shape()), list(opened(*part.scale).get_shape()), place.block)

@@ -176,6 +176,7 @@ def test_an_embedding_that_is_no_number_is_told_of_the_model_that_has_it(
     [
         ("llama", lambda weights, key: {key: weights[key][:-1].clone()}, "has shape"),
         ("llama", lambda weights, key: {key: to_fp8(weights[key], None)[0]}, "is stored in FP8 without the scales"),
+        ("llama", lambda weights, key: {key: (100 * weights[key]).to(torch.int8)}, "is stored as I8, which are codes of a quantized"),
         ("mixtral", lambda weights, key: {k: torch.zeros(3, 3) for k in weights if "layers.3" in k and "experts.1." in k}, "has shape"),
     ],
 )  # fmt: skip
