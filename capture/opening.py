@@ -69,6 +69,8 @@ def open_model(
                 f"{where}: {quantization.method} cannot make weights of this kind on this machine; the log says why: "
                 f"{str(error).splitlines()[0]}"
             ) from error
+        if isinstance(error, KeyError):  # whose text is the key and nothing else
+            text = f"transformers {transformers.__version__} looks for {text} in vain, which its config.json names or lacks"
         raise CheckpointError(f"{where} cannot be opened: {text or type(error).__name__}") from error
     for config in (model.config, model.config.get_text_config()):
         config.return_dict = True  # whatever its config.json says: what it returns is asked for by name

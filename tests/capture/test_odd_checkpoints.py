@@ -53,6 +53,16 @@ def say(directory: Path, **changes: Any) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
+@pytest.mark.parametrize(
+    "named", [{"hidden_act": "bogus"}, {"rope_scaling": {"rope_type": "bogus"}, "rope_parameters": None}]
+)
+def test_a_name_in_a_config_that_the_library_does_not_know_is_told_as_that(
+    sft: Path, refused: Callable[..., str], named: dict[str, Any]
+) -> None:
+    say(sft, **named)
+    assert "looks for 'bogus' in vain, which its config.json names or lacks" in refused()
+
+
 def test_weights_that_only_its_config_names_are_not_read(made: Any, sft: Path, refused: Callable[..., str]) -> None:
     shutil.copy(made.base / "model.safetensors", sft / "other.safetensors")
     outside = {"metadata": {}, "weight_map": {"lm_head.weight": str(made.base / "model.safetensors")}}
