@@ -32,9 +32,8 @@ class Patience:
     def __init__(self, *, growing: bool, within: float | None, now: float) -> None:
         self.growing, self.within = growing, within or (WITHIN_GROWING if growing else WITHIN)
         self.asked = self.worked = self.looked = self.lived = now
-        self.bare = (
-            False  # no node was left for WITHOUT_NODES, and none came since: what is behind in the queue need not wait
-        )
+        # no node was left for WITHOUT_NODES, and none came since: what is behind in the queue need not wait
+        self.bare = False
         self.first: dict[str, float] = {}  # when a place like this was first asked for since anything worked
 
     def look(self, jobs: list[Job], now: float) -> tuple[list[tuple[Job, str]], list[tuple[Job, DeviceError]]]:

@@ -16,6 +16,16 @@ FORBIDDEN = {
 # what of capture the others may know: nothing of the engine
 LIGHT = {"schema", "layout", "manifest", "store", "config", "errors", "progress", "printable"}
 
+FOLDERS = {"analysis", "capture", "cluster", "configs", "docs", "tests", ".ci"}  # all that the project has at its root
+
+
+def test_nothing_else_lies_at_the_root():
+    """A run directory that a trial left there came in with a commit once."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("no git checkout")
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert {path.split("/")[0] for path in listed.split("\0") if "/" in path} == FOLDERS
+
 
 def imports(path):
     """Names of the modules that a file imports, anywhere in it."""

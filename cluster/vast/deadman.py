@@ -80,9 +80,8 @@ def end() -> None:
 
 def watch() -> None:
     """Check until it is time, then ask for the end until it comes."""
-    silence = said(
-        "PAIRSCOPE_SILENCE_S", 3600.0
-    )  # always there; where it makes no sense, a head is silent for an hour at most
+    # always there; where it makes no sense, a head is silent for an hour at most
+    silence = said("PAIRSCOPE_SILENCE_S", 3600.0)
     heard = heard_before()
     offset = time.time() - time.monotonic()
     while max(time.time(), offset + time.monotonic()) < deadline():  # a clock that is set back gives no more hours
